@@ -1,0 +1,124 @@
+"""One layer of Mamba: normalise, mix along the sequence, add to the residual stream."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import MambaConfig
+from .plan import Tap
+from .scan import Ops
+
+Memory = tuple[Tensor, Tensor]  # a layer's ssm_state (b, e, n) and conv_state (b, e, k)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that states and the residual stream are kept in: float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 or wider, returned in the weight's type."""
+
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.weight.dtype
+        normal = F.rms_norm(x.to(wide(dtype)), x.shape[-1:], self.weight.to(wide(dtype)), self.eps)
+        return normal.to(dtype)  # (b, l, d)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with the same rule for types as `RMSNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype, w = self.weight.dtype, wide(self.weight.dtype)
+        return F.layer_norm(x.to(w), x.shape[-1:], self.weight.to(w), self.bias.to(w), self.eps).to(dtype)
+
+
+def make_norm(config: MambaConfig) -> nn.Module:
+    """The norm that the configuration asks for."""
+    return RMSNorm(config.d_model, config.norm_eps) if config.rms_norm else LayerNorm(config.d_model, config.norm_eps)
+
+
+class Mixer(nn.Module):
+    """The Mamba block (paper, section 3.4 and figure 3). Parameters have the checkpoint's names.
+
+    Its submodules hold parameters and are not called as modules where an operation of the backend takes their weights,
+    so module hooks do not fire; use sites.
+    """
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        d, e, n, r, k = config.d_model, config.d_inner, config.d_state, config.rank, config.d_conv
+        self.sizes = (r, n, n)
+        self.in_proj = nn.Linear(d, 2 * e, bias=config.bias)
+        self.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
+        self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(r, e)
+        self.A_log = nn.Parameter(torch.empty(e, n))
+        self.D = nn.Parameter(torch.empty(e))
+        self.out_proj = nn.Linear(e, d, bias=config.bias)
+        self.init_ssm(config)
+
+    @torch.no_grad()
+    def init_ssm(self, config: MambaConfig) -> None:
+        """S4D-real A = -(1..n), and a dt_proj whose step sizes start log-uniform in [dt_min, dt_max].
+
+        Source: mamba_ssm.modules.mamba_simple.Mamba.__init__ @ e9594ce.
+        """
+        e, n = self.A_log.shape
+        self.A_log.copy_(torch.arange(1, n + 1, dtype=torch.float32).log().expand(e, n))
+        self.D.fill_(1.0)
+        std = config.rank**-0.5 * config.dt_scale
+        if config.dt_init == "constant":
+            nn.init.constant_(self.dt_proj.weight, std)
+        else:
+            nn.init.uniform_(self.dt_proj.weight, -std, std)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.exp(torch.rand(e) * (high - low) + low).clamp(min=config.dt_init_floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(self, x: Tensor, memory: Memory, mask: Tensor | None, tap: Tap, ops: Ops) -> tuple[Tensor, Memory]:
+        """Mix along the sequence: x (b, l, d), the memory before it, mask (b, l) -> (b, l, d), the memory after it."""
+        h, window = memory
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
+        x, z = tap("x", x), tap("z", z)
+
+        conv, window = ops.conv(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, mask=mask, tap=tap)
+        u = tap("u", F.silu(tap("conv", conv)))  # (b, l, e)
+
+        dt_low, B, C = self.x_proj(u).split(self.sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
+        dt_low, B, C = tap("dt_low", dt_low), tap("B", B), tap("C", C)
+        dt = F.linear(dt_low, self.dt_proj.weight).to(h.dtype) + self.dt_proj.bias.to(h.dtype)
+        dt = F.softplus(dt)  # (b, l, e), float32 or wider from here to `gated`, as inside the kernels
+        if mask is not None:
+            dt = dt * mask[:, :, None]  # no time passes on padding: decay 1, nothing written
+        dt = tap("dt", dt)
+
+        A = -torch.exp(self.A_log.to(h.dtype))  # (e, n)
+        y, h = ops.scan(u, dt, A, B, C, h, tap=tap)
+        skip = tap("skip", self.D.to(h.dtype) * u)  # (b, l, e)
+        ssm_out = tap("ssm_out", tap("y", y) + skip)
+        gate = tap("gate", F.silu(z.to(h.dtype)))
+        gated = tap("gated", (ssm_out * gate).to(z.dtype))
+        return tap("mixer_out", self.out_proj(gated)), (h, window)  # (b, l, d)
+
+
+class Layer(nn.Module):
+    """resid + mixer(norm(resid))."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.norm = make_norm(config)
+        self.mixer = Mixer(config)
+
+    def forward(self, resid: Tensor, memory: Memory, mask: Tensor | None, tap: Tap, ops: Ops) -> tuple[Tensor, Memory]:
+        """Residual stream (b, l, d) and memory before the layer -> after it."""
+        resid = tap("resid_pre", resid)
+        mixed, memory = self.mixer(tap("mixer_in", self.norm(resid)), memory, mask, tap, ops)
+        return tap("resid_post", resid + mixed), memory

@@ -1,0 +1,237 @@
+"""Edits are values: what to put where, as frozen objects that can be printed, compared, saved and replayed.
+
+`Set`, `Add`, `Scale`, `Zero`, `Mean`, `Project`, `Apply`. Edits of one place compose in the order given. A value has the
+shape that its address records (with `rows=`, that many rows), or it may be one number, or have size 1 on some axes, or
+only the feature axes; nothing else is broadcast. Values are copied when the edit is made and stay differentiable.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .address import Address, Selector, selector
+from .errors import EditError
+from .sites import RECURRENT_STATE
+
+
+def _value(given: Any, what: str) -> Tensor:
+    """A private copy that keeps its gradient, free of NaN."""
+    with torch.enable_grad():
+        value = given.clone() if isinstance(given, Tensor) else torch.as_tensor(given)
+    if not value.is_floating_point():
+        value = value.to(torch.get_default_dtype())
+    if torch.isnan(value).any():
+        raise EditError(f"{what}: the value holds NaN ({int(torch.isnan(value).sum())} of {value.numel()} numbers).")
+    return value
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """Base of all edits: where (`address`), and on which rows of the batch (`rows`, all if None)."""
+
+    address: Address
+    tensor: ClassVar[str | None] = None  # the field that holds a tensor
+    by_element: ClassVar[bool] = True  # whether each number changes by itself
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.address, Address):
+            raise EditError(f"{type(self).__name__}: {self.address!r} is no address; make one with at.<site>(...).")
+        rows = getattr(self, "rows", None)
+        if rows is not None:
+            chosen = selector(rows, "rows")
+            object.__setattr__(self, "rows", (chosen,) if isinstance(chosen, int) else chosen)
+        if self.value is not None and self.tensor:
+            object.__setattr__(self, self.tensor, _value(self.value, str(self)))
+        if self.address.site == RECURRENT_STATE.name and not self.by_element:
+            raise EditError(
+                f"{self}: recurrent_state is two sites that the forward passes at different times, so "
+                f"{type(self).__name__} cannot see both at once. Edit at.ssm_state and at.conv_state."
+            )
+
+    @property
+    def value(self) -> Tensor | None:
+        """The edit's tensor, if its kind has one."""
+        return getattr(self, self.tensor) if self.tensor else None
+
+    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        """What replaces `old` (rows, [positions,] features), given this place's share of the value."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The fields beside address, rows and tensor."""
+        skip = {"address", "rows", self.tensor}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other) or not isinstance(other, Edit):
+            return NotImplemented
+        if self._key() != other._key():
+            return False
+        mine, theirs = self.value, other.value
+        if mine is None or theirs is None:
+            return mine is theirs
+        return mine.dtype == theirs.dtype and mine.shape == theirs.shape and bool(torch.equal(mine, theirs))
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, *self._key()))
+
+    def _key(self) -> tuple[Any, ...]:
+        return (self.address, getattr(self, "rows", None), *self.describe().items())
+
+    def __str__(self) -> str:
+        parts = [str(self.address)]
+        if isinstance(self.value, Tensor):
+            parts.append(f"value {tuple(self.value.shape)}")
+        parts += [f"{k}={v!r}" for k, v in self.describe().items()]
+        rows = getattr(self, "rows", None)
+        if rows is not None:
+            parts.append(f"rows={list(rows) if isinstance(rows, tuple) else rows}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    __repr__ = __str__
+
+
+Rows = Selector | Sequence[int] | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Set(Edit):
+    """Put `to` in place of what is there."""
+
+    to: Tensor
+    rows: Rows = field(default=None, kw_only=True)
+    tensor = "to"
+
+    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        assert value is not None
+        return value.expand_as(old)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(Edit):
+    """Add `what` to what is there."""
+
+    what: Tensor
+    rows: Rows = field(default=None, kw_only=True)
+    tensor = "what"
+
+    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        assert value is not None
+        return old + value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scale(Edit):
+    """Multiply what is there by `factor`."""
+
+    factor: Tensor
+    rows: Rows = field(default=None, kw_only=True)
+    tensor = "factor"
+
+    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        assert value is not None
+        return old * value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Zero(Edit):
+    """Put zeros in place of what is there."""
+
+    rows: Rows = field(default=None, kw_only=True)
+
+    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        return torch.zeros_like(old)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mean(Edit):
+    """Put the mean over the whole batch in place of what is there, or a given `mean`.
+
+    The batch's mean is that of all rows that have the position, also of rows that `rows` leaves alone.
+    """
+
+    mean: Tensor | None = None
+    rows: Rows = field(default=None, kw_only=True)
+    tensor = "mean"
+
+    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        return (mean() if value is None else value).expand_as(old)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Project(Edit):
+    """Remove a subspace of the feature axes, or keep nothing else.
+
+    `basis` (m, features): m independent directions, in the shape that one row and position of the address records;
+    they need not be orthonormal.
+    """
+
+    basis: Tensor
+    keep: bool = False
+    rows: Rows = field(default=None, kw_only=True)
+    tensor = "basis"
+    by_element = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flat = self.basis.detach().flatten(1) if self.basis.dim() > 1 else None
+        if flat is None or flat.shape[0] > flat.shape[1] or torch.linalg.matrix_rank(flat.double()) < flat.shape[0]:
+            raise EditError(f"{self}: a basis is (m, features), with m linearly independent directions.")
+
+    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        assert value is not None
+        directions = value.flatten(1)  # (m, f)
+        axes = old.dim() - (value.dim() - 1)
+        flat = old.flatten(axes) if value.dim() > 1 else old  # (..., f)
+        q, _ = torch.linalg.qr(directions.T)  # (f, m)
+        inside = (flat @ q @ q.T).reshape(old.shape)
+        return inside if self.keep else old - inside
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Apply(Edit):
+    """Put `fn(value)` in place of what is there.
+
+    `fn` sees one layer at a time: (rows, positions, features) along the sequence (an int position drops its axis), and
+    (rows, features), one position after the other, for sites inside the recurrence (`SITES[...].per_position`).
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    rows: Rows = field(default=None, kw_only=True)
+    by_element = False
+
+    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        made = self.fn(old)
+        if not isinstance(made, Tensor) or made.shape != old.shape:
+            got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            raise EditError(f"{self}: the function must return shape {tuple(old.shape)}, it returned {got}.")
+        return made
+
+
+KINDS: dict[str, type[Edit]] = {kind.__name__: kind for kind in (Set, Add, Scale, Zero, Mean, Project, Apply)}
+
+
+def function_name(fn: Callable[..., Any]) -> str:
+    """`module:qualname` under which a function can be imported again; raises EditError if it cannot."""
+    name = f"{getattr(fn, '__module__', None)}:{getattr(fn, '__qualname__', None)}"
+    try:
+        if name.startswith(("__main__:", "None:")) or import_function(name) is not fn:
+            raise EditError
+    except (EditError, ImportError, AttributeError):
+        raise EditError(
+            f"Apply({name}) cannot be saved: its function cannot be imported by name. Move it to the top level of a module."
+        ) from None
+    return name
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """The function that `function_name` named."""
+    module, _, qualname = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,60 @@
+"""Every error of the toolkit: what was asked, what is true here, what to do.
+
+All share one base, `MambascopeError`, and each is also the builtin that a caller would expect.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MambascopeError(Exception):
+    """Base of every error that mambascope raises on purpose."""
+
+    def __str__(self) -> str:  # KeyError would show its message in quotes
+        return " ".join(str(a) for a in self.args)
+
+
+class ConfigError(MambascopeError, ValueError):
+    """A configuration that this model does not implement or that contradicts itself."""
+
+
+class CheckpointError(MambascopeError, ValueError):
+    """A checkpoint whose tensors or files do not fit the model."""
+
+
+class InputError(MambascopeError, ValueError):
+    """Token ids, lengths or a carried state that the model cannot run on."""
+
+
+class UnknownSiteError(MambascopeError, AttributeError):
+    """A site, or a field of an address, that does not exist."""
+
+
+class AddressError(MambascopeError, IndexError):
+    """A layer, position, channel or row that this run does not have."""
+
+
+class EditError(MambascopeError, ValueError):
+    """An edit that has no meaning: a NaN value, an operation that its site does not allow."""
+
+
+class ShapeMismatch(MambascopeError, ValueError):
+    """A value whose shape is not that of the place it should go to."""
+
+
+class NotReached(MambascopeError, RuntimeError):
+    """An edit or a recording was asked for and did not happen during the run."""
+
+
+class NotRecorded(MambascopeError, KeyError):
+    """A value was read from a run that did not record it."""
+
+
+class BackendUnavailable(MambascopeError, RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The clause ` Did you mean '...'?`, or nothing where no known name is near."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,210 @@
+"""Mamba: the language model, its memory, and its one forward."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .block import Layer, make_norm, wide
+from .config import MambaConfig
+from .errors import InputError
+from .plan import NO_TAP, Tap
+from .scan import READABLE, Ops
+
+
+@dataclass(frozen=True)
+class MambaState:
+    """All that a Mamba remembers. A value: a forward never changes the one it is given.
+
+    Args:
+        ssm_state: (b, e, n) a layer, float32 or wider.
+        conv_state: (b, e, k) a layer: the last k conv inputs, newest last.
+        position: (b,) int64, the tokens that each row has seen.
+    """
+
+    ssm_state: tuple[Tensor, ...]
+    conv_state: tuple[Tensor, ...]
+    position: Tensor
+
+
+@dataclass(frozen=True)
+class MambaOutput:
+    """`logits` (b, l, v), or (b, 1, v) with `last_only`; `state` if it was to be kept."""
+
+    logits: Tensor
+    state: MambaState | None
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and last norm, named as in `state-spaces/*` checkpoints."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.embedding = nn.Embedding(config.padded_vocab, config.d_model)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.norm_f = make_norm(config)
+
+
+class Mamba(nn.Module):
+    """A Mamba-1 language model whose every inner quantity can be read and edited.
+
+    Args:
+        config: sizes and choices. Weights are drawn as mamba-ssm draws them, from torch's global generator.
+    Source: mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel @ e9594ce. Differs: sites, a carried state as a value, exact
+        padding; from dt to the gate everything is float32 or wider also where the weights have 16 bits, and so is a
+        carried state.
+    """
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab, bias=False)
+        self._init_weights()
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Source: mamba_ssm.models.mixer_seq_simple._init_weights @ e9594ce."""
+        nn.init.normal_(self.backbone.embedding.weight, std=self.config.initializer_range)
+        for layer in self.backbone.layers:
+            for linear in (layer.mixer.in_proj, layer.mixer.out_proj):
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+            if self.config.rescale_prenorm_residual:
+                layer.mixer.out_proj.weight /= math.sqrt(self.config.n_layer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.backbone.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.backbone.embedding.weight.device
+
+    def initial_state(self, batch: int) -> MambaState:
+        """The memory before the first token: zeros."""
+        c, w = self.config, wide(self.dtype)
+        h = torch.zeros(batch, c.d_inner, c.d_state, dtype=w, device=self.device)
+        window = torch.zeros(batch, c.d_inner, c.d_conv, dtype=self.dtype, device=self.device)
+        return MambaState((h,) * c.n_layer, (window,) * c.n_layer, torch.zeros(batch, dtype=torch.long))
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        state: MambaState | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        keep_state: bool = False,
+        last_only: bool = False,
+        tap: Tap = NO_TAP,
+        ops: Ops = READABLE,
+    ) -> MambaOutput:
+        """Score the next token at every position.
+
+        Args:
+            ids: (b, l) token ids below `config.vocab_size`.
+            state: the memory to go on from; None starts afresh.
+            lengths: (b,) tokens in each row, 1..l; what follows is padding and changes nothing. None: all l.
+            keep_state: return the memory after each row's last token.
+            last_only: logits of each row's last token only.
+            tap: called at every site. ops: the backend's operations.
+        Returns:
+            MambaOutput; logits on padding are zero.
+        Raises:
+            InputError: ids, lengths or a state that do not fit.
+        """
+        ids, sizes = self.check(ids, lengths, state)
+        b, l = ids.shape
+        mask = None  # (b, l)
+        if lengths is not None and bool((sizes < l).any()):
+            mask = (torch.arange(l) < sizes[:, None]).to(self.device)
+        before = state or self.initial_state(b)
+        tap.begin(before.position, sizes)
+
+        resid = tap("embed", self.backbone.embedding(ids))  # (b, l, d)
+        if self.config.residual_in_fp32:
+            resid = resid.to(wide(self.dtype))
+        after = []
+        for i, layer in enumerate(self.backbone.layers):
+            memory = (before.ssm_state[i], before.conv_state[i])
+            resid, memory = layer(resid, memory, mask, tap.at_layer(i), ops)
+            if keep_state:
+                after.append(memory)
+
+        last = (torch.arange(b), (sizes - 1))
+        early = last_only and not tap.touches("final_norm", "logits")
+        if early:
+            resid = resid[last][:, None]  # (b, 1, d)
+        logits = tap("logits", self.lm_head(tap("final_norm", self.backbone.norm_f(resid))))  # (b, l, v)
+        if last_only and not early:
+            logits = logits[last][:, None]  # (b, 1, v)
+        elif mask is not None and not last_only:
+            logits = logits * mask[:, :, None]
+        if not keep_state:
+            return MambaOutput(logits, None)
+        h, window = zip(*after, strict=True)
+        return MambaOutput(logits, MambaState(h, window, before.position + sizes))
+
+    def check(
+        self, ids: Tensor, lengths: Tensor | Sequence[int] | None = None, state: MambaState | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The ids on the model's device and the length of each row; raises InputError for what cannot run."""
+        ids = torch.as_tensor(ids)
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise InputError(f"ids has shape {tuple(ids.shape)}; it is (batch, length) with at least one token.")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise InputError(f"ids has type {ids.dtype}; token ids are integers.")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise InputError(
+                f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}"
+                + (f" (rows up to {self.config.padded_vocab - 1} are padding)." if high < self.config.padded_vocab else ".")
+            )
+        b, l = ids.shape
+        sizes = torch.full((b,), l) if lengths is None else torch.as_tensor(lengths).cpu()
+        if sizes.shape != (b,) or sizes.is_floating_point() or int(sizes.min()) < 1 or int(sizes.max()) > l:
+            raise InputError(f"lengths={sizes.tolist()}: give one int of 1..{l} a row, for {b} rows.")
+        if state is not None:
+            c = self.config
+            want = {"ssm_state": (b, c.d_inner, c.d_state), "conv_state": (b, c.d_inner, c.d_conv)}
+            for name, shape in want.items():
+                found = [tuple(s.shape) for s in getattr(state, name)]
+                if found != [shape] * c.n_layer:
+                    raise InputError(f"state.{name} has shapes {found[:2]}... in {len(found)} layers; this run has {shape} in {c.n_layer}.")
+        return ids.to(self.device), sizes.long()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        n_layer: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+    ) -> "Mamba":
+        """Load a checkpoint of either layout, from a folder or a hub id; see `minimal_mamba.checkpoint.load`."""
+        from .checkpoint import load
+
+        return load(path, n_layer=n_layer, dtype=dtype, device=device, revision=revision)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, *, n_layer: int | None = None) -> "Mamba":
+        """A copy of a live `MambaForCausalLM` (transformers) or `MambaLMHeadModel` (mamba-ssm)."""
+        from .checkpoint import from_module
+
+        return from_module(module, n_layer=n_layer)
+
+    def save_pretrained(self, path: str | Path, *, layout: str = "mamba_ssm", **options: Any) -> None:
+        """Write a checkpoint folder; see `minimal_mamba.checkpoint.save`."""
+        from .checkpoint import save
+
+        save(self, path, layout=layout, **options)

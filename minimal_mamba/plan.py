@@ -1,0 +1,553 @@
+"""How edits and recordings meet the forward: `Tap`, the argument that the forward calls at every site, and `Plan`.
+
+The forward says `x = tap("x", x)` at each site. `NO_TAP` hands the tensor back; a `Plan` is a tap that knows the edits
+and recordings of one run, changes and copies what they name, and afterwards can say that each of them happened.
+Everything that can be checked without running is checked when the plan is made.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .address import EVERYTHING, Address, Span, resolve
+from .config import MambaConfig
+from .edits import Edit, Mean, Project
+from .errors import AddressError, EditError, NotReached, ShapeMismatch
+from .sites import RECURRENT_STATE, SITES
+
+
+class Tap:
+    """A tap that changes and records nothing; `Plan` is the one that does.
+
+    Positions here are local: 0 is the first token of this call of the model.
+    """
+
+    def begin(self, start: Tensor, lengths: Tensor) -> None:
+        """Called once a forward: row i holds the positions start[i] .. start[i] + lengths[i] - 1."""
+
+    def at_layer(self, layer: int) -> "Tap":
+        """The tap of one layer."""
+        return self
+
+    def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
+        """The value of a site after edits: whole (b, l, ...), or (b, ...) at position t for sites per position."""
+        return value
+
+    def edited(self, *sites: str) -> list[int]:
+        """The positions at which an edit touches one of these sites of this layer, ascending."""
+        return []
+
+    def recorded(self, *sites: str) -> list[int]:
+        """The positions at which one of these sites of this layer is recorded, ascending."""
+        return []
+
+    def record(self, site: str, values: Tensor, times: Sequence[int]) -> None:
+        """Hand over the values (b, len(times), ...) of positions that no edit touches."""
+
+    def probed(self, times: Sequence[int]) -> tuple[list[int], Tensor] | None:
+        """Which of these positions take a gradient in `ssm_state`, and the zeros (b, p, e, n) to add there."""
+        return None
+
+    def touches(self, *sites: str) -> bool:
+        """Whether an edit or a recording names one of these sites."""
+        return False
+
+
+NO_TAP = Tap()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Probe(Edit):
+    """Adds a zero whose gradient is wanted; made by `gradients`, not by users. Every site, `recurrent_state` too."""
+
+    zero: Tensor
+    rows = None
+    tensor = "zero"
+
+    def __post_init__(self) -> None:
+        pass
+
+    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        assert value is not None
+        return old + value
+
+
+@dataclass
+class _Item:
+    """One edit or recording of one site, with its address resolved against this run."""
+
+    source: Edit | Address
+    site: str
+    layers: list[int | None]
+    rows: Tensor  # (R,) rows that are read
+    write: Tensor  # (R,) bool: rows that are changed
+    pos: Tensor  # (R, P) absolute positions, -1 where a row has fewer
+    index: list[list[int]] | None  # chosen channels of each feature axis; None: all
+    dropped: tuple[bool, ...]  # which of (position, *features) an int chose
+    value: Tensor | None  # (layers, R, P, *features), with 1 where it broadcasts; for Project (m, *features)
+    done: int = 0
+    pieces: dict[int | None, list[tuple[Tensor, Tensor | None, Tensor]]] = field(default_factory=dict)
+    # of the present call: columns of `pos` inside it, their local times (R, c), and which of them exist
+    cols: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    local: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    valid: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))
+    by_time: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # t -> (i into rows, j into pos)
+
+    @property
+    def edit(self) -> Edit | None:
+        return self.source if isinstance(self.source, Edit) else None
+
+    @property
+    def expected(self) -> int:
+        return len(self.layers) * int(((self.pos >= 0) & self.write[:, None]).sum())
+
+    def begin(self, start: Tensor, lengths: Tensor) -> None:
+        local = self.pos - start[self.rows, None]
+        valid = (self.pos >= 0) & (local >= 0) & (local < lengths[self.rows, None])
+        self.cols = valid.any(0).nonzero()[:, 0]
+        self.local, self.valid = local[:, self.cols], valid[:, self.cols]
+        self.by_time = {}
+        if SITES[self.site].per_position:
+            for c, j in enumerate(self.cols.tolist()):
+                for t in self.local[self.valid[:, c], c].unique().tolist():
+                    i = ((self.local[:, c] == t) & self.valid[:, c]).nonzero()[:, 0]
+                    old = self.by_time.get(t)
+                    more = (i, torch.full_like(i, j))
+                    self.by_time[t] = more if old is None else (torch.cat([old[0], i]), torch.cat([old[1], more[1]]))
+            if isinstance(self.edit, Mean) and self.edit.mean is None:
+                together = all(int(self.valid[:, c].sum()) == len(i) for c, j in enumerate(self.cols.tolist())
+                               for i, js in self.by_time.values() if j in js)  # fmt: skip
+                if not together:
+                    raise EditError(
+                        f"{self.edit}: the rows reach this position at different times, and {self.site} exists one time "
+                        "at a time. Give the mean, or a position counted from the start."
+                    )
+
+    def features(self, lead: int) -> tuple[Tensor, ...]:
+        """The chosen channels as index tensors that broadcast after `lead` leading axes."""
+        assert self.index is not None
+        n = len(self.index)
+        return tuple(torch.tensor(c).reshape([1] * (lead + a) + [-1] + [1] * (n - 1 - a)) for a, c in enumerate(self.index))
+
+    def visible(self, x: Tensor, lead: int) -> Tensor:
+        """Drop the axes that an int chose; `lead` axes stay in front (the position's is axis 1 when lead is 2)."""
+        drop = [lead + a for a, gone in enumerate(self.dropped[1:]) if gone]
+        if lead == 2 and self.dropped[0]:
+            drop.append(1)
+        return x.squeeze(tuple(drop)) if drop else x
+
+    def share(self, layer: int | None) -> Tensor | None:
+        """This layer's part of the value: (R, P, *features), or a Project's basis."""
+        if self.value is None or isinstance(self.edit, Project):
+            return self.value
+        return self.value[self.layers.index(layer) if self.value.shape[0] > 1 else 0]
+
+
+class Plan(Tap):
+    """The edits and recordings of one run, resolved and checked.
+
+    Args:
+        config: the model's sizes.
+        edits, record: edits in their order; addresses to record.
+        start, stop: (b,) first position of each row, and one past its last.
+        origin: (b,) the end that negative positions count from; `stop` if None.
+    Raises:
+        AddressError, ShapeMismatch, EditError: an edit or address that this run cannot honour.
+    """
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        edits: Iterable[Edit],
+        record: Iterable[Address],
+        start: Tensor,
+        stop: Tensor,
+        origin: Tensor | None = None,
+    ):
+        self.config, self.start, self.stop = config, start.cpu(), stop.cpu()
+        self.origin = self.stop if origin is None else origin.cpu()
+        self.record_at = list(dict.fromkeys(record))
+        self.items: dict[tuple[str, int | None], list[_Item]] = {}
+        self.of: dict[int, list[_Item]] = {}  # id of an edit or address -> its items
+        self._sources: list[Edit | Address] = []
+        for source in [*edits, *self.record_at]:
+            if not isinstance(source, Edit | Address):
+                raise EditError(f"{source!r} is neither an edit nor an address; edits are Set, Add, ..., addresses at.<site>(...).")
+            self._sources.append(source)
+            self.of[id(source)] = self._resolve(source)
+            for item in self.of[id(source)]:
+                for layer in item.layers:
+                    self.items.setdefault((item.site, layer), []).append(item)
+
+    # -- making the plan ------------------------------------------------------------------------------------------
+
+    def _resolve(self, source: Edit | Address) -> list[_Item]:
+        edit = source if isinstance(source, Edit) else None
+        address = edit.address if edit else source
+        assert isinstance(address, Address)
+        b, spec = len(self.start), address.spec
+        layers: list[int | None] = [None]
+        if address.layer is not None:
+            layers = list(_named(address, resolve, address.layer, self.config.n_layer, "layer"))
+        chosen = getattr(edit, "rows", None)
+        wanted = list(range(b)) if chosen is None else _named(source, resolve, chosen, b, "row")
+        whole_batch = isinstance(edit, Mean) and edit.mean is None
+        if whole_batch and b == 1:
+            raise EditError(f"{source}: the mean over a batch of one row changes nothing. Give the mean.")
+        rows = list(range(b)) if whole_batch else wanted
+        write = torch.tensor([r in wanted for r in rows])
+        pos = self._positions(address, rows, write, source)
+
+        sizes = [self.config.size(a) for a in spec.features]
+        fields = list(zip(spec.features, address.features, sizes, strict=True))
+        index = [_named(source, resolve, sel, size, axis) for axis, sel, size in fields]
+        all_features = all(len(i) == size and i == list(range(size)) for i, size in zip(index, sizes, strict=True))
+        dropped = (isinstance(address.pos, int), *(isinstance(s, int) for s in address.features))
+
+        value = edit.value if edit else None
+        if value is not None:
+            full = [len(layers), len(rows), pos.shape[1], *map(len, index)]
+            gone = [not isinstance(address.layer, Span | tuple), False, *dropped]
+            value = _fit_basis(source, value, full, gone) if isinstance(edit, Project) else _fit(source, value, full, gone)
+
+        def item(site: str, keep: list[list[int]] | None, part: Tensor | None) -> _Item:
+            return _Item(source, site, layers, torch.tensor(rows), write, pos, keep, dropped, part)
+
+        if address.site != RECURRENT_STATE.name:
+            return [item(address.site, None if all_features else index, value)]
+        n, parts = self.config.d_state, [value, value]
+        if value is not None and value.shape[-1] > 1:
+            parts = [value[..., :n], value[..., n:]]
+        every = index[0] == list(range(sizes[0]))
+        spans = [list(range(n)), list(range(self.config.d_conv))]
+        return [
+            item(site, None if every else [index[0], span], part)
+            for site, span, part in zip(("ssm_state", "conv_state"), spans, parts, strict=True)
+        ]
+
+    def _positions(self, address: Address, rows: list[int], write: Tensor, source: Edit | Address) -> Tensor:
+        found: list[list[int]] = []
+        for row, needed in zip(rows, write.tolist(), strict=True):
+            first, last, origin = int(self.start[row]), int(self.stop[row]) - 1, int(self.origin[row])
+            sel = address.pos
+            if isinstance(sel, Span):
+                ends = [None if v is None else max(v + origin, 0) if v < 0 else v for v in (sel.start, sel.stop)]
+                here = [p for p in range(last + 1)[slice(*ends, sel.step)] if p >= first]
+            else:
+                here = [p + origin if p < 0 else p for p in ([sel] if isinstance(sel, int) else sel)]
+                outside = [p for p in here if not first <= p <= last]
+                if outside and needed:
+                    raise AddressError(f"{source}: row {row} has no position {outside[0]}; this run has its positions {first}..{last}.")
+                here = [] if outside else here
+            if not here and needed:
+                raise AddressError(f"{source}: the slice {sel} selects nothing of row {row}; this run has its positions {first}..{last}.")
+            if len(set(here)) != len(here):
+                raise AddressError(f"{source} names the same position of row {row} twice.")
+            found.append(here)
+        width = max(map(len, found))
+        return torch.tensor([h + [-1] * (width - len(h)) for h in found], dtype=torch.long)
+
+    # -- during the run -------------------------------------------------------------------------------------------
+
+    def begin(self, start: Tensor, lengths: Tensor) -> None:
+        for items in self.of.values():
+            for item in items:
+                item.begin(start.cpu(), lengths.cpu())
+
+    def at_layer(self, layer: int) -> "Tap":
+        return _LayerTap(self, layer)
+
+    def touches(self, *sites: str) -> bool:
+        return any(site in sites for site, _ in self.items)
+
+    def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
+        return self.pass_by(site, None, value, t)
+
+    def pass_by(self, site: str, layer: int | None, value: Tensor, t: int | None) -> Tensor:
+        """Apply the edits of this place in their order, probes after them; then record."""
+        items = self.items.get((site, layer))
+        if not items:
+            return value
+        for kind in (_is_edit, _is_probe):
+            for item in filter(kind, items):
+                value = self._edit(item, layer, value) if t is None else self._edit_at(item, layer, value, t)
+        for item in items:
+            if item.edit is None:
+                self._record(item, layer, value) if t is None else self._record_at(item, layer, value, t)
+        return value
+
+    def _edit(self, item: _Item, layer: int | None, value: Tensor) -> Tensor:
+        if not len(item.cols):
+            return value
+        assert item.edit is not None
+        everywhere = _covers(item, value)
+        where = () if everywhere else _index(item, value.device)
+        old = value if everywhere else value[where]  # (R, c, *features)
+        share = item.share(layer)
+        if share is not None and not isinstance(item.edit, Project) and share.shape[1] > 1:
+            share = share[:, item.cols]
+        if share is not None:
+            share = share.to(old.device)
+            share = share if isinstance(item.edit, Project) else item.visible(share, 2).to(old.dtype)
+        seen = item.visible(old, 2)
+        valid = item.valid.to(value.device)
+
+        def mean() -> Tensor:
+            weight = valid.reshape(valid.shape + (1,) * (old.dim() - 2)).to(old.dtype)
+            return item.visible((old * weight).sum(0, keepdim=True) / weight.sum(0, keepdim=True), 2)
+
+        new = item.edit.new(seen, share, mean).to(old.dtype).reshape(old.shape)
+        written = item.valid & item.write[:, None]
+        item.done += int(written.sum())
+        if written.all():
+            return new if everywhere else value.index_put(where, new)
+        i, c = written.nonzero(as_tuple=True)
+        rows, times = item.rows[i], item.local[i, c]
+        if item.index is None:
+            return value.index_put((rows.to(value.device), times.to(value.device)), new[i, c])
+        spread = (-1,) + (1,) * len(item.index)
+        at = (rows.reshape(spread), times.reshape(spread), *item.features(1))
+        return value.index_put(tuple(a.to(value.device) for a in at), new[i, c])
+
+    def _edit_at(self, item: _Item, layer: int | None, value: Tensor, t: int) -> Tensor:
+        if t not in item.by_time:
+            return value
+        assert item.edit is not None
+        i, j = item.by_time[t]
+        where = _index_at(item, item.rows[i], value)
+        old = value if where is None else value[where]  # (K, *features)
+        share = item.share(layer)
+        if share is not None:
+            if not isinstance(item.edit, Project):
+                share = share[i if share.shape[0] > 1 else 0, j if share.shape[1] > 1 else 0]
+                if share.dim() < old.dim():  # both were 1: one value for all rows
+                    share = share[None]
+                share = item.visible(share, 1).to(old.dtype)
+            share = share.to(old.device)
+        seen = item.visible(old, 1)
+        new = item.edit.new(seen, share, lambda: seen.mean(0, keepdim=True)).to(old.dtype).reshape(old.shape)
+        keep = item.write[i]
+        item.done += int(keep.sum())
+        if keep.all():
+            return new if where is None else value.index_put(where, new)
+        where = _index_at(item, item.rows[i][keep], value)
+        assert where is not None
+        return value.index_put(where, new[keep.to(new.device)])
+
+    def _record(self, item: _Item, layer: int | None, value: Tensor) -> None:
+        if not len(item.cols):
+            return
+        got = value.clone() if _covers(item, value) else value[_index(item, value.device)]
+        valid = None if item.valid.all() else item.valid
+        self._keep(item, layer, item.cols, valid, got)
+
+    def _record_at(self, item: _Item, layer: int | None, value: Tensor, t: int) -> None:
+        if t not in item.by_time:
+            return
+        i, j = item.by_time[t]
+        where = _index_at(item, item.rows[i], value)
+        got = (value.clone() if where is None else value[where])[:, None]  # (K, 1, *features)
+        if len(i) == len(item.rows) and bool((j == j[0]).all()):
+            return self._keep(item, layer, j[:1], None, got)
+        for row, col in zip(i.tolist(), j.tolist(), strict=True):
+            valid = torch.zeros(len(item.rows), 1, dtype=torch.bool)
+            valid[row] = True
+            spread = got.new_zeros((len(item.rows), *got.shape[1:]))
+            this = got[(i == row).nonzero()[:, 0].to(got.device)]
+            self._keep(item, layer, torch.tensor([col]), valid, spread.index_put((torch.tensor([row]),), this))
+
+    def _keep(self, item: _Item, layer: int | None, cols: Tensor, valid: Tensor | None, got: Tensor) -> None:
+        item.pieces.setdefault(layer, []).append((cols, valid, got))
+        item.done += got.shape[0] * got.shape[1] if valid is None else int(valid.sum())
+
+    def record_many(self, site: str, layer: int | None, values: Tensor, times: Sequence[int]) -> None:
+        """Take in recordings that a fast scan made of positions without edits."""
+        column = {t: c for c, t in enumerate(times)}
+        for item in self.items.get((site, layer), []):
+            if item.edit is not None:
+                continue
+            regular = item.valid.all() and bool((item.local == item.local[:1]).all())
+            mine = [t for t in item.by_time if t in column]
+            if not regular or not mine:
+                for t in mine:
+                    self._record_at(item, layer, values[:, column[t]], t)
+                continue
+            take = [column[t] for t in mine]
+            got = values if take == list(range(values.shape[1])) else values[:, take]
+            if item.index is not None:
+                got = got[(slice(None), slice(None), *(torch.tensor(c).to(got.device) for c in _outer(item.index)))]
+            self._keep(item, layer, torch.tensor([int(item.by_time[t][1][0]) for t in mine]), None, got.clone())
+
+    # -- after the run --------------------------------------------------------------------------------------------
+
+    def results(self) -> dict[Address, Tensor]:
+        """The recordings. Raises NotReached, naming them, if an edit or a recording did not happen everywhere."""
+        for source in self._sources:
+            for item in self.of[id(source)]:
+                if item.done != item.expected:
+                    what = "edit" if item.edit else "recording"
+                    raise NotReached(
+                        f"{what} {source} happened at {item.done} of {item.expected} places: the operations in use passed "
+                        f"over {item.site!r}. This is a fault of the backend; run with backend='reference'."
+                    )
+        return {a: self._assemble(self.of[id(a)]) for a in self.record_at}
+
+    def _assemble(self, items: list[_Item]) -> Tensor:
+        parts = [torch.stack([_join(item, layer) for layer in item.layers]) for item in items]
+        wide = parts[0].dtype if len(parts) == 1 else torch.promote_types(parts[0].dtype, parts[1].dtype)
+        out = torch.cat([p.to(wide) for p in parts], -1) if len(parts) > 1 else parts[0]  # (layers, b, P, *features)
+        address = items[0].source
+        assert isinstance(address, Address)
+        gone = [0] if not isinstance(address.layer, Span | tuple) else []
+        gone += [2 + a for a, g in enumerate(items[0].dropped) if g]
+        return out.squeeze(tuple(gone)) if gone else out
+
+
+class _LayerTap(Tap):
+    """A plan seen from one layer."""
+
+    def __init__(self, plan: Plan, layer: int):
+        self.plan, self.layer = plan, layer
+
+    def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
+        return self.plan.pass_by(site, self.layer, value, t)
+
+    def _times(self, sites: Sequence[str], kind: Callable[[_Item], bool]) -> list[int]:
+        found: set[int] = set()
+        for site in sites:
+            for item in filter(kind, self.plan.items.get((site, self.layer), [])):
+                found.update(item.by_time)
+        return sorted(found)
+
+    def edited(self, *sites: str) -> list[int]:
+        linear = ("ssm_state", "state_write")  # a scan can take their probes as something added to the state
+        probed = self._times([s for s in sites if s not in linear], _is_probe)
+        return sorted({*self._times(sites, _is_edit), *probed})
+
+    def recorded(self, *sites: str) -> list[int]:
+        return self._times(sites, lambda item: item.edit is None)
+
+    def record(self, site: str, values: Tensor, times: Sequence[int]) -> None:
+        self.plan.record_many(site, self.layer, values, times)
+
+    def probed(self, times: Sequence[int]) -> tuple[list[int], Tensor] | None:
+        here = set(times)
+        total: Tensor | None = None
+        items = [i for s in ("ssm_state", "state_write") for i in self.plan.items.get((s, self.layer), []) if _is_probe(i)]
+        taken = sorted(here.intersection(*[set().union(*(i.by_time for i in items))])) if items else []
+        for item in items if taken else []:
+            share = item.share(self.layer)
+            assert share is not None
+            sizes = [self.plan.config.d_inner, self.plan.config.d_state]
+            rows, times_, cols = [], [], []
+            for p, t in enumerate(taken):
+                if t in item.by_time:
+                    i, j = item.by_time[t]
+                    rows.append(i)
+                    cols.append(j)
+                    times_.append(torch.full_like(i, p))
+            i, j, p = torch.cat(rows), torch.cat(cols), torch.cat(times_)
+            item.done += len(i)
+            target = share.new_zeros((len(item.rows), len(taken), *sizes))
+            if item.index is None:
+                added = target.index_put((i, p), share[i, j])
+            else:
+                spread = (-1,) + (1,) * len(item.index)
+                added = target.index_put((i.reshape(spread), p.reshape(spread), *item.features(1)), share[i, j])
+            total = added if total is None else total + added
+        return None if total is None else (taken, total)
+
+
+def _is_probe(item: _Item) -> bool:
+    return isinstance(item.edit, Probe)
+
+
+def _is_edit(item: _Item) -> bool:
+    return item.edit is not None and not _is_probe(item)
+
+
+def _named(source: object, fn: Callable[..., list[int]], *args: object) -> list[int]:
+    try:
+        return fn(*args)
+    except AddressError as error:
+        raise AddressError(f"{source}: {error}") from None
+
+
+def _outer(index: list[list[int]]) -> list[list]:  # type: ignore[type-arg]
+    """Index lists shaped so that together they select the outer product."""
+    n = len(index)
+    return [torch.tensor(c).reshape([-1 if a == b else 1 for b in range(n)]).tolist() for a, c in enumerate(index)]
+
+
+def _covers(item: _Item, value: Tensor) -> bool:
+    """Whether the item selects the whole tensor (b, l, ...) in its order, so that no index is needed."""
+    b, l = value.shape[:2]
+    if item.index is not None or item.valid.shape != (b, l) or not item.valid.all():
+        return False
+    return bool((item.rows == torch.arange(b)).all() and (item.local == torch.arange(l)).all())
+
+
+def _index(item: _Item, device: torch.device) -> tuple[Tensor, ...]:
+    """Index of a whole (b, l, *features) tensor that selects (R, c, *features); missing positions read position 0."""
+    rows, times = item.rows[:, None].expand_as(item.local), item.local.where(item.valid, 0)
+    if item.index is not None:
+        spread = (...,) + (None,) * len(item.index)
+        rows, times = rows[spread], times[spread]
+        return tuple(i.to(device) for i in (rows, times, *item.features(2)))
+    return rows.to(device), times.to(device)
+
+
+def _index_at(item: _Item, rows: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
+    """Index of a (b, *features) tensor that selects (K, *features); None where that is the tensor itself."""
+    if item.index is None:
+        same = len(rows) == len(value) and bool((rows == torch.arange(len(value))).all())
+        return None if same else (rows.to(value.device),)
+    at = (rows.reshape((-1,) + (1,) * len(item.index)), *item.features(1))
+    return tuple(i.to(value.device) for i in at)
+
+
+def _join(item: _Item, layer: int | None) -> Tensor:
+    """One layer's recording (R, P, *features) from its pieces; positions that a row lacks are zero."""
+    pieces = item.pieces[layer]
+    if all(valid is None for _, valid, _ in pieces):
+        cols = torch.cat([c for c, _, _ in pieces])
+        joined = pieces[0][2] if len(pieces) == 1 else torch.cat([got for *_, got in pieces], 1)
+        in_order = bool((cols == torch.arange(len(cols))).all())
+        return joined if in_order else joined[:, cols.argsort().to(joined.device)]
+    first = pieces[0][2]
+    out = first.new_zeros((len(item.rows), item.pos.shape[1], *first.shape[2:]))
+    for cols, valid, got in pieces:
+        mask = torch.ones(got.shape[:2], dtype=torch.bool) if valid is None else valid
+        i, c = mask.nonzero(as_tuple=True)
+        out = out.index_put((i.to(out.device), cols[c].to(out.device)), got[i.to(got.device), c.to(got.device)])
+    return out
+
+
+def _fit(source: object, value: Tensor, full: list[int], gone: list[bool]) -> Tensor:
+    """View a value as (layers, rows, positions, *features) with 1 where it broadcasts; raise ShapeMismatch if it cannot be."""
+    shown = [size for size, g in zip(full, gone, strict=True) if not g]
+    tail = [size for size, g in zip(full[3:], gone[3:], strict=True) if not g]
+    given = list(value.shape)
+    if not given:
+        return value.reshape([1] * len(full))
+    if given == tail or len(given) == len(shown):
+        target = [1] * (len(shown) - len(tail)) + tail if given == tail and len(given) != len(shown) else given
+        if all(g in (1, s) for g, s in zip(target, shown, strict=True)):
+            sizes = iter(target)
+            return value.reshape([1 if g else next(sizes) for g in gone])
+    raise ShapeMismatch(
+        f"{source}: the value is {tuple(given)}; the place is {tuple(shown)}. A value has that shape (1 where it is the same "
+        f"along an axis), or {tuple(tail)} for all rows and positions alike, or is one number."
+    )
+
+
+def _fit_basis(source: object, value: Tensor, full: list[int], gone: list[bool]) -> Tensor:
+    tail = [size for size, g in zip(full[3:], gone[3:], strict=True) if not g]
+    if list(value.shape[1:]) != tail:
+        raise ShapeMismatch(f"{source}: a basis here is (m, {', '.join(map(str, tail))}); this one is {tuple(value.shape)}.")
+    return value
+
+
+__all__ = ["EVERYTHING", "NO_TAP", "Plan", "Probe", "Tap"]

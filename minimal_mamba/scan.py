@@ -1,0 +1,99 @@
+"""The two recurrences of Mamba, one token at a time: the causal convolution and the selective scan.
+
+These are the readable operations. A backend replaces `Ops.conv` and `Ops.scan`, with the same meaning: up to the first
+position that an edit touches, one readable step there, on to the next, the state handed from one to the other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+from .plan import NO_TAP, Tap
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, *, mask: Tensor | None = None, tap: Tap = NO_TAP
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel with its own past.
+
+        conv_t = bias + sum_i weight[:, i] x_{t-k+1+i}
+
+    Args:
+        x: (b, l, e) inputs.
+        weight: (e, k), newest input last. bias: (e,) or None.
+        window: (b, e, k) the last k inputs before x, newest last; its oldest is never used.
+        mask: (b, l) True on tokens, False on padding, which leaves the window as it is; None: all tokens.
+        tap: offers `conv_state` at every position.
+    Returns:
+        conv (b, l, e), and the window after the last token (b, e, k).
+    Cost: l Python steps.
+    Source: causal_conv1d.causal_conv1d_interface.causal_conv1d_update_ref, repeated (1.7.0). Differs: the window is a value.
+    """
+    out = []
+    for t, x_t in enumerate(x.unbind(1)):
+        window_t = torch.cat([window[:, :, 1:], x_t[:, :, None]], dim=2)  # (b, e, k)
+        out.append(einsum(window_t, weight, "b e k, e k -> b e"))
+        window_t = tap("conv_state", window_t, t)
+        window = window_t if mask is None else torch.where(mask[:, t, None, None], window_t, window)
+    conv = torch.stack(out, dim=1)  # (b, l, e)
+    return conv if bias is None else conv + bias, window
+
+
+def ssm_step(
+    h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, tap: Tap = NO_TAP, t: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Take in one token and read the state.
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t        y_t = C_t h_t
+
+    Args:
+        h: (b, e, n) the state before this token, float32 or wider.
+        u, dt: (b, e) input, and step size > 0. A: (e, n) < 0. B, C: (b, n).
+        tap, t: offers `decay`, `state_write`, `ssm_state`, `state_read` at position t.
+    Returns:
+        h (b, e, n) after this token, and y (b, e).
+    Source: Gu & Dao 2023 (arXiv:2312.00752), Eq. 2a, 2b and 4, with B discretised by Euler's rule (dt B) as the official
+        code does.
+    """
+    decay = tap("decay", torch.exp(einsum(dt, A, "b e, e n -> b e n")), t)  # (b, e, n)  A-bar
+    write = tap("state_write", einsum(dt * u, B.to(dt.dtype), "b e, b n -> b e n"), t)  # (b, e, n)  B-bar u
+    h = tap("ssm_state", decay * h + write, t)  # (b, e, n)  Eq. 2a
+    read = tap("state_read", h, t)
+    return h, einsum(read, C.to(read.dtype), "b e n, b n -> b e")  # Eq. 2b
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Tap = NO_TAP
+) -> tuple[Tensor, Tensor]:
+    """Run `ssm_step` over a sequence.
+
+    Args:
+        u, dt: (b, l, e) input, and step size; 0 on padding, which leaves the state as it is.
+        A: (e, n). B, C: (b, l, n). h: (b, e, n) the state before the first token.
+    Returns:
+        y (b, l, e), and the state after the last token (b, e, n).
+    Cost: l Python steps; without gradients no memory beyond y and one state.
+    Source: Gu & Dao 2023, Algorithm 2; mamba_ssm.ops.selective_scan_interface.selective_scan_ref @ e9594ce.
+        Differs: an initial state, one step at a time, no D and no gate.
+    """
+    ys = []
+    tokens = zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True)
+    for t, (u_t, dt_t, B_t, C_t) in enumerate(tokens):
+        h, y = ssm_step(h, u_t, dt_t, A, B_t, C_t, tap=tap, t=t)
+        ys.append(y)
+    return torch.stack(ys, dim=1), h  # (b, l, e)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations that a backend replaces, with the signatures of `causal_conv` and `selective_scan`."""
+
+    name: str
+    conv: Callable[..., tuple[Tensor, Tensor]]
+    scan: Callable[..., tuple[Tensor, Tensor]]
+
+
+READABLE = Ops("reference", causal_conv, selective_scan)
