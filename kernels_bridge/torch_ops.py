@@ -1,0 +1,102 @@
+"""The `torch` backend: fast stretches where nothing is touched, the readable step where an edit is (law 4)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from minimal_mamba.plan import NO_TAP, Tap
+from minimal_mamba.scan import Ops, causal_conv, ssm_step
+
+from .torch_scan import scan
+
+
+def stretches(length: int, touched: list[int]) -> Iterator[tuple[int, int, bool]]:
+    """Cut 0..length into (first, stop, touched) at the touched positions."""
+    first = 0
+    for t in [*touched, length]:
+        if first < t:
+            yield first, t, False
+        if t < length:
+            yield t, t + 1, True
+        first = t + 1
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Tap = NO_TAP
+) -> tuple[Tensor, Tensor]:
+    """`minimal_mamba.scan.selective_scan`, with `torch_scan.scan` between the positions that edits touch."""
+    l = u.shape[1]
+    ys = []
+    recorded = {site: tap.recorded(site) for site in ("decay", "state_write", "ssm_state", "state_read")}
+    for first, stop, touched in stretches(l, tap.edited(*recorded)):
+        if touched:
+            h, y = ssm_step(h, u[:, first], dt[:, first], A, B[:, first], C[:, first], tap=tap, t=first)
+            ys.append(y[:, None])
+            continue
+        s = slice(first, stop)
+        wanted = {site: [t for t in times if first <= t < stop] for site, times in recorded.items()}
+        keep = sorted({*wanted["ssm_state"], *wanted["state_read"]})
+        added_at, added = tap.probed(range(first, stop)) or ([], None)
+        y, h, kept = scan(
+            u[:, s], dt[:, s], A, B[:, s], C[:, s], h,
+            keep=[t - first for t in keep], added=added, added_at=[t - first for t in added_at],
+        )  # fmt: skip
+        ys.append(y)
+        for site in ("ssm_state", "state_read"):
+            if wanted[site]:
+                tap.record(site, kept if wanted[site] == keep else kept[:, [keep.index(t) for t in wanted[site]]], wanted[site])
+        if at := wanted["decay"]:
+            tap.record("decay", torch.exp(dt[:, at, :, None] * A), at)
+        if at := wanted["state_write"]:
+            write = (dt[:, at] * u[:, at])[..., None] * B[:, at, None].to(h.dtype)
+            if added is not None:  # a probe of the write adds to the write; to the state alone it would not
+                write = write + 0 * write
+            tap.record("state_write", write, at)
+    return (ys[0] if len(ys) == 1 else torch.cat(ys, 1)), h  # (b, l, e)
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, *, mask: Tensor | None = None, tap: Tap = NO_TAP
+) -> tuple[Tensor, Tensor]:
+    """`minimal_mamba.scan.causal_conv`, as k shifted products between the positions that edits touch."""
+    (b, l, _), k = x.shape, weight.shape[1]
+    out = []
+    recorded = tap.recorded("conv_state")
+    for first, stop, touched in stretches(l, tap.edited("conv_state")):
+        s = slice(first, stop)
+        part = None if mask is None else mask[:, s]
+        if touched:
+            step = _At(tap, first)
+            y, window = causal_conv(x[:, s], weight, bias, window, mask=part, tap=step)
+            out.append(y)
+            continue
+        padded = torch.cat([window.transpose(1, 2)[:, 1:], x[:, s]], 1)  # (b, k - 1 + stretch, e)
+        m = stop - first
+        y = padded[:, :m] * weight[:, 0] if bias is None else torch.addcmul(bias, padded[:, :m], weight[:, 0])
+        for i in range(1, k):
+            y = torch.addcmul(y, padded[:, i : i + m], weight[:, i])
+        out.append(y)
+        windows = torch.cat([window.transpose(1, 2), x[:, s]], 1).unfold(1, k, 1)[:, 1:]  # (b, stretch, e, k), a view
+        if at := [t for t in recorded if first <= t < stop]:
+            tap.record("conv_state", windows[:, [t - first for t in at]], at)
+        if part is None:
+            window = windows[:, -1]
+        else:
+            tokens = part.sum(1)  # of each row in this stretch; padding comes last
+            rows = torch.arange(b, device=x.device)
+            window = torch.where((tokens > 0)[:, None, None], windows[rows, (tokens - 1).clamp(min=0)], window)
+    return (out[0] if len(out) == 1 else torch.cat(out, 1)), window
+
+
+class _At(Tap):
+    """A tap moved along by `first` positions, for a step that counts from 0."""
+
+    def __init__(self, tap: Tap, first: int):
+        self.tap, self.first = tap, first
+
+    def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
+        return self.tap(site, value, None if t is None else t + self.first)
+
+
+TORCH = Ops("torch", conv, selective_scan)
