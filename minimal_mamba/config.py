@@ -180,7 +180,8 @@ _HF_IGNORED = set(
 
 
 def _check(raw: Mapping[str, Any], known: set[str], fixed: Mapping[str, tuple[Any, ...]], where: str) -> None:
-    for key, value in raw.items():
+    # what is not Mamba-1 says so before the keys that come with it are called unknown
+    for key, value in sorted(raw.items(), key=lambda item: item[0] not in fixed):
         if key in fixed:
             if value not in fixed[key]:
                 allowed = " or ".join(repr(v) for v in fixed[key])

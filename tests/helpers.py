@@ -11,9 +11,10 @@ from minimal_mamba import Mamba, MambaConfig
 def lively(model: Mamba, seed: int = 0) -> Mamba:
     """Redraw every weight of the model, in place, so that the scan carries the logits; returns the model.
 
-    B, C and u are of order one, memories last from one to some twenty tokens, the skip and the embedding are small beside
-    what is read from the state, and no two channels, state dimensions or layers are alike. The draw is made in float64 from
-    a generator of its own: the same seed and sizes give the same weights, rounded, in every type and on every device.
+    B, C and u are of order one, memories last from one to some twenty tokens, the skip and the embedding are small
+    beside what is read from the state, and no two channels, state dimensions or layers are alike. The draw is made in
+    float64 from a generator of its own: the same seed and sizes give the same weights, rounded, in every type and on
+    every device.
     """
     rng = torch.Generator().manual_seed(seed)
 
