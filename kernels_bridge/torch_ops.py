@@ -49,10 +49,7 @@ def selective_scan(
         if at := wanted["decay"]:
             tap.record("decay", torch.exp(dt[:, at, :, None] * A), at)
         if at := wanted["state_write"]:
-            write = (dt[:, at] * u[:, at])[..., None] * B[:, at, None].to(h.dtype)
-            if added is not None:  # a probe of the write adds to the write; to the state alone it would not
-                write = write + 0 * write
-            tap.record("state_write", write, at)
+            tap.record("state_write", (dt[:, at] * u[:, at])[..., None] * B[:, at, None].to(h.dtype), at)
     return (ys[0] if len(ys) == 1 else torch.cat(ys, 1)), h  # (b, l, e)
 
 

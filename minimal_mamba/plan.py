@@ -249,6 +249,16 @@ class Plan(Tap):
         width = max(map(len, found))
         return torch.tensor([h + [-1] * (width - len(h)) for h in found], dtype=torch.long)
 
+    def shape(self, source: Edit | Address) -> tuple[int, ...]:
+        """Shape of what an address of this plan records."""
+        items = self.of[id(source)]
+        first, address = items[0], source.address if isinstance(source, Edit) else source
+        fields = zip(address.spec.features, address.features, strict=True)
+        kept = [len(resolve(sel, self.config.size(axis), axis)) for axis, sel in fields]
+        full = [len(first.layers), len(first.rows), first.pos.shape[1], *kept]
+        gone = [not isinstance(address.layer, Span | tuple), False, *first.dropped]
+        return tuple(size for size, g in zip(full, gone, strict=True) if not g)
+
     # -- during the run -------------------------------------------------------------------------------------------
 
     def begin(self, start: Tensor, lengths: Tensor) -> None:
@@ -433,31 +443,27 @@ class _LayerTap(Tap):
         self.plan.record_many(site, self.layer, values, times)
 
     def probed(self, times: Sequence[int]) -> tuple[list[int], Tensor] | None:
-        here = set(times)
-        total: Tensor | None = None
         items = [i for s in ("ssm_state", "state_write") for i in self.plan.items.get((s, self.layer), []) if _is_probe(i)]
-        taken = sorted(here.intersection(*[set().union(*(i.by_time for i in items))])) if items else []
-        for item in items if taken else []:
-            share = item.share(self.layer)
+        taken = sorted({t for t in times for item in items if t in item.by_time})
+        if not taken:
+            return None
+        sizes = (self.plan.config.d_inner, self.plan.config.d_state)
+        total: Tensor | None = None
+        for item in items:
+            places = [(*item.by_time[t], torch.full_like(item.by_time[t][0], p)) for p, t in enumerate(taken) if t in item.by_time]
+            if not places:
+                continue
+            i, j, p = (torch.cat(parts) for parts in zip(*places, strict=True))
+            share = item.share(self.layer)  # gathered at once: one position at a time costs the square in the backward
             assert share is not None
-            sizes = [self.plan.config.d_inner, self.plan.config.d_state]
-            rows, times_, cols = [], [], []
-            for p, t in enumerate(taken):
-                if t in item.by_time:
-                    i, j = item.by_time[t]
-                    rows.append(i)
-                    cols.append(j)
-                    times_.append(torch.full_like(i, p))
-            i, j, p = torch.cat(rows), torch.cat(cols), torch.cat(times_)
+            spread = (-1,) + (1,) * len(item.index or ())
+            chosen = item.features(1) if item.index else ()
+            at = tuple(a.to(share.device) for a in (item.rows[i].reshape(spread), p.reshape(spread), *chosen))
+            added = share.new_zeros(len(self.plan.start), len(taken), *sizes).index_put(at, share[i.to(share.device), j.to(share.device)])
             item.done += len(i)
-            target = share.new_zeros((len(item.rows), len(taken), *sizes))
-            if item.index is None:
-                added = target.index_put((i, p), share[i, j])
-            else:
-                spread = (-1,) + (1,) * len(item.index)
-                added = target.index_put((i.reshape(spread), p.reshape(spread), *item.features(1)), share[i, j])
             total = added if total is None else total + added
-        return None if total is None else (taken, total)
+        assert total is not None
+        return taken, total
 
 
 def _is_probe(item: _Item) -> bool:

@@ -1,0 +1,43 @@
+"""interp: the front door. Name places with `at`, change them with edits, see what follows with `run`.
+
+    donor = run(model, clean_ids, record=[state := at.ssm_state(layer=3, pos=7)])
+    patched = run(model, corrupt_ids, edits=[Set(state, donor[state])])
+    effect = logit_diff(patched.logits[:, -1], answer, foil)  # nats
+"""
+
+from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale, Set, Zero, at
+
+from .metrics import accuracy, kl, log_prob, logit_diff, prob
+from .plots import heatmap
+from .run import Gradients, Run, generate, gradients, run
+from .store import load_edits, save_edits
+from .sweep import Grid, patch_grid
+
+__all__ = [
+    "SITES",
+    "Add",
+    "Address",
+    "Apply",
+    "Edit",
+    "Gradients",
+    "Grid",
+    "Mean",
+    "Project",
+    "Run",
+    "Scale",
+    "Set",
+    "Zero",
+    "accuracy",
+    "at",
+    "generate",
+    "gradients",
+    "heatmap",
+    "kl",
+    "load_edits",
+    "log_prob",
+    "logit_diff",
+    "patch_grid",
+    "prob",
+    "run",
+    "save_edits",
+]

@@ -1,0 +1,69 @@
+"""Metrics: from logits to one number a row, each with its unit.
+
+Logits are (b, v), or (b, l, v), of which the last position counts; or a `Run`, whose rows' own last tokens count. The
+logits of a padded batch are zero at the end of short rows: pass the run, or `run_.last_logits`.
+"""
+
+import torch
+from torch import Tensor
+
+from minimal_mamba.errors import InputError
+
+from .run import Run
+
+Tokens = int | Tensor  # one id for all rows, or (b,)
+
+
+def _last(logits: Tensor | Run) -> Tensor:
+    if isinstance(logits, Run):
+        return logits.last_logits.to(torch.promote_types(logits.logits.dtype, torch.float32))
+    if logits.dim() not in (2, 3):
+        raise InputError(f"logits have shape {tuple(logits.shape)}; a metric takes (b, v) or (b, l, v).")
+    last = logits if logits.dim() == 2 else logits[:, -1]
+    if logits.dim() == 3 and logits.shape[1] > 1:
+        blank = ~last.any(-1) & logits.any(-1).any(-1)
+        if blank.any():
+            raise InputError(
+                f"the logits of row {int(blank.nonzero()[0])} are all zero at the last position, as on padding. "
+                "Pass the run, or run_.last_logits."
+            )
+    return last.to(torch.promote_types(last.dtype, torch.float32))
+
+
+def _pick(scores: Tensor, tokens: Tokens) -> Tensor:
+    b, v = scores.shape
+    index = torch.as_tensor(tokens, device=scores.device)
+    if index.shape not in ((), (b,)) or index.is_floating_point():
+        raise InputError(f"tokens have shape {tuple(index.shape)}; give one id, or one a row ({b},).")
+    if int(index.min()) < 0 or int(index.max()) >= v:
+        raise InputError(f"token id {int(index.max())} is outside the logits' 0..{v - 1}.")
+    return scores.gather(1, index.expand(b)[:, None])[:, 0]
+
+
+def logit_diff(logits: Tensor | Run, answer: Tokens, foil: Tokens) -> Tensor:
+    """logit(answer) - logit(foil) = log p(answer) - log p(foil), in nats, (b,)."""
+    scores = _last(logits)
+    return _pick(scores, answer) - _pick(scores, foil)
+
+
+def log_prob(logits: Tensor | Run, answer: Tokens) -> Tensor:
+    """log p(answer), in nats, (b,)."""
+    return _pick(_last(logits).log_softmax(-1), answer)
+
+
+def prob(logits: Tensor | Run, answer: Tokens) -> Tensor:
+    """p(answer), 0 to 1, (b,)."""
+    return log_prob(logits, answer).exp()
+
+
+def kl(logits: Tensor | Run, other: Tensor | Run) -> Tensor:
+    """KL(p || q) = sum p (log p - log q), p of `logits` and q of `other`, in nats, >= 0, (b,)."""
+    p, q = _last(logits).log_softmax(-1), _last(other).log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def accuracy(logits: Tensor | Run, answer: Tokens) -> Tensor:
+    """1 where the answer has the highest logit, else 0, (b,). Not differentiable."""
+    scores = _last(logits)
+    best = _pick(scores, answer)
+    return (scores.argmax(-1) == torch.as_tensor(answer, device=best.device)).to(best.dtype)

@@ -1,0 +1,228 @@
+"""`run`, `generate` and `gradients`: one call, from token ids and edits to numbers."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from kernels_bridge import resolve
+from minimal_mamba import Address, Edit, Mamba, MambaState, Plan
+from minimal_mamba.block import wide
+from minimal_mamba.errors import InputError, MambascopeError, NotRecorded
+from minimal_mamba.plan import Probe
+
+Metric = Callable[[Tensor], Tensor]  # logits (b, l, v) -> (b,)
+Lengths = Tensor | Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run gave.
+
+    Args:
+        ids: (b, l) the tokens; of `generate`, with what was generated.
+        logits: (b, l, v), zero on padding; (b, 1, v) with `last_only`.
+        lengths: (b,) tokens in each row of `ids`.
+        state: the memory after each row's last token, if it was kept.
+        backend: the name of the operations that ran.
+    `run_[address]` is a copy of what was recorded there.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    lengths: Tensor
+    state: MambaState | None
+    backend: str
+    records: Mapping[Address, Tensor] = field(repr=False)
+
+    def __getitem__(self, address: Address) -> Tensor:
+        if address not in self.records:
+            made = ", ".join(map(str, self.records)) or "nothing"
+            raise NotRecorded(f"{address} was not recorded; this run recorded {made}. Name it in run(..., record=[...]).")
+        return self.records[address].clone()
+
+    @property
+    def last_logits(self) -> Tensor:
+        """(b, v): the logits of each row's last token."""
+        if self.logits.shape[1] == 1:
+            return self.logits[:, 0]
+        rows = torch.arange(len(self.logits), device=self.logits.device)
+        return self.logits[rows, (self.lengths.clamp(max=self.logits.shape[1]) - 1).to(self.logits.device)]
+
+
+def run(
+    model: Mamba,
+    ids: Tensor,
+    edits: Iterable[Edit] = (),
+    record: Iterable[Address] = (),
+    backend: str = "auto",
+    state: MambaState | None = None,
+    keep_state: bool = False,
+    lengths: Lengths = None,
+    last_only: bool = False,
+) -> Run:
+    """Run a model once under edits and record what was asked.
+
+    Args:
+        ids: (b, l) token ids.
+        edits: applied in the order given wherever they name the same place.
+        record: addresses to keep; values are those after edits.
+        backend: "reference", "torch", "fused", or "auto", the fastest available here; `Run.backend` says which.
+        state: a memory to go on from; positions then count on from where it stood.
+        keep_state: keep the memory after the last token.
+        lengths: (b,) real tokens in each row of a right-padded batch; negative positions count from a row's own end.
+        last_only: logits of each row's last token only.
+    Raises:
+        AddressError, ShapeMismatch, EditError, InputError, BackendUnavailable: before anything runs.
+        NotReached: an edit or recording did not happen.
+    Cost: one forward; on `torch` each position that an edit of the recurrence touches costs one readable step.
+    """
+    return _run(model, ids, tuple(edits), tuple(record), backend, state, keep_state, lengths, last_only)
+
+
+def _run(
+    model: Mamba, ids: Tensor, edits: Sequence[Edit], record: Sequence[Address], backend: str,
+    state: MambaState | None, keep_state: bool, lengths: Lengths, last_only: bool,
+) -> Run:  # fmt: skip
+    ops = resolve(backend, model.device)
+    ids, sizes = model.check(ids, lengths, state)
+    plan = Plan(model.config, edits, record, *span(ids, sizes, state))
+    out = model(ids, state=state, lengths=lengths, keep_state=keep_state, last_only=last_only, tap=plan, ops=ops)
+    return Run(ids, out.logits, sizes, out.state, ops.name, plan.results())
+
+
+def span(ids: Tensor, sizes: Tensor, state: MambaState | None) -> tuple[Tensor, Tensor]:
+    """(b,) the first position of each row in this run, and one past its last."""
+    start = torch.zeros(len(ids), dtype=torch.long) if state is None else state.position
+    return start, start + sizes
+
+
+@torch.no_grad()
+def generate(
+    model: Mamba,
+    ids: Tensor,
+    n_tokens: int,
+    edits: Iterable[Edit] = (),
+    record: Iterable[Address] = (),
+    backend: str = "auto",
+    lengths: Lengths = None,
+    last_only: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Run:
+    """Go on from a prompt for `n_tokens` tokens, under the same edits as one pass over the result would have.
+
+    Positions are absolute; negative ones count from the prompt's end, so that -1 is its last token, and an open slice goes
+    on through what is generated. The last token generated is not run, so the last position is l + n_tokens - 2.
+
+    Args:
+        ids: (b, l) prompts, right-padded where `lengths` says so.
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn with this temperature and `seed`. Rows of the
+            embedding beyond the vocabulary are never chosen.
+        last_only: keep only the logits that chose the new tokens, (b, n_tokens, v).
+    Returns:
+        Run with ids (b, l + n_tokens); row i holds its prompt, its lengths[i] - l + n_tokens new tokens right behind it, then
+        zeros. logits (b, l + n_tokens - 1, v). No gradients.
+    Cost: one forward of the prompt and n_tokens - 1 steps.
+    """
+    if n_tokens < 1:
+        raise InputError(f"n_tokens={n_tokens}: at least 1.")
+    if temperature < 0:
+        raise InputError(f"temperature={temperature}: 0 (the likeliest token) or more.")
+    ops = resolve(backend, model.device)
+    ids, sizes = model.check(ids, lengths)
+    b, l = ids.shape
+    start = torch.zeros(b, dtype=torch.long)
+    plan = Plan(model.config, tuple(edits), tuple(record), start, sizes + n_tokens - 1, origin=sizes)
+    draw = torch.Generator(model.device).manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        real = logits[:, : model.config.vocab_size]
+        if temperature == 0:
+            return real.argmax(-1, keepdim=True)  # (b, 1)
+        return torch.multinomial((real.float() / temperature).softmax(-1), 1, generator=draw)
+
+    rows = torch.arange(b, device=ids.device)
+    ends = sizes.to(ids.device)
+    out = model(ids, lengths=sizes, keep_state=True, last_only=last_only, tap=plan, ops=ops)
+    last = out.logits[:, -1] if last_only else out.logits[rows, ends - 1]
+    whole = torch.cat([ids * (torch.arange(l, device=ids.device) < ends[:, None]), ids.new_zeros(b, n_tokens)], 1)
+    steps = []
+    for i in range(n_tokens):
+        token = choose(last)
+        whole[rows, ends + i] = token[:, 0]
+        steps.append(last)
+        if i < n_tokens - 1:
+            out_i = model(token, state=out.state, keep_state=True, tap=plan, ops=ops)
+            out, last = out_i if last_only else type(out)(out.logits, out_i.state), out_i.logits[:, 0]
+    if last_only:
+        logits = torch.stack(steps, 1)
+    else:
+        logits = torch.cat([out.logits, out.logits.new_zeros(b, n_tokens - 1, out.logits.shape[-1])], 1)
+        for i, step in enumerate(steps):
+            logits[rows, ends - 1 + i] = step
+    return Run(whole, logits, sizes + n_tokens, out.state, ops.name, plan.results())
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """`gradients_[address]`: dMetric/dSite in the shape that the address records; `values` (b,), the metric."""
+
+    values: Tensor
+    records: Mapping[Address, Tensor] = field(repr=False)
+
+    def __getitem__(self, address: Address) -> Tensor:
+        if address not in self.records:
+            made = ", ".join(map(str, self.records))
+            raise NotRecorded(f"no gradient of {address} was asked for; there are {made}. Name it in wrt=[...].")
+        return self.records[address].clone()
+
+
+def gradients(
+    model: Mamba,
+    ids: Tensor,
+    metric: Metric,
+    wrt: Sequence[Address],
+    edits: Iterable[Edit] = (),
+    backend: str = "auto",
+    state: MambaState | None = None,
+    lengths: Lengths = None,
+) -> Gradients:
+    """The gradient of a metric in any sites, from one forward and one backward.
+
+    The gradient in a site is that of adding something to it, after all edits: for `ssm_state` it holds every way in which
+    h_t acts on the metric, now and later; for `state_read` only what y_t reads.
+
+    Args:
+        metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
+        wrt: addresses. Rows do not see one another, so each row's gradient is that of its own metric.
+    Returns:
+        Gradients, zero where the metric does not depend on the site.
+    Cost: memory of what is asked, and on `torch` no readable steps for `ssm_state`, `state_write` and all sites along the
+        sequence.
+    """
+    ids, sizes = model.check(ids, lengths, state)
+    wrt = list(dict.fromkeys(wrt))
+    shapes = Plan(model.config, (), wrt, *span(ids, sizes, state))
+    with torch.enable_grad():
+        zeros = [torch.zeros((), dtype=wide(model.dtype), device=model.device, requires_grad=True).expand(shapes.shape(a)) for a in wrt]
+        probes = [Probe(a, zero) for a, zero in zip(wrt, zeros, strict=True)]
+        done = _run(model, ids, [*edits, *probes], (), backend, state, False, lengths, lengths is not None)
+        values = apply_metric(metric, done.logits)
+        found = torch.autograd.grad(values.sum(), zeros, materialize_grads=True)
+    return Gradients(values.detach(), dict(zip(wrt, found, strict=True)))
+
+
+def apply_metric(metric: Metric, logits: Tensor) -> Tensor:
+    """Call a metric and see that it gave one number a row."""
+    values = cast(object, metric(logits))
+    if not isinstance(values, Tensor) or values.shape != (len(logits),):
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise MetricError(f"a metric maps logits (b, l, v) to ({len(logits)},), one number a row; this one gave {got}.")
+    return values
+
+
+class MetricError(MambascopeError, ValueError):
+    """A metric that does not give one number a row."""

@@ -1,0 +1,83 @@
+"""Edits on disk: `edits.json` says what, `edits.safetensors` holds the values."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+
+from minimal_mamba.address import Address, Selector, Span
+from minimal_mamba.edits import KINDS, Apply, Edit, function_name, import_function
+from minimal_mamba.errors import CheckpointError
+from minimal_mamba.files import write_whole
+
+VERSION = 1
+
+
+def save_edits(edits: Sequence[Edit], folder: str | Path) -> None:
+    """Write edits to a folder; each file whole or not at all.
+
+    Raises:
+        EditError: an `Apply` whose function cannot be imported by name.
+    """
+    folder = Path(folder)
+    rows: list[dict[str, Any]] = []
+    values = {}
+    for i, edit in enumerate(edits):
+        fields = edit.describe()
+        if isinstance(edit, Apply):
+            fields["fn"] = function_name(edit.fn)
+        row = {"kind": type(edit).__name__, "address": _address_out(edit.address), "rows": _out(getattr(edit, "rows", None))}
+        rows.append(row | {"fields": fields})
+        if edit.value is not None:
+            values[str(i)] = edit.value.detach().cpu().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "edits.safetensors", save(values))
+    write_whole(folder / "edits.json", json.dumps({"version": VERSION, "edits": rows}, indent=1).encode())
+
+
+def load_edits(folder: str | Path) -> list[Edit]:
+    """Read what `save_edits` wrote. An `Apply` imports the module that its function was saved from.
+
+    Raises:
+        CheckpointError: files that are missing or that another version wrote.
+    """
+    folder = Path(folder)
+    try:
+        raw = json.loads((folder / "edits.json").read_text())
+        values = load_file(folder / "edits.safetensors")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no saved edits: {error}. save_edits writes edits.json and edits.safetensors.") from None
+    if raw.get("version") != VERSION:
+        raise CheckpointError(f"{folder}/edits.json has version {raw.get('version')!r}; this mambascope reads version {VERSION}.")
+    edits = []
+    for i, row in enumerate(raw["edits"]):
+        kind, fields = KINDS[row["kind"]], dict(row["fields"])
+        if kind is Apply:
+            fields["fn"] = import_function(fields["fn"])
+        if kind.tensor and str(i) in values:
+            fields[kind.tensor] = values[str(i)]
+        edits.append(kind(_address_in(row["address"]), rows=_in(row["rows"]), **fields))  # type: ignore[call-arg]
+    return edits
+
+
+def _out(sel: Selector | None) -> Any:
+    if isinstance(sel, Span):
+        return {"slice": [sel.start, sel.stop, sel.step]}
+    return list(sel) if isinstance(sel, tuple) else sel
+
+
+def _in(raw: Any) -> Any:
+    if isinstance(raw, dict):
+        return Span(*raw["slice"])
+    return tuple(raw) if isinstance(raw, list) else raw
+
+
+def _address_out(address: Address) -> dict[str, Any]:
+    place = {"site": address.site, "layer": _out(address.layer), "pos": _out(address.pos)}
+    return place | {"features": [_out(f) for f in address.features]}
+
+
+def _address_in(raw: dict[str, Any]) -> Address:
+    return Address(raw["site"], _in(raw["layer"]), _in(raw["pos"]), tuple(_in(f) for f in raw["features"]))
