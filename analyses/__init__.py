@@ -1,0 +1,1 @@
+"""Studies, one folder each: the question, the command that answers it, the results with their provenance."""

@@ -1,0 +1,134 @@
+"""Settings of a training run, and files that are written whole or not at all."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minimal_mamba import MambaConfig
+
+from .curriculum import Curriculum
+from .errors import TrainingError
+from .loss import check_weight
+from .task import OPERATIONS, MaskedTask
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a training run depends on; two runs with equal settings are the same run.
+
+    Args:
+        modulus, operations: the task. max_length: longest length trained on.
+        d_model, n_layer, d_state: sizes of the model.
+        batch_size, learning_rate, weight_decay, clip: AdamW on batches of rows, gradients clipped at this norm.
+        warmup_steps, steps, decay_steps: the learning rate rises, stays, and falls to 0 over the last `decay_steps`.
+        early: all lengths this accurate start the decay before its time; 1 never does.
+        answer_weight: weight of the final answer in the loss. hidden_share: share of hidden prompts.
+        start_length, lead, solved, memory: see `Curriculum`.
+        seed: of the weights and the data. log_every, save_every: steps.
+    Raises:
+        TrainingError, TaskError, ConfigError: a value that cannot be trained.
+    """
+
+    modulus: int = 5
+    operations: tuple[str, ...] = tuple(OPERATIONS)
+    max_length: int = 9
+    d_model: int = 96
+    n_layer: int = 4
+    d_state: int = 16
+    batch_size: int = 64
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup_steps: int = 100
+    steps: int = 5_000
+    decay_steps: int = 1_000
+    early: float = 0.985
+    answer_weight: float = 0.5
+    hidden_share: float = 0.7
+    start_length: int = 2
+    lead: int = 1
+    solved: float = 0.9
+    memory: int = 256
+    seed: int = 0
+    log_every: int = 100
+    save_every: int = 250
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "operations", tuple(self.operations))
+        for name in ("batch_size", "steps", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name}={getattr(self, name)}: give at least 1.")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise TrainingError(f"{name}={getattr(self, name)}: give a number above 0.")
+        for name in ("warmup_steps", "decay_steps", "seed", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise TrainingError(f"{name}={getattr(self, name)}: give at least 0.")
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise TrainingError(
+                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} do not fit into "
+                f"steps={self.steps}; give more steps or shorter ones."
+            )
+        if not 0 <= self.hidden_share <= 1:
+            raise TrainingError(f"hidden_share={self.hidden_share}: give a share from 0 to 1.")
+        check_weight(self.answer_weight)
+        self.task, self.model, self.curriculum()
+
+    @property
+    def task(self) -> MaskedTask:
+        """The task that is trained."""
+        return MaskedTask(self.modulus, self.operations)
+
+    @property
+    def model(self) -> MambaConfig:
+        """The model that is trained."""
+        return MambaConfig(self.d_model, self.n_layer, self.task.tokenizer.vocab_size, d_state=self.d_state)
+
+    def curriculum(self) -> Curriculum:
+        """A curriculum at its start."""
+        return Curriculum(self.max_length, start=self.start_length, lead=self.lead, solved=self.solved, memory=self.memory)
+
+    def rate(self, step: int, decay_from: int) -> float:
+        """Learning rate at a step (from 0), as a share of the highest; it falls from step `decay_from` on."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return rise if step < decay_from else rise * max(0.0, 1 - (step - decay_from + 1) / (self.decay_steps + 1))
+
+
+# what may differ when a run is resumed: it changes how often a run is written down, not what it is
+FREE = ("log_every", "save_every")
+
+
+def open_run(folder: Path, settings: Settings, *, resume: bool) -> None:
+    """Make the folder of a run, or check that it is the same run that is resumed.
+
+    Raises:
+        TrainingError: there is a run and it is not to be resumed, there is none to resume, or it had other settings.
+    """
+    path = folder / "settings.json"
+    ours = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if not resume:
+        if path.exists():
+            raise TrainingError(f"{folder} already holds a run; resume it with --resume, or give another folder with --out.")
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_json(path, ours)
+    if not path.is_file():
+        raise TrainingError(f"{folder} holds no run (no settings.json), so there is nothing to resume; leave --resume out.")
+    theirs = json.loads(path.read_text())
+    if differs := [k for k in ours if k not in FREE and theirs.get(k) != ours[k]]:
+        shown = ", ".join(f"{k}={theirs.get(k)!r} (now {ours[k]!r})" for k in differs)
+        raise TrainingError(f"the run in {folder} has {shown}; resume it with its own settings, or start another.")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

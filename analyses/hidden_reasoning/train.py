@@ -1,0 +1,282 @@
+"""Training on transformers' `Trainer`. A run is a folder; what is in it was written whole, and it can go on from there.
+
+    settings.json       what the run is
+    checkpoint-<step>/  Trainer's own: weights, optimiser, and trainer_state.json with the curriculum and the log
+    train_log.jsonl     one row every `log_every` steps: step, loss, limit, accuracy by length, seconds
+
+The batch of a step depends on seed, step and curriculum only, and is drawn when it is needed, so a run that was killed and
+resumed is the run that was not.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from minimal_mamba import Mamba, Ops
+
+from .errors import TrainingError
+from .loss import weighted_loss
+from .settings import Settings, open_run, write_text
+from .task import Batch, draw
+
+STREAM = 1  # keeps the seeds of training apart from those of `evaluate`
+
+
+def train(
+    settings: Settings,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    ops: Ops | None = None,
+    device: str = "cpu",
+    stop_at: int | None = None,
+    quiet: bool = False,
+) -> Mamba:
+    """Train a model, or go on training it.
+
+    Args:
+        settings: what the run is. out: its folder. resume: go on from its newest checkpoint, if it has one.
+        ops: the backend's operations; None: the fastest on this device.
+        stop_at: pause after this step, with a checkpoint. quiet: no progress bar.
+    Returns:
+        the model, in evaluation mode.
+    Raises:
+        TrainingError: a folder that does not fit, or a loss that is not finite.
+    """
+    out = Path(out)
+    open_run(out, settings, resume=resume)
+    if ops is None:
+        from kernels_bridge import resolve
+
+        ops = resolve("auto", device)
+    checkpoint = newest(out) if resume else None
+    torch.manual_seed(settings.seed)
+    model = Mamba(settings.model)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        trainer = _Trainer(Learner(model, ops, settings.answer_weight), settings, out, device, stop_at, quiet)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return model.eval()
+
+
+def newest(out: Path) -> Path | None:
+    """The last checkpoint of a run."""
+    found = {int(p.name.split("-")[1]): p for p in out.glob("checkpoint-*") if p.name.split("-")[1].isdigit()}
+    return found[max(found)] if found else None
+
+
+class Learner(nn.Module):
+    """The model with a backend's operations and the loss; its state dict is the model's."""
+
+    def __init__(self, model: Mamba, ops: Ops, answer_weight: float):
+        super().__init__()
+        self.model, self.ops, self.answer_weight = model, ops, answer_weight
+
+    def forward(self, ids: Tensor, lengths: Tensor, reasoning: Tensor, answer: Tensor) -> dict[str, Tensor]:
+        """Loss, and the row's score of each final answer (b, v)."""
+        logits = self.model(ids, lengths=lengths, ops=self.ops).logits
+        loss = weighted_loss(logits, ids, reasoning, answer, self.answer_weight)
+        rows = torch.arange(len(ids), device=logits.device)
+        return {"loss": loss, "answer_logits": logits[rows, lengths - 2]}
+
+
+class CurriculumCallback(TrainerCallback, ExportableState):
+    """Carries the curriculum, when the decay begins, and the seconds spent, in and out of checkpoints."""
+
+    def __init__(self, settings: Settings, stop_at: int | None = None):
+        self.settings, self.stop_at = settings, stop_at
+        self.curriculum = settings.curriculum()
+        self.decay_from = settings.steps - settings.decay_steps
+        self.seconds, self.clock = 0.0, time.monotonic()
+
+    def tick(self) -> float:
+        """Seconds of training so far, over all parts of the run."""
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        return self.seconds
+
+    def state(self) -> dict[str, Any]:
+        """What the checkpoint keeps."""
+        kept = {"curriculum": self.curriculum.state(), "decay_from": self.decay_from, "seconds": self.tick()}
+        return {"args": {}, "attributes": kept}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take over what the checkpoint kept; at a fresh start that is what is here."""
+        kept = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.curriculum.restore(kept["curriculum"])
+        self.decay_from, self.seconds, self.clock = kept["decay_from"], kept["seconds"], time.monotonic()
+        control.should_training_stop = state.global_step >= self.last_step
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the run is done."""
+        return self.decay_from + self.settings.decay_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin the decay when all lengths are solved; stop at the end of it."""
+        step = state.global_step
+        early = self.settings.early < 1 and step < self.decay_from and self.curriculum.done(self.settings.early)
+        if early and step >= self.settings.warmup_steps:
+            self.decay_from = step
+        if step == self.stop_at or step >= self.last_step:
+            control.should_training_stop = control.should_save = control.should_log = True
+
+
+class _Batches(IterableDataset[dict[str, Tensor]]):
+    """Ready-made batches, from the step and the curriculum as they are when the batch is asked for."""
+
+    def __init__(self, trainer: "_Trainer"):
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            batch = draw_batch(self.trainer.settings, self.trainer.state.global_step, self.trainer.progress.curriculum)
+            yield vars(batch)
+
+
+def draw_batch(settings: Settings, step: int, curriculum: Any) -> Batch:
+    """The batch of a step."""
+    rng = np.random.default_rng([STREAM, settings.seed, step])
+    lengths = curriculum.draw(rng, settings.batch_size)
+    hidden = rng.random(settings.batch_size) < settings.hidden_share
+    return draw(lengths, settings.batch_size, [STREAM, settings.seed, step, 1], hidden=hidden, task=settings.task)
+
+
+class _Trainer(Trainer):
+    def __init__(self, learner: Learner, settings: Settings, out: Path, device: str, stop_at: int | None, quiet: bool):
+        self.settings, self.out, self.run_dir = settings, out, out
+        self.progress = CurriculumCallback(settings, stop_at)
+        args = TrainingArguments(
+            output_dir=str(out),
+            max_steps=settings.steps,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.clip,
+            optim="adamw_torch_fused",
+            logging_steps=settings.log_every,
+            save_steps=settings.save_every,
+            logging_nan_inf_filter=False,
+            per_device_train_batch_size=settings.batch_size,
+            use_cpu=device == "cpu",
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            ignore_data_skip=True,  # the batches know their step
+            disable_tqdm=True,
+            seed=settings.seed,
+        )
+        super().__init__(learner, args, train_dataset=_Batches(self), callbacks=[self.progress])
+        self.pop_callback(transformers.PrinterCallback)
+        if not quiet:
+            self.add_callback(_Bars(self.progress))
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Without accelerate's prefetch, which would draw each batch a step too early."""
+        return DataLoader(self.train_dataset, batch_size=None)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices decay; A_log, D, biases and norms do not."""
+        spared = ("A_log", "D", "bias")
+        names = [name for name, p in model.named_parameters() if p.dim() > 1]
+        return [name for name in names if name.rsplit(".", 1)[-1] not in spared and "norm" not in name]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Warm up, stay, decay, with the beginning of the decay read from the run."""
+        if self.lr_scheduler is None:
+            chosen = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(chosen, lambda step: self.settings.rate(step, self.progress.decay_from))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+        """The loss; the answers on hidden prompts go to the curriculum."""
+        found = model(inputs["ids"], inputs["lengths"], inputs["reasoning"], inputs["answer"])
+        right = found["answer_logits"].detach().argmax(-1) == inputs["ids"][inputs["answer"]]
+        hidden = inputs["hidden"]
+        self.progress.curriculum.update(inputs["num_steps"][hidden].cpu(), right[hidden].cpu())
+        return (found["loss"], found) if return_outputs else found["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the curriculum to a row of the log, and write the log."""
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise TrainingError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; resume with a lower learning rate."
+                )
+            now = self.progress.curriculum.state()
+            logs |= {**now, "seconds": round(self.progress.tick(), 1)}
+        super().log(logs, start_time)
+        rows = [{k: v for k, v in row.items() if k != "epoch"} for row in self.state.log_history if "loss" in row]
+        write_text(self.out / "train_log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.run_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # tied matrices are one tensor; safetensors takes it once, and loading fills in both
+        state = dict(self.model.state_dict() if state_dict is None else state_dict)
+        if self.model.model.config.tie_embeddings:
+            del state["model.lm_head.weight"]
+        super()._save(output_dir, state)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint aside and move it into place, so that a folder with its name is whole."""
+        name, aside = f"checkpoint-{self.state.global_step}", self.out / "part"
+        shutil.rmtree(aside, ignore_errors=True)
+        self.run_dir = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.run_dir = self.out
+        for old in self.out.glob("checkpoint-*"):
+            if old.name == name:
+                shutil.rmtree(old)
+        os.replace(aside / name, self.out / name)
+        for old in self.out.glob("checkpoint-*"):
+            if old.name != name:
+                shutil.rmtree(old)
+        shutil.rmtree(aside)
+
+
+class _Bars(ProgressCallback):
+    """Trainer's progress bar, with the accuracy of each length beside it instead of raw numbers."""
+
+    def __init__(self, progress: CurriculumCallback):
+        super().__init__()
+        self.progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar where the run stands; into a file, a line a minute is enough."""
+        self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, mininterval=0.5 if sys.stderr.isatty() else 60)
+        self.current_step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """One line a row of the log."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            head = f"step {state.global_step:6d}  loss {logs['loss']:.4f}  {logs['seconds']:6.0f} s"
+            self.training_bar.write(f"{head}  {bars(logs['accuracy'], logs['limit'])}")
+
+
+def bars(accuracy: list[float], limit: int) -> str:
+    """Accuracy of each length as a bar of eight heights, and as a percentage."""
+    shown = [f"{i}:{' ▁▂▃▄▅▆▇█'[round(8 * a)]}{100 * a:3.0f}%" for i, a in enumerate(accuracy[:limit], 1)]
+    return " ".join(shown)
