@@ -109,6 +109,12 @@ class _Item:
         self.cols = valid.any(0).nonzero()[:, 0]
         self.local, self.valid = local[:, self.cols], valid[:, self.cols]
         self.by_time = {}
+        whole_batch = isinstance(self.edit, Mean) and self.edit.mean is None
+        if whole_batch and bool((self.valid.sum(0) < (self.pos[:, self.cols] >= 0).sum(0)).any()):
+            raise EditError(
+                f"{self.edit}: the rows reach this position in different calls of the model, so that no call sees the whole "
+                "batch's mean. Give the mean."
+            )
         if SITES[self.site].per_position:
             for c, j in enumerate(self.cols.tolist()):
                 for t in self.local[self.valid[:, c], c].unique().tolist():
@@ -116,7 +122,7 @@ class _Item:
                     old = self.by_time.get(t)
                     more = (i, torch.full_like(i, j))
                     self.by_time[t] = more if old is None else (torch.cat([old[0], i]), torch.cat([old[1], more[1]]))
-            if isinstance(self.edit, Mean) and self.edit.mean is None:
+            if whole_batch:
                 together = all(int(self.valid[:, c].sum()) == len(i) for c, j in enumerate(self.cols.tolist())
                                for i, js in self.by_time.values() if j in js)  # fmt: skip
                 if not together:
@@ -171,12 +177,12 @@ class Plan(Tap):
         self.record_at = list(dict.fromkeys(record))
         self.items: dict[tuple[str, int | None], list[_Item]] = {}
         self.of: dict[int, list[_Item]] = {}  # id of an edit or address -> its items
-        self._sources: list[Edit | Address] = []
+        self._resolved: list[_Item] = []  # of every edit in turn, also of one that is named twice
         for source in [*edits, *self.record_at]:
             if not isinstance(source, Edit | Address):
                 raise EditError(f"{source!r} is neither an edit nor an address; edits are Set, Add, ..., addresses at.<site>(...).")
-            self._sources.append(source)
             self.of[id(source)] = self._resolve(source)
+            self._resolved += self.of[id(source)]
             for item in self.of[id(source)]:
                 for layer in item.layers:
                     self.items.setdefault((item.site, layer), []).append(item)
@@ -262,9 +268,8 @@ class Plan(Tap):
     # -- during the run -------------------------------------------------------------------------------------------
 
     def begin(self, start: Tensor, lengths: Tensor) -> None:
-        for items in self.of.values():
-            for item in items:
-                item.begin(start.cpu(), lengths.cpu())
+        for item in self._resolved:
+            item.begin(start.cpu(), lengths.cpu())
 
     def at_layer(self, layer: int) -> "Tap":
         return _LayerTap(self, layer)
@@ -394,14 +399,13 @@ class Plan(Tap):
 
     def results(self) -> dict[Address, Tensor]:
         """The recordings. Raises NotReached, naming them, if an edit or a recording did not happen everywhere."""
-        for source in self._sources:
-            for item in self.of[id(source)]:
-                if item.done != item.expected:
-                    what = "edit" if item.edit else "recording"
-                    raise NotReached(
-                        f"{what} {source} happened at {item.done} of {item.expected} places: the operations in use passed "
-                        f"over {item.site!r}. This is a fault of the backend; run with backend='reference'."
-                    )
+        for item in self._resolved:
+            if item.done != item.expected:
+                what = "edit" if item.edit else "recording"
+                raise NotReached(
+                    f"{what} {item.source} happened at {item.done} of {item.expected} places: the operations in use passed "
+                    f"over {item.site!r}. This is a fault of the backend; run with backend='reference'."
+                )
         return {a: self._assemble(self.of[id(a)]) for a in self.record_at}
 
     def _assemble(self, items: list[_Item]) -> Tensor:
