@@ -21,7 +21,7 @@ from .sites import RECURRENT_STATE
 def _value(given: Any, what: str) -> Tensor:
     """A private copy that keeps its gradient, free of NaN."""
     with torch.enable_grad():
-        value = given.clone() if isinstance(given, Tensor) else torch.as_tensor(given)
+        value = given.clone() if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
     if not value.is_floating_point():
         value = value.to(torch.get_default_dtype())
     if torch.isnan(value).any():
@@ -108,7 +108,7 @@ class Set(Edit):
 
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
         assert value is not None
-        return value.expand_as(old)
+        return value.expand_as(old).clone()  # a place of its own: what runs on may be changed, the edit may not
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -159,7 +159,7 @@ class Mean(Edit):
     tensor = "mean"
 
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
-        return (mean() if value is None else value).expand_as(old)
+        return (mean() if value is None else value).expand_as(old).clone()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -187,8 +187,9 @@ class Project(Edit):
         directions = value.flatten(1)  # (m, f)
         axes = old.dim() - (value.dim() - 1)
         flat = old.flatten(axes) if value.dim() > 1 else old  # (..., f)
-        q, _ = torch.linalg.qr(directions.T)  # (f, m)
-        inside = (flat @ q @ q.T).reshape(old.shape)
+        w = torch.promote_types(old.dtype, torch.float32)
+        q, _ = torch.linalg.qr(directions.T.to(w))  # (f, m)
+        inside = (flat.to(w) @ q @ q.T).reshape(old.shape).to(old.dtype)
         return inside if self.keep else old - inside
 
 
@@ -205,7 +206,7 @@ class Apply(Edit):
     by_element = False
 
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
-        made = self.fn(old)
+        made = self.fn(old.clone())  # a function that works in place changes its copy: `old` may also be read elsewhere
         if not isinstance(made, Tensor) or made.shape != old.shape:
             got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise EditError(f"{self}: the function must return shape {tuple(old.shape)}, it returned {got}.")
