@@ -36,7 +36,8 @@ def _pick(scores: Tensor, tokens: Tokens) -> Tensor:
     if index.shape not in ((), (b,)) or index.is_floating_point():
         raise InputError(f"tokens have shape {tuple(index.shape)}; give one id, or one a row ({b},).")
     if int(index.min()) < 0 or int(index.max()) >= v:
-        raise InputError(f"token id {int(index.max())} is outside the logits' 0..{v - 1}.")
+        wrong = int(index.min()) if int(index.min()) < 0 else int(index.max())
+        raise InputError(f"token id {wrong} is outside the logits' 0..{v - 1}.")
     return scores.gather(1, index.expand(b)[:, None])[:, 0]
 
 

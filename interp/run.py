@@ -45,11 +45,14 @@ class Run:
 
     @property
     def last_logits(self) -> Tensor:
-        """(b, v): the logits of each row's last token."""
+        """(b, v): the logits of each row's last token; of `generate`, those that chose it."""
         if self.logits.shape[1] == 1:
             return self.logits[:, 0]
+        beyond = self.ids.shape[1] - self.logits.shape[1]  # `generate` does not run its last token
+        if beyond > 1:
+            return self.logits[:, -1]  # of `generate(..., last_only=True)`: one a new token
         rows = torch.arange(len(self.logits), device=self.logits.device)
-        return self.logits[rows, (self.lengths.clamp(max=self.logits.shape[1]) - 1).to(self.logits.device)]
+        return self.logits[rows, (self.lengths - 1 - beyond).to(self.logits.device)]
 
 
 def run(
@@ -211,6 +214,8 @@ def gradients(
         probes = [Probe(a, zero) for a, zero in zip(wrt, zeros, strict=True)]
         done = _run(model, ids, [*edits, *probes], (), backend, state, False, lengths, lengths is not None)
         values = apply_metric(metric, done.logits)
+        if not values.requires_grad:
+            raise MetricError("the metric gave numbers without a gradient (an argmax, an accuracy, a detached tensor).")
         found = torch.autograd.grad(values.sum(), zeros, materialize_grads=True)
     return Gradients(values.detach(), dict(zip(wrt, found, strict=True)))
 

@@ -93,6 +93,9 @@ def patch_grid(
     if tuple(ids.shape) != tuple(donor_ids.shape):
         raise InputError(f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; rows and positions must match.")
     where = getattr(at, site)
+    if layers is not None and (not ADDRESSABLE[site].layered or not len(layers)):
+        why = "name at least one" if ADDRESSABLE[site].layered else f"{site} is no part of a layer"
+        raise EditError(f"layers={layers!r}: {why}.")
     groups: list[list[int]] = [[]]
     if ADDRESSABLE[site].layered:
         asked = range(model.config.n_layer) if layers is None else layers
