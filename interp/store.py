@@ -1,11 +1,12 @@
 """Edits on disk: `edits.json` says what, `edits.safetensors` holds the values."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from minimal_mamba.address import Address, Selector, Span
 from minimal_mamba.edits import KINDS, Apply, Edit, function_name, import_function
@@ -33,32 +34,41 @@ def save_edits(edits: Sequence[Edit], folder: str | Path) -> None:
         if edit.value is not None:
             values[str(i)] = edit.value.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "edits.safetensors", save(values))
-    write_whole(folder / "edits.json", json.dumps({"version": VERSION, "edits": rows}, indent=1).encode())
+    data = save(values)
+    head = {"version": VERSION, "values": hashlib.sha256(data).hexdigest(), "edits": rows}
+    write_whole(folder / "edits.safetensors", data)
+    write_whole(folder / "edits.json", json.dumps(head, indent=1).encode())
 
 
 def load_edits(folder: str | Path) -> list[Edit]:
     """Read what `save_edits` wrote. An `Apply` imports the module that its function was saved from.
 
     Raises:
-        CheckpointError: files that are missing or that another version wrote.
+        CheckpointError: files that are missing, that another version wrote, or that do not belong together.
     """
     folder = Path(folder)
     try:
         raw = json.loads((folder / "edits.json").read_text())
-        values = load_file(folder / "edits.safetensors")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no saved edits: {error}. save_edits writes edits.json and edits.safetensors.") from None
-    if raw.get("version") != VERSION:
-        raise CheckpointError(f"{folder}/edits.json has version {raw.get('version')!r}; this mambascope reads version {VERSION}.")
+        data = (folder / "edits.safetensors").read_bytes()
+        version, digest = raw["version"], raw.get("values")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder} holds no saved edits: {error!r}. save_edits writes edits.json and edits.safetensors.") from None
+    if version != VERSION:
+        raise CheckpointError(f"{folder}/edits.json has version {version!r}; this mambascope reads version {VERSION}.")
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CheckpointError(f"{folder}/edits.safetensors is not the file that edits.json was saved with; save the edits again.")
+    values = load(data)
     edits = []
     for i, row in enumerate(raw["edits"]):
-        kind, fields = KINDS[row["kind"]], dict(row["fields"])
-        if kind is Apply:
-            fields["fn"] = import_function(fields["fn"])
-        if kind.tensor and str(i) in values:
-            fields[kind.tensor] = values[str(i)]
-        edits.append(kind(_address_in(row["address"]), rows=_in(row["rows"]), **fields))  # type: ignore[call-arg]
+        try:
+            kind, fields = KINDS[row["kind"]], dict(row["fields"])
+            if kind is Apply:
+                fields["fn"] = import_function(fields["fn"])
+            if kind.tensor and str(i) in values:
+                fields[kind.tensor] = values[str(i)]
+            edits.append(kind(_address_in(row["address"]), rows=_in(row["rows"]), **fields))  # type: ignore[call-arg]
+        except (LookupError, TypeError, ImportError, AttributeError) as error:
+            raise CheckpointError(f"{folder}: edit {i} cannot be made here: {error!r}.") from None
     return edits
 
 
