@@ -166,7 +166,7 @@ class Mamba(nn.Module):
         if low < 0 or high >= self.config.vocab_size:
             raise InputError(
                 f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}"
-                + (f" (rows up to {self.config.padded_vocab - 1} are padding)." if high < self.config.padded_vocab else ".")
+                + (f" (rows up to {self.config.padded_vocab - 1} are padding)." if 0 <= low and high < self.config.padded_vocab else ".")
             )
         b, l = ids.shape
         sizes = torch.full((b,), l) if lengths is None else torch.as_tensor(lengths).cpu()
@@ -179,7 +179,9 @@ class Mamba(nn.Module):
                 found = [tuple(s.shape) for s in getattr(state, name)]
                 if found != [shape] * c.n_layer:
                     raise InputError(f"state.{name} has shapes {found[:2]}... in {len(found)} layers; this run has {shape} in {c.n_layer}.")
-        return ids.to(self.device), sizes.long()
+            if tuple(state.position.shape) != (b,):
+                raise InputError(f"state.position has shape {tuple(state.position.shape)}; this run has {b} rows.")
+        return ids.to(self.device, torch.long), sizes.long()
 
     @classmethod
     def from_pretrained(
