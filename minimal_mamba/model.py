@@ -164,9 +164,10 @@ class Mamba(nn.Module):
             raise InputError(f"ids has type {ids.dtype}; token ids are integers.")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
+            rows = self.config.padded_vocab
             raise InputError(
                 f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}"
-                + (f" (rows up to {self.config.padded_vocab - 1} are padding)." if 0 <= low and high < self.config.padded_vocab else ".")
+                + (f" (rows up to {rows - 1} are padding)." if 0 <= low and high < rows else ".")
             )
         b, l = ids.shape
         sizes = torch.full((b,), l) if lengths is None else torch.as_tensor(lengths).cpu()
