@@ -74,9 +74,10 @@ def from_module(module: nn.Module, *, n_layer: int | None = None) -> Mamba:
         ConfigError, CheckpointError: as `load`.
     """
     kind, config = type(module).__name__, getattr(module, "config", None)
-    if isinstance(module, nn.Module) and hasattr(config, "to_dict") and getattr(config, "model_type", None) == "mamba":
+    is_lm = isinstance(module, nn.Module) and hasattr(module, "lm_head")
+    if is_lm and getattr(config, "model_type", None) == "mamba":
         raw = config.to_dict()
-    elif isinstance(module, nn.Module) and dataclasses.is_dataclass(config) and hasattr(config, "ssm_cfg"):
+    elif is_lm and dataclasses.is_dataclass(config) and hasattr(config, "ssm_cfg"):
         raw = dataclasses.asdict(config)
     else:
         raise CheckpointError(

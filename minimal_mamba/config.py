@@ -114,6 +114,8 @@ class MambaConfig:
             raise ConfigError(f"expand={self.expand}: HF's MambaConfig takes an int. Save the mamba-ssm layout.")
         hf = {theirs: getattr(self, ours) for theirs, ours in _HF_KEYS.items()}
         hf |= {"vocab_size": self.padded_vocab, "time_step_rank": self.rank, "expand": int(self.expand)}
+        # where this is true, transformers 5.23 divides out_proj again each time that it loads the checkpoint
+        hf["rescale_prenorm_residual"] = False
         return {
             "architectures": ["MambaForCausalLM"],
             "model_type": "mamba",

@@ -1,0 +1,619 @@
+"""Checkpoints: bit-equal round trips, strictness, and files that are whole or not there."""
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import lively, tiny
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minimal_mamba import Mamba, MambaConfig, checkpoint
+from minimal_mamba.errors import CheckpointError, ConfigError
+
+LAYOUTS = ["mamba_ssm", "hf"]
+KINDS = {True: "model.safetensors", False: "pytorch_model.bin"}
+EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
+
+
+def same(found: nn.Module, want: nn.Module) -> bool:
+    """Every tensor bit-equal, of the same type."""
+    a, b = found.state_dict(), want.state_dict()
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def rewrite(folder: Path, change) -> Path:
+    """Change the tensors of a folder's model.safetensors."""
+    tensors = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def reconfigure(folder: Path, **changes) -> Path:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+    return folder
+
+
+def shard(folder: Path, name: str, n_files: int = 3) -> Path:
+    """Split the weights file `name` into shards with an index."""
+    binary = name.endswith(".bin")
+    tensors = torch.load(folder / name, weights_only=True) if binary else load_file(folder / name)
+    weight_map = {}
+    for i in range(n_files):
+        part = {key: tensors[key].clone() for key in list(tensors)[i::n_files]}
+        file = f"{name.split('.')[0]}-{i + 1:05}-of-{n_files:05}{Path(name).suffix}"
+        torch.save(part, folder / file) if binary else save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / name).unlink()
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    tiny().save_pretrained(tmp_path)
+    return tmp_path
+
+
+# round trips
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("safetensors", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip(tmp_path, layout, safetensors, tied):
+    model = tiny(tie_embeddings=tied, bias=True, conv_bias=False)
+    model.save_pretrained(tmp_path, layout=layout, safetensors=safetensors)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", KINDS[safetensors]]
+    back = Mamba.from_pretrained(tmp_path)
+    assert same(back, model)
+    assert back.config.padded_vocab == 32
+    assert (back.lm_head.weight is back.backbone.embedding.weight) == tied
+    assert all(p.requires_grad and p.is_leaf for p in back.parameters())
+    if layout == "mamba_ssm":
+        assert back.config == model.config
+
+
+def test_layernorm_and_its_bias_round_trip(tmp_path):
+    model = tiny(rms_norm=False)
+    model.save_pretrained(tmp_path)
+    assert same(Mamba.from_pretrained(tmp_path), model)
+    with pytest.raises(ConfigError, match="RMSNorm only"):
+        model.save_pretrained(tmp_path / "hf", layout="hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_names_of_the_tensors_are_upstreams(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "bin", safetensors=False)
+    bin_names = torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True).keys()
+    assert {EMBEDDING, HEAD} <= bin_names  # mamba-ssm loads strictly, head included
+    model.save_pretrained(tmp_path / "hf", layout="hf")
+    hf_names = load_file(tmp_path / "hf" / "model.safetensors").keys()
+    assert "backbone.embeddings.weight" in hf_names
+    assert not {EMBEDDING, HEAD} & hf_names
+
+
+@pytest.mark.parametrize("safetensors", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded(tmp_path, layout, safetensors):
+    model = tiny(tie_embeddings=False)
+    model.save_pretrained(tmp_path, layout=layout, safetensors=safetensors)
+    shard(tmp_path, KINDS[safetensors])
+    assert same(Mamba.from_pretrained(tmp_path), model)
+
+
+def test_loading_leaves_the_random_generator_alone(saved):
+    before = torch.get_rng_state()
+    Mamba.from_pretrained(saved)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_loaded_model_does_not_depend_on_its_files(saved):
+    model = Mamba.from_pretrained(saved)
+    want = {k: v.clone() for k, v in model.state_dict().items()}
+    with open(saved / "model.safetensors", "r+b") as file:  # in place, as a careless copy would
+        size = os.fstat(file.fileno()).st_size
+        file.write(bytes(size))
+    assert all(torch.equal(v, want[k]) for k, v in model.state_dict().items())
+
+
+def test_nan_is_loaded_as_it_is(tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.backbone.embedding.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path, safetensors=False)
+    assert Mamba.from_pretrained(tmp_path).lm_head.weight[0, 0].isnan()
+
+
+# transformers
+
+
+def test_hf_loads_ours_with_all_keys_matched(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for tied in (True, False):
+        model = tiny(tie_embeddings=tied, dtype=torch.float32)
+        model.save_pretrained(tmp_path / str(tied), layout="hf")
+        theirs, info = transformers.MambaForCausalLM.from_pretrained(tmp_path / str(tied), output_loading_info=True)
+        assert not any(info.values()), info
+        ids = torch.arange(14).reshape(2, 7)
+        with torch.no_grad():
+            ours = model(ids).logits
+            assert (ours - theirs(ids).logits).norm() / ours.norm() < 1e-5
+        for name, tensor in theirs.state_dict().items():  # HF divides out_proj once more if rescale_prenorm_residual
+            assert torch.equal(tensor, model.state_dict()[name.replace("embeddings.", "embedding.")]), name
+        theirs.save_pretrained(tmp_path / f"{tied} back", max_shard_size="3KB")  # HF's own shards
+        assert (tmp_path / f"{tied} back" / "model.safetensors.index.json").exists()
+        assert same(Mamba.from_pretrained(tmp_path / f"{tied} back"), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_from_module_copies_a_live_hf_model(dtype):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(hidden_size=12, num_hidden_layers=2, vocab_size=32, state_size=5, conv_kernel=3)
+    theirs = transformers.MambaForCausalLM(config).to(dtype)
+    ours = Mamba.from_module(theirs)
+    want = {k.replace("embeddings.", "embedding."): v.clone() for k, v in theirs.state_dict().items()}
+    assert ours.lm_head.weight is ours.backbone.embedding.weight
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.zero_()
+    found = ours.state_dict()
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[k], want[k]) and found[k].dtype == dtype for k in want)
+    assert len(Mamba.from_module(theirs, n_layer=1).backbone.layers) == 1
+
+
+@dataclasses.dataclass
+class UpstreamConfig:
+    """mamba_ssm.models.config_mamba.MambaConfig @ e9594ce."""
+
+    d_model: int = 12
+    d_intermediate: int = 0
+    n_layer: int = 3
+    vocab_size: int = 29
+    ssm_cfg: dict = dataclasses.field(default_factory=lambda: {"d_state": 5, "d_conv": 3, "dt_rank": 4})
+    attn_layer_idx: list = dataclasses.field(default_factory=list)
+    attn_cfg: dict = dataclasses.field(default_factory=dict)
+    rms_norm: bool = True
+    residual_in_fp32: bool = True
+    fused_add_norm: bool = True
+    pad_vocab_size_multiple: int = 8
+    tie_embeddings: bool = True
+
+
+def test_from_module_copies_a_live_mamba_ssm_model():
+    upstream = tiny()  # mamba-ssm's modules have these names
+    upstream.config = UpstreamConfig()
+    ours = Mamba.from_module(upstream)
+    assert same(ours, upstream)
+    assert ours.config == tiny().config
+    assert ours.backbone.norm_f.weight is not upstream.backbone.norm_f.weight
+    upstream.config = UpstreamConfig(attn_layer_idx=[1])
+    with pytest.raises(ConfigError, match="attn_layer_idx"):
+        Mamba.from_module(upstream)
+
+
+def test_from_module_says_what_it_takes():
+    for wrong in (nn.Linear(2, 2), tiny(), UpstreamConfig(), None):
+        with pytest.raises(CheckpointError, match=f"{type(wrong).__name__}.*MambaForCausalLM.*MambaLMHeadModel"):
+            Mamba.from_module(wrong)
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 32, "state_size": 5}
+    with pytest.raises(CheckpointError, match="MambaModel; it takes"):  # no language-model head
+        Mamba.from_module(transformers.MambaModel(transformers.MambaConfig(**sizes)))
+    other = transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**sizes))
+    with pytest.raises(CheckpointError, match="FalconMamba"):
+        Mamba.from_module(other)
+
+
+# layers, types
+
+
+def test_the_first_layers_only(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path, layout="hf")
+    two = Mamba.from_pretrained(tmp_path, n_layer=2)
+    assert two.config.n_layer == len(two.backbone.layers) == 2
+    want = {k: v for k, v in model.state_dict().items() if ".layers.2." not in k}
+    assert two.state_dict().keys() == want.keys()
+    assert all(torch.equal(two.state_dict()[k], v) for k, v in want.items())
+    assert same(Mamba.from_pretrained(tmp_path, n_layer=3), model)
+    with pytest.raises(ConfigError, match=r"n_layer=4.*has 3 layers; keep 1\.\.3"):
+        Mamba.from_pretrained(tmp_path, n_layer=4)
+    for wrong in (0, -1, True, 1.5):
+        with pytest.raises(ConfigError, match=f"n_layer={wrong}"):
+            Mamba.from_pretrained(tmp_path, n_layer=wrong)
+
+
+def test_layers_beyond_the_config_are_unexpected(saved):
+    """Only the layers that n_layer= drops are forgiven, not those that the config does not know of."""
+    reconfigure(saved, n_layer=2)
+    for n_layer in (None, 1):
+        with pytest.raises(CheckpointError, match=r"layers\.2\.\S+ unexpected.*; and 2 more"):
+            Mamba.from_pretrained(saved, n_layer=n_layer)
+
+
+def test_layer_1_is_not_a_prefix_of_layer_10(tmp_path):
+    model = tiny(n_layer=12)
+    model.save_pretrained(tmp_path)
+    assert len(Mamba.from_pretrained(tmp_path, n_layer=1).backbone.layers) == 1
+    assert len(Mamba.from_pretrained(tmp_path, n_layer=11).backbone.layers) == 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_given_type_is_that_of_all_but_A_log_and_D(saved, dtype):
+    model = Mamba.from_pretrained(saved, dtype=dtype)
+    assert model.dtype == dtype
+    for name, parameter in model.named_parameters():
+        wide = name.endswith((".A_log", ".D")) and dtype.itemsize == 2
+        assert parameter.dtype == (torch.float32 if wide else dtype), name
+
+
+def test_without_a_type_each_tensor_keeps_its_own(tmp_path):
+    model = tiny(dtype=torch.bfloat16)
+    for layer in model.backbone.layers:  # as mamba-ssm's own 16-bit checkpoints
+        layer.mixer.A_log.data = layer.mixer.A_log.data.float()
+        layer.mixer.D.data = layer.mixer.D.data.float()
+    model.save_pretrained(tmp_path)
+    back = Mamba.from_pretrained(tmp_path)
+    assert same(back, model)
+    assert back.backbone.layers[0].mixer.A_log.dtype == torch.float32
+    assert back(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_an_integer_type_is_refused(saved):
+    with pytest.raises(CheckpointError, match="floating-point"):
+        Mamba.from_pretrained(saved, dtype=torch.int8)
+    rewrite(saved, lambda t: t.update({"backbone.norm_f.weight": torch.ones(12, dtype=torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"norm_f\.weight is torch\.int8"):
+        Mamba.from_pretrained(saved)
+
+
+# strictness
+
+
+FAULTS = {
+    "missing": (lambda t: t.pop("backbone.layers.1.mixer.D"), r"layers\.1\.mixer\.D \(24,\) missing"),
+    "extra": (lambda t: t.update(stray=torch.ones(1)), r"stray unexpected"),
+    "misshapen": (
+        lambda t: t.update({"backbone.norm_f.weight": torch.ones(13)}),
+        r"norm_f\.weight is \(13,\), not \(12,\)",
+    ),
+    "broadcastable": (
+        lambda t: t.update({"backbone.norm_f.weight": torch.ones(1)}),
+        r"norm_f\.weight is \(1,\), not \(12,\)",
+    ),
+    "no embedding": (lambda t: t.pop(EMBEDDING), r"embedding\.weight \(32, 12\) missing"),
+    "two embeddings": (
+        lambda t: t.update({"backbone.embeddings.weight": torch.ones(32, 12)}),
+        r"embeddings\.weight unexpected",
+    ),
+    "another head": (lambda t: t.update({HEAD: t[EMBEDDING] + 1}), "lm_head.weight differs"),
+    "a small head": (lambda t: t.update({HEAD: t[EMBEDDING][:29].clone()}), r"lm_head\.weight is \(29, 12\)"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_tensors_that_do_not_fit_are_named(saved, fault):
+    change, message = FAULTS[fault]
+    rewrite(saved, change)
+    with pytest.raises(CheckpointError, match=message):
+        Mamba.from_pretrained(saved)
+
+
+def test_all_faults_are_named_up_to_eight(saved):
+    rewrite(saved, lambda t: [t.pop(k) for k in list(t) if ".layers.1." in k] + [t.update(stray=torch.ones(1))])
+    with pytest.raises(CheckpointError, match=r"(layers\.1\.\S+ .*?missing.*?){8}; and 3 more"):
+        Mamba.from_pretrained(saved)
+
+
+def test_a_tied_head_that_is_stored_must_be_the_embedding(saved):
+    model = Mamba.from_pretrained(rewrite(saved, lambda t: t.update({HEAD: t[EMBEDDING].clone()})))
+    assert model.lm_head.weight is model.backbone.embedding.weight
+
+
+def test_an_untied_head_must_be_stored(saved):
+    reconfigure(saved, tie_embeddings=False)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight \(32, 12\) missing"):
+        Mamba.from_pretrained(saved)
+
+
+def test_a_tied_model_whose_head_was_replaced_is_not_saved(saved):
+    model = tiny()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight + 1)
+    with pytest.raises(CheckpointError, match="tied"):
+        model.save_pretrained(saved)
+    assert same(Mamba.from_pretrained(saved), tiny())
+
+
+# files that are not there, broken or hostile
+
+
+def test_paths_that_hold_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist; give a checkpoint's folder, or a hub id"):
+        Mamba.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"has no config\.json; it holds nothing"):
+        Mamba.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        Mamba.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file"):
+        Mamba.from_pretrained(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        Mamba.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny().config.to_mamba_ssm()))
+    with pytest.raises(CheckpointError, match=r"none of model\.safetensors.*it holds config\.json"):
+        Mamba.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="revision='main' is for a hub id"):
+        Mamba.from_pretrained(tmp_path, revision="main")
+
+
+class Payload:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.target),))
+
+
+@pytest.mark.parametrize("how", ["torch zip", "torch legacy", "plain pickle"])
+def test_a_pickle_that_would_run_code_is_refused(saved, how):
+    (saved / "model.safetensors").unlink()
+    file, touched = saved / "pytorch_model.bin", saved / "touched"
+    if how == "plain pickle":
+        file.write_bytes(pickle.dumps({EMBEDDING: Payload(touched)}, protocol=2))
+    else:
+        torch.save({EMBEDDING: Payload(touched)}, file, _use_new_zipfile_serialization=how == "torch zip")
+    with pytest.raises(CheckpointError, match="could run code, so it is refused"):
+        Mamba.from_pretrained(saved)
+    assert not touched.exists()
+    torch.load(file, weights_only=False) if how != "plain pickle" else pickle.loads(file.read_bytes())
+    assert touched.exists()  # the payload does work
+
+
+def test_a_bin_from_before_zip_archives_loads(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path, safetensors=False)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert same(Mamba.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("safetensors", KINDS)
+@pytest.mark.parametrize("fault", ["truncated", "garbage", "empty"])
+def test_a_broken_file_is_named(tmp_path, safetensors, fault):
+    tiny().save_pretrained(tmp_path, safetensors=safetensors)
+    file = tmp_path / KINDS[safetensors]
+    whole = file.read_bytes()
+    file.write_bytes({"truncated": whole[: len(whole) // 2], "garbage": b"garbage" * 99, "empty": b""}[fault])
+    with pytest.raises(CheckpointError, match=f"{file.name} (cannot be read|is broken)"):
+        Mamba.from_pretrained(tmp_path)
+
+
+def test_a_bin_that_is_no_state_dict(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path, safetensors=False)
+    for wrong in ({"model": model.state_dict()}, {0: torch.ones(1)}, [torch.ones(1)]):
+        torch.save(wrong, tmp_path / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match="not a state dict"):
+            Mamba.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("escape", ["../{}", "{root}/{}", "sub/../../{}", "..", "", "..\\{}", "model.txt"])
+def test_an_index_cannot_name_a_file_elsewhere(tmp_path, escape):
+    folder = tmp_path / "checkpoint"
+    tiny().save_pretrained(folder)
+    shard(folder, "model.safetensors", n_files=1)
+    index = folder / "model.safetensors.index.json"
+    (name,) = set(json.loads(index.read_text())["weight_map"].values())
+    os.rename(folder / name, tmp_path / name)
+    (folder / "sub").mkdir()
+    stray = escape.format(name, root=tmp_path)
+    index.write_text(json.dumps({"weight_map": {"any": stray}}))
+    with pytest.raises(CheckpointError, match="names the shard"):
+        Mamba.from_pretrained(folder)
+
+
+def test_a_broken_set_of_shards(saved):
+    shard(saved, "model.safetensors")
+    first, second = sorted(saved.glob("*-0000[12]-of-00003.safetensors"))
+    whole = load_file(second)
+    save_file(whole | dict(list(load_file(first).items())[:1]), second)
+    with pytest.raises(CheckpointError, match="in another shard too"):
+        Mamba.from_pretrained(saved)
+    second.unlink()
+    with pytest.raises(CheckpointError, match=f"has no {second.name}"):
+        Mamba.from_pretrained(saved)
+    (saved / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        Mamba.from_pretrained(saved)
+
+
+# writing
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("safetensors", KINDS)
+@pytest.mark.parametrize("at", ["weights", "half the weights", "config", "first move"])
+def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch, safetensors, at):
+    tiny().save_pretrained(tmp_path, safetensors=safetensors)
+    before = contents(tmp_path)
+
+    def fail(*args, **kwargs):
+        if at == "half the weights":
+            Path(args[1]).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    if at in ("weights", "half the weights"):
+        monkeypatch.setattr(checkpoint, "save_file", fail)
+        monkeypatch.setattr(torch, "save", fail)
+    else:
+        monkeypatch.setattr(*{"config": (Path, "write_text"), "first move": (os, "replace")}[at], fail)
+    with pytest.raises(OSError, match="no space"):
+        tiny(seed=1, n_layer=2).save_pretrained(tmp_path, safetensors=safetensors)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("safetensors", KINDS)
+def test_the_config_comes_last(tmp_path, monkeypatch, safetensors):
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
+    tiny().save_pretrained(tmp_path, safetensors=safetensors)
+    assert moved == [KINDS[safetensors], "config.json"]
+
+
+def test_saving_again_replaces_and_others_can_read(saved):
+    model = tiny(seed=1, n_layer=2)
+    model.save_pretrained(saved)
+    assert same(Mamba.from_pretrained(saved), model)
+    (saved / "probe").touch()
+    usual = (saved / "probe").stat().st_mode
+    assert {file.stat().st_mode for file in saved.iterdir()} == {usual}
+
+
+def test_weights_in_another_file_are_not_left_to_chance(saved):
+    before = contents(saved)
+    with pytest.raises(CheckpointError, match=r"already holds model\.safetensors beside pytorch_model\.bin"):
+        tiny(seed=1).save_pretrained(saved, safetensors=False)
+    assert contents(saved) == before
+
+
+def test_an_unknown_layout_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="layout='HF' is unknown; 'mamba_ssm' and 'hf' are"):
+        tiny().save_pretrained(tmp_path / "new", layout="HF")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_mamba_ssm_layout_cannot_hold_a_norm_eps(tmp_path):
+    with pytest.raises(ConfigError, match=r"norm_eps=0\.001"):
+        tiny(norm_eps=1e-3).save_pretrained(tmp_path / "new")
+    tiny(norm_eps=1e-3).save_pretrained(tmp_path, layout="hf")
+    assert Mamba.from_pretrained(tmp_path).config.norm_eps == 1e-3
+
+
+# the hub
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_a_hub_id_is_fetched_file_by_file(tmp_path, monkeypatch, kind):
+    hub = pytest.importorskip("huggingface_hub")
+    model, asked = tiny(), []
+    model.save_pretrained(tmp_path, safetensors=kind == "model.safetensors")
+    if kind.endswith(".json"):
+        shard(tmp_path, "pytorch_model.bin")
+
+    def download(repo, name, revision=None):
+        asked.append((repo, name, revision))
+        if not (tmp_path / name).exists():
+            raise hub.errors.LocalEntryNotFoundError(f"no {name}")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert same(Mamba.from_pretrained("someone/mamba", revision="v1"), model)
+    assert {(repo, revision) for repo, _, revision in asked} == {("someone/mamba", "v1")}
+    assert asked[0][1] == "config.json"
+    assert kind in [name for _, name, _ in asked]
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*args, **kwargs):
+        raise hub.errors.LocalEntryNotFoundError("cannot find the requested files in the local cache")
+
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    with pytest.raises(CheckpointError, match=r"no folder some/one.*config\.json.*LocalEntry.*local cache.*network"):
+        Mamba.from_pretrained("some/one")
+
+
+def test_a_folder_goes_before_the_hub(tmp_path, monkeypatch):
+    tiny().save_pretrained(tmp_path / "some" / "one")
+    monkeypatch.chdir(tmp_path)
+    assert same(Mamba.from_pretrained("some/one"), tiny())
+
+
+# configurations
+
+
+PILE = {
+    "d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {}, "rms_norm": True, "residual_in_fp32": True,
+    "fused_add_norm": True, "pad_vocab_size_multiple": 8,
+}  # fmt: skip
+PILE_HF = {
+    "_name_or_path": "/home/x", "architectures": ["MambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4,
+    "d_inner": 1536, "d_model": 768, "eos_token_id": 0, "expand": 2, "fused_add_norm": True, "hidden_act": "silu",
+    "hidden_size": 768, "initializer_range": 0.1, "intermediate_size": 1536, "layer_norm_epsilon": 1e-05,
+    "model_type": "mamba", "n_layer": 24, "num_hidden_layers": 24, "pad_token_id": 0, "pad_vocab_size_multiple": 8,
+    "rescale_prenorm_residual": False, "residual_in_fp32": True, "rms_norm": True, "ssm_cfg": {}, "state_size": 16,
+    "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001,
+    "time_step_rank": 48, "time_step_scale": 1.0, "torch_dtype": "float32", "transformers_version": "4.39.0.dev0",
+    "use_bias": False, "use_cache": True, "use_conv_bias": True, "vocab_size": 50280,
+}  # fmt: skip
+
+
+def test_the_published_configurations_are_read():
+    ours, hf = MambaConfig.from_dict(PILE), MambaConfig.from_dict(PILE_HF)
+    for name in ("d_model", "n_layer", "d_state", "d_conv", "expand", "rank", "d_inner", "padded_vocab", "norm_eps"):
+        assert getattr(ours, name) == getattr(hf, name), name
+    assert (ours.padded_vocab, ours.vocab_size, hf.vocab_size, ours.rank) == (50280, 50277, 50280, 48)
+    assert ours.tie_embeddings
+    assert hf.tie_embeddings
+
+
+def test_every_key_that_hf_writes_is_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(hidden_size=12, num_hidden_layers=2, vocab_size=32)
+    want = MambaConfig.from_dict(config.to_dict())
+    assert MambaConfig.from_dict(config.to_diff_dict()) == want
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    assert MambaConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == want
+    assert MambaConfig.from_dict(want.to_hf()) == dataclasses.replace(want, dt_rank=1)
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "message"),
+    [
+        (PILE, {"ssm_cfg": {"layer": "Mamba2"}}, "layer='Mamba2'.*'Mamba1' only"),
+        (PILE, {"ssm_cfg": {"headdim": 64, "layer": "Mamba2"}}, "layer='Mamba2'"),
+        (PILE, {"ssm_cfg": {"d_stat": 16}}, "'d_stat'.*Did you mean 'd_state'"),
+        (PILE, {"n_layers": 24}, "'n_layers'.*Did you mean 'n_layer'"),
+        (PILE, {"d_intermediate": 1}, "d_intermediate=1"),
+        (PILE, {"attn_layer_idx": [1]}, "attn_layer_idx"),
+        (PILE_HF, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (PILE_HF, {"hiden_size": 768}, "'hiden_size'.*Did you mean 'hidden_size'"),
+        (PILE_HF, {"model_type": "mamba2", "num_heads": 8}, "model_type='mamba2'"),
+        (PILE_HF, {"d_model": 512}, "d_model=512 contradicts hidden_size=768"),
+        (PILE_HF, {"intermediate_size": 768}, "intermediate_size=768"),
+        (PILE_HF, {"rms_norm": False}, "rms_norm=False"),
+    ],
+)
+def test_what_is_not_implemented_is_refused(base, change, message):
+    with pytest.raises(ConfigError, match=message):
+        MambaConfig.from_dict(base | change)
+
+
+def test_every_field_that_changes_the_numbers_survives(tmp_path):
+    """A field of MambaConfig that one layout forgets would come back as its default."""
+    config = MambaConfig(
+        d_model=12, n_layer=2, vocab_size=29, d_state=5, d_conv=3, expand=3, dt_rank=4, conv_bias=False, bias=True,
+        residual_in_fp32=False, tie_embeddings=False, pad_vocab_size_multiple=16, dt_min=0.01, dt_max=0.2,
+        dt_init="constant", dt_scale=2.0, dt_init_floor=1e-3,
+    )  # fmt: skip
+    model = lively(Mamba(config))
+    for layout in LAYOUTS:
+        model.save_pretrained(tmp_path / layout, layout=layout)
+        back = Mamba.from_pretrained(tmp_path / layout).config
+        changed = {"vocab_size": 32, "pad_vocab_size_multiple": 1, "rescale_prenorm_residual": False}
+        assert back == (dataclasses.replace(config, **changed) if layout == "hf" else config)
