@@ -1,0 +1,91 @@
+"""The table of backends: what there is, what is refused and with which words, and the command that prints it."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny
+
+from interp import run
+from kernels_bridge import BACKENDS, backends, resolve, table
+from kernels_bridge.torch_ops import TORCH
+from minimal_mamba import READABLE, MambascopeError
+from minimal_mamba.errors import BackendUnavailable
+
+ROOT = Path(__file__).parents[2]
+IDS = torch.tensor([[1, 2, 3]])
+
+
+def test_the_table_names_what_is_promised() -> None:
+    assert list(BACKENDS) == ["reference", "torch", "fused"]
+    assert all(name == backend.name for name, backend in BACKENDS.items())
+    assert all(b.ops is None or b.ops.name == b.name for b in BACKENDS.values())
+    assert not BACKENDS["reference"].needs and not BACKENDS["torch"].needs
+
+
+def test_names_resolve() -> None:
+    assert resolve("reference") is READABLE and resolve("torch") is TORCH
+    assert resolve() is resolve("auto", "cpu") is resolve("auto", torch.device("cpu")) is TORCH
+
+
+@pytest.mark.parametrize("name", ["auto", "torch", "reference"])
+def test_a_run_says_which_backend_ran(name: str) -> None:
+    assert run(tiny(), IDS, backend=name).backend == ("torch" if name == "auto" else name)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("troch", "torch"), ("refrence", "reference"), ("Fused", "fused"), ("xyz", None)]
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name: str, near: str | None) -> None:
+    with pytest.raises(BackendUnavailable) as caught:
+        resolve(name)
+    text = str(caught.value)
+    assert text.startswith(f"no backend {name!r}.") and text.endswith("There are auto, reference, torch, fused.")
+    assert f"Did you mean {near!r}?" in text if near else "Did you mean" not in text
+    assert isinstance(caught.value, RuntimeError) and isinstance(caught.value, MambascopeError)
+
+
+def test_fused_on_a_cpu_says_what_is_missing_and_what_to_do() -> None:
+    with pytest.raises(BackendUnavailable) as caught:
+        resolve("fused", "cpu")
+    text = str(caught.value)
+    assert text.startswith("backend='fused' cannot run on cpu: it lacks a model on a CUDA device")
+    assert "model.to('cuda')" in text and text.endswith("Here: reference, torch.")
+
+
+def test_every_need_that_is_not_met_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match=r"package mamba_ssm \(pip install .*package causal_conv1d \(pip"):
+        resolve("fused", "cuda")
+    assert "lacks a model on a CUDA device; the package mamba_ssm; the package causal_conv1d" in table("cpu")
+
+
+def test_nothing_falls_back_unasked() -> None:
+    with pytest.raises(BackendUnavailable, match="cannot run on cpu"):
+        run(tiny(), IDS, backend="fused")
+
+
+def test_auto_takes_the_fastest_that_lacks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = replace(BACKENDS["fused"], needs=BACKENDS["fused"].needs[:1], ops=replace(READABLE, name="fused"))
+    monkeypatch.setitem(BACKENDS, "fused", ready)
+    assert resolve("auto", "cuda").name == "fused"
+    assert resolve("auto", "cpu").name == "torch"
+
+
+def test_the_table_prints_a_line_a_backend() -> None:
+    lines = table("cpu").splitlines()
+    assert [line.split()[0] for line in lines] == list(BACKENDS)
+    assert lines[0].endswith("available") and lines[1].endswith("available")
+    assert re.search(r"lacks .*a model on a CUDA device", lines[2])
+
+
+def test_the_command_prints_the_table() -> None:
+    command = [sys.executable, "-m", "kernels_bridge"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert done.stdout.strip() == table(device).strip()

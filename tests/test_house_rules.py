@@ -1,0 +1,103 @@
+"""Rules of the house that a reader relies on: who imports whom, what an import costs, sizes, no prints, no paths."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = ("minimal_mamba", "kernels_bridge", "interp", "analyses")  # each imports only those before it
+FILES = sorted(p for package in ORDER for p in (ROOT / package).rglob("*.py"))
+NAMES = [str(p.relative_to(ROOT)) for p in FILES]
+HEAVY = ("transformers", "matplotlib", "sklearn", "pandas", "scipy", "mamba_ssm", "causal_conv1d", "triton")
+LONGEST = 400
+
+
+def imported(tree: ast.AST, package: str) -> set[str]:
+    """Top-level names that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(package if node.level else (node.module or "").split(".")[0])
+    return found
+
+
+def at_import(body: list[ast.stmt]) -> set[str]:
+    """Top-level names imported when the module is, as against inside a function."""
+    plain = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return imported(ast.Module(plain, []), "")
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(FILES) > 20 and {p.relative_to(ROOT).parts[0] for p in FILES} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_go_one_way(name: str) -> None:
+    package = name.split("/")[0]
+    allowed = ORDER[: ORDER.index(package) + 1]
+    found = imported(ast.parse((ROOT / name).read_text()), package) & {*ORDER, "tests", "helpers"}
+    assert found <= set(allowed), f"{name} imports {sorted(found - set(allowed))}; it may import {', '.join(allowed)}"
+
+
+def test_an_import_the_wrong_way_would_be_seen() -> None:
+    tree = ast.parse("import torch\ndef f():\n    from interp.run import run\n    from . import x; import analyses.a")
+    assert imported(tree, "minimal_mamba") == {"torch", "interp", "minimal_mamba", "analyses"}
+    assert at_import(tree.body) == {"torch"}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("analyses")])
+def test_no_module_of_the_library_imports_at_once_what_few_need(name: str) -> None:
+    assert not at_import(ast.parse((ROOT / name).read_text()).body) & set(HEAVY)
+
+
+def test_the_packages_import_lightly() -> None:
+    """In a process of its own: no package brings a heavy library along, and torch is nearly all of the time."""
+    code = f"""
+import sys, time
+import torch, einops, safetensors.torch
+before = set(sys.modules)
+first = time.process_time()
+for name in {ORDER!r}:
+    __import__(name)
+    found = sorted(set({HEAVY!r}) & (set(sys.modules) - before))
+    assert not found, f"import {{name}} imports {{found}}"
+print(time.process_time() - first)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2  # seconds of CPU beyond torch; measured 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_can_be_read_in_one_sitting(name: str) -> None:
+    assert len((ROOT / name).read_text().splitlines()) < LONGEST
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("analyses")])
+def test_library_modules_do_not_print(name: str) -> None:
+    tree = ast.parse((ROOT / name).read_text())
+    calls = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
+    assert not calls or name.endswith("__main__.py"), f"print( in lines {calls}"
+
+
+# an absolute path on the machine where this was written
+MACHINE = re.compile(r"(?<![\w./:])/(?:work|root|mnt|scratch)/")
+
+
+def test_no_file_names_a_machine_path() -> None:
+    assert MACHINE.search("open('/work" + "/x')") and not MACHINE.search("https://host/work/x ./tmp/x")
+    kinds = {".py", ".md", ".toml", ".json", ".yml", ".yaml", ".cfg", ".txt"}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    files = [ROOT / f for f in listed] or [*FILES, *(ROOT / "tests").rglob("*.py")]
+    found = []
+    for path in files:
+        if path.suffix in kinds and path.exists():
+            lines = path.read_text(errors="replace").splitlines()
+            found += [f"{path.relative_to(ROOT)}:{i}" for i, line in enumerate(lines, 1) if MACHINE.search(line)]
+    assert not found
