@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,22 @@ class Settings:
         """The model that is trained."""
         return MambaConfig(self.d_model, self.n_layer, self.task.tokenizer.vocab_size, d_state=self.d_state)
 
+    @property
+    def decay_from(self) -> int:
+        """The step from which on the learning rate falls, unless all lengths are solved earlier."""
+        return self.steps - self.decay_steps
+
+    @property
+    def command(self) -> str:
+        """The command line that trains with these settings, as far as it has options for them."""
+        usual = Settings()
+        given = [f"--{name.replace('_', '-')} {getattr(self, name)}" for name in OPTIONS if getattr(self, name) != getattr(usual, name)]
+        return " ".join(["python -m analyses.hidden_reasoning train --out runs/masked", *given])
+
+    def with_steps(self, steps: int) -> "Settings":
+        """The same with another number of steps, warm-up and decay in proportion."""
+        return dataclasses.replace(self, steps=steps, warmup_steps=min(100, steps // 10), decay_steps=steps // 5)
+
     def curriculum(self) -> Curriculum:
         """A curriculum at its start."""
         return Curriculum(self.max_length, start=self.start_length, lead=self.lead, solved=self.solved, memory=self.memory)
@@ -97,29 +114,31 @@ class Settings:
         return rise if step < decay_from else rise * max(0.0, 1 - (step - decay_from + 1) / (self.decay_steps + 1))
 
 
-# what may differ when a run is resumed: it changes how often a run is written down, not what it is
-FREE = ("log_every", "save_every")
+OPTIONS = ("seed", "steps", "max_length", "batch_size", "learning_rate", "d_model", "n_layer")  # of the command line
+# What may differ when a run is resumed: how often it is written down, and, until the decay begins, when it ends. A run with
+# another number of steps is the same run up to there.
+FREE = ("log_every", "save_every", "steps", "decay_steps")
 
 
-def open_run(folder: Path, settings: Settings, *, resume: bool) -> None:
+def open_run(folder: Path, settings: Settings, *, resume: bool) -> Settings | None:
     """Make the folder of a run, or check that it is the same run that is resumed.
 
-    Raises:
-        TrainingError: there is a run and it is not to be resumed, there is none to resume, or it had other settings.
+    Returns:
+        the settings that the run had. Raises TrainingError: there is a run and it is not to be resumed, there is none to
+        resume, or it had other settings.
     """
-    path = folder / "settings.json"
-    ours = json.loads(json.dumps(dataclasses.asdict(settings)))
     if not resume:
-        if path.exists():
+        if (folder / "settings.json").exists():
             raise TrainingError(f"{folder} already holds a run; resume it with --resume, or give another folder with --out.")
         folder.mkdir(parents=True, exist_ok=True)
-        return write_json(path, ours)
-    if not path.is_file():
-        raise TrainingError(f"{folder} holds no run (no settings.json), so there is nothing to resume; leave --resume out.")
-    theirs = json.loads(path.read_text())
-    if differs := [k for k in ours if k not in FREE and theirs.get(k) != ours[k]]:
-        shown = ", ".join(f"{k}={theirs.get(k)!r} (now {ours[k]!r})" for k in differs)
+        write_json(folder / "settings.json", dataclasses.asdict(settings))
+        return None
+    old = read_settings(folder)
+    theirs, ours = dataclasses.asdict(old), dataclasses.asdict(settings)
+    if differs := [k for k in ours if k not in FREE and theirs[k] != ours[k]]:
+        shown = ", ".join(f"{k}={theirs[k]!r} (now {ours[k]!r})" for k in differs)
         raise TrainingError(f"the run in {folder} has {shown}; resume it with its own settings, or start another.")
+    return old
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -132,3 +151,24 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
+
+
+def replace_folder(part: Path, folder: Path) -> None:
+    """Move a folder that was written aside to its place, where an older one may be."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_settings(folder: Path) -> Settings:
+    """The settings of the run in a folder; raises TrainingError where there is none."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise TrainingError(f"{folder} holds no run (no settings.json), so there is nothing to resume; leave --resume out.")
+    try:
+        return Settings(**json.loads(path.read_text()))
+    except (TypeError, json.JSONDecodeError):
+        raise TrainingError(f"{path} is not of a run of this version; train again with another --out.") from None

@@ -8,6 +8,7 @@ The batch of a step depends on seed, step and curriculum only, and is drawn when
 resumed is the run that was not.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -32,7 +34,7 @@ from minimal_mamba import Mamba, Ops
 
 from .errors import TrainingError
 from .loss import weighted_loss
-from .settings import Settings, open_run, write_text
+from .settings import Settings, open_run, write_json, write_text
 from .task import Batch, draw
 
 STREAM = 1  # keeps the seeds of training apart from those of `evaluate`
@@ -60,7 +62,7 @@ def train(
         TrainingError: a folder that does not fit, or a loss that is not finite.
     """
     out = Path(out)
-    open_run(out, settings, resume=resume)
+    old = open_run(out, settings, resume=resume)
     if ops is None:
         from kernels_bridge import resolve
 
@@ -68,10 +70,15 @@ def train(
     checkpoint = newest(out) if resume else None
     torch.manual_seed(settings.seed)
     model = Mamba(settings.model)
+    learner = Learner(model, ops, settings.answer_weight)
+    if checkpoint is not None and _done(checkpoint, old or settings, settings):
+        learner.load(checkpoint)
+        return model.eval()
+    write_json(out / "settings.json", dataclasses.asdict(settings))
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        trainer = _Trainer(Learner(model, ops, settings.answer_weight), settings, out, device, stop_at, quiet)
+        trainer = _Trainer(learner, settings, out, device, stop_at, quiet)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -84,8 +91,24 @@ def newest(out: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+def _done(checkpoint: Path, old: Settings, new: Settings) -> bool:
+    """Whether the run had come to its end; Trainer would take one more step to find out.
+
+    Raises TrainingError where the number of steps is not that of before, and it is too late for that.
+    """
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    early = state["stateful_callbacks"][CurriculumCallback.__name__]["attributes"]["early_from"]
+    step = state["global_step"]
+    if old != new and step > min(old.decay_from if early is None else early, new.decay_from):
+        raise TrainingError(
+            f"the run is at step {step} and its learning rate falls from step {old.decay_from if early is None else early} on; "
+            f"its number of steps can be changed before that only, to more than {step + new.decay_steps}."
+        )
+    return bool(step >= (new.decay_from if early is None else early) + new.decay_steps)
+
+
 class Learner(nn.Module):
-    """The model with a backend's operations and the loss; its state dict is the model's."""
+    """The model with a backend's operations and the loss."""
 
     def __init__(self, model: Mamba, ops: Ops, answer_weight: float):
         super().__init__()
@@ -98,14 +121,30 @@ class Learner(nn.Module):
         rows = torch.arange(len(ids), device=logits.device)
         return {"loss": loss, "answer_logits": logits[rows, lengths - 2]}
 
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor once; a tied head is the embedding."""
+        tied = self.model.config.tie_embeddings
+        return {name: t for name, t in self.state_dict().items() if not (tied and name == "model.lm_head.weight")}
+
+    def load(self, checkpoint: Path) -> None:
+        """Take over the weights of a checkpoint."""
+        stored = load_file(checkpoint / "model.safetensors")
+        if stored.keys() != self.weights().keys():
+            raise TrainingError(f"{checkpoint} holds other tensors than this model; train again with another folder.")
+        self.load_state_dict(stored, strict=False)
+
 
 class CurriculumCallback(TrainerCallback, ExportableState):
-    """Carries the curriculum, when the decay begins, and the seconds spent, in and out of checkpoints."""
+    """Carries what Trainer does not know of in and out of checkpoints.
+
+    That is the curriculum, the step at which the decay begins, the losses since the last row of the log, and the seconds.
+    """
 
     def __init__(self, settings: Settings, stop_at: int | None = None):
         self.settings, self.stop_at = settings, stop_at
         self.curriculum = settings.curriculum()
-        self.decay_from = settings.steps - settings.decay_steps
+        self.early_from: int | None = None  # step at which all lengths were solved before the decay was due
+        self.losses: list[float] = []
         self.seconds, self.clock = 0.0, time.monotonic()
 
     def tick(self) -> float:
@@ -116,28 +155,28 @@ class CurriculumCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
-        kept = {"curriculum": self.curriculum.state(), "decay_from": self.decay_from, "seconds": self.tick()}
-        return {"args": {}, "attributes": kept}
+        kept = {"curriculum": self.curriculum.state(), "early_from": self.early_from}
+        return {"args": {}, "attributes": kept | {"losses": self.losses, "seconds": self.tick()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take over what the checkpoint kept; at a fresh start that is what is here."""
         kept = state.stateful_callbacks[type(self).__name__]["attributes"]
         self.curriculum.restore(kept["curriculum"])
-        self.decay_from, self.seconds, self.clock = kept["decay_from"], kept["seconds"], time.monotonic()
-        control.should_training_stop = state.global_step >= self.last_step
+        self.early_from, self.losses = kept["early_from"], list(kept["losses"])
+        self.seconds, self.clock = kept["seconds"], time.monotonic()
 
     @property
-    def last_step(self) -> int:
-        """The step after which the run is done."""
-        return self.decay_from + self.settings.decay_steps
+    def decay_from(self) -> int:
+        """The step from which on the learning rate falls."""
+        return self.settings.decay_from if self.early_from is None else self.early_from
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin the decay when all lengths are solved; stop at the end of it."""
         step = state.global_step
         early = self.settings.early < 1 and step < self.decay_from and self.curriculum.done(self.settings.early)
         if early and step >= self.settings.warmup_steps:
-            self.decay_from = step
-        if step == self.stop_at or step >= self.last_step:
+            self.early_from = step
+        if step == self.stop_at or step >= self.decay_from + self.settings.decay_steps:
             control.should_training_stop = control.should_save = control.should_log = True
 
 
@@ -210,6 +249,10 @@ class _Trainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """The loss; the answers on hidden prompts go to the curriculum."""
         found = model(inputs["ids"], inputs["lengths"], inputs["reasoning"], inputs["answer"])
+        loss = found["loss"].item()
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {self.state.global_step}; train again with a lower learning rate.")
+        self.progress.losses.append(loss)
         right = found["answer_logits"].detach().argmax(-1) == inputs["ids"][inputs["answer"]]
         hidden = inputs["hidden"]
         self.progress.curriculum.update(inputs["num_steps"][hidden].cpu(), right[hidden].cpu())
@@ -218,12 +261,9 @@ class _Trainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the curriculum to a row of the log, and write the log."""
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise TrainingError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; resume with a lower learning rate."
-                )
-            now = self.progress.curriculum.state()
-            logs |= {**now, "seconds": round(self.progress.tick(), 1)}
+            losses, self.progress.losses = self.progress.losses, []
+            logs["loss"] = sum(losses) / len(losses)  # Trainer's own mean forgets what was before a resume
+            logs |= {**self.progress.curriculum.state(), "seconds": round(self.progress.tick(), 1)}
         super().log(logs, start_time)
         rows = [{k: v for k, v in row.items() if k != "epoch"} for row in self.state.log_history if "loss" in row]
         write_text(self.out / "train_log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -232,11 +272,10 @@ class _Trainer(Trainer):
         return str(self.run_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        # tied matrices are one tensor; safetensors takes it once, and loading fills in both
-        state = dict(self.model.state_dict() if state_dict is None else state_dict)
-        if self.model.model.config.tie_embeddings:
-            del state["model.lm_head.weight"]
-        super()._save(output_dir, state)
+        super()._save(output_dir, self.model.weights())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.load(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint aside and move it into place, so that a folder with its name is whole."""

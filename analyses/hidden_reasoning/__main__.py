@@ -1,0 +1,134 @@
+"""`python -m analyses.hidden_reasoning train|evaluate`: train a model of the study, or see how good one is."""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+
+from minimal_mamba import Mamba
+from minimal_mamba.errors import MambascopeError
+
+from .errors import TaskError, TrainingError
+from .evaluate import accuracy
+from .organism import load_folder, load_settings, organism_folder, write_organism
+from .settings import Settings, read_settings, write_json
+from .task import MaskedTask
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+QUICK = Settings(
+    max_length=3, d_model=32, n_layer=2, d_state=8, batch_size=32, steps=60, warmup_steps=6, decay_steps=12,
+    log_every=20, save_every=60,
+)  # fmt: skip
+EVALUATION_SEED = 0
+
+
+@app.command()
+def train(
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the run. [default: runs/masked; with --quick a temporary one]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its own settings.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model for a few seconds, to see that it works.")] = False,
+    seed: Annotated[Optional[int], typer.Option(help="Of weights and data.")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Most steps; the last fifth is the decay of the learning rate.")] = None,
+    max_length: Annotated[Optional[int], typer.Option(help="Longest length to train on.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Rows of a batch.")] = None,
+    learning_rate: Annotated[Optional[float], typer.Option(help="Highest learning rate.")] = None,
+    d_model: Annotated[Optional[int], typer.Option(help="Width of the model.")] = None,
+    n_layer: Annotated[Optional[int], typer.Option(help="Layers of the model.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Fresh prompts a length for the evaluation at the end.")] = 2000,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads. [default: PyTorch's]")] = None,
+) -> None:
+    """Train a model on the `masked` task; it ends by itself, with an evaluation and the folder `organism` in the run.
+
+    A run that was stopped in any way goes on with --resume as if it had not been.
+    """
+    given = {
+        "seed": seed, "max_length": max_length, "batch_size": batch_size, "learning_rate": learning_rate,
+        "d_model": d_model, "n_layer": n_layer,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    with _plain_errors(), _folder(out, quick and not resume) as run:
+        _set_up(device, threads)
+        base = read_settings(run) if resume else QUICK if quick else Settings()
+        settings = dataclasses.replace(base, **given)  # type: ignore[arg-type]
+        if steps is not None and steps != settings.steps:
+            settings = settings.with_steps(steps)
+        from .train import train as train_model  # transformers takes seconds to import
+
+        model = train_model(settings, run, resume=resume, device=device)
+        n = min(prompts, 100) if quick else prompts
+        found = _evaluate(model, range(1, settings.max_length + 1), n, EVALUATION_SEED, settings.task)
+        folder = write_organism(run, model, settings, found, n, EVALUATION_SEED)
+        typer.echo(f"written: {folder}" if out or not quick else "a quick run is not kept; name a folder with --out")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Optional[Path], typer.Option(help="Folder of an organism. [default: the one that ships]")] = None,
+    max_length: Annotated[int, typer.Option(help="Lengths 1 to this one.")] = 8,
+    prompts: Annotated[int, typer.Option(help="Fresh hidden prompts a length.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="100 prompts a length.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Write the accuracies to this file, as JSON.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads. [default: PyTorch's]")] = None,
+) -> None:
+    """Print how often the final answer is right on fresh hidden prompts, by length."""
+    with _plain_errors():
+        _set_up(device, threads)
+        if max_length < 1:
+            raise TaskError(f"--max-length {max_length}: a prompt has at least one step; give 1 or more.")
+        folder = organism_folder("masked") if model is None else model
+        organism, _ = load_folder(folder)
+        n = min(prompts, 100) if quick else prompts
+        found = _evaluate(organism.to(device), range(1, max_length + 1), n, seed, load_settings(folder).task)
+        if out is not None:
+            write_json(out, {"model": str(folder.name), "prompts": n, "seed": seed, "accuracy": found})
+
+
+def _evaluate(model: Mamba, lengths: range, prompts: int, seed: int, task: MaskedTask) -> dict[int, float]:
+    found = {}
+    typer.echo(f"exact final answers on {prompts} fresh hidden prompts a length; chance is {1 / task.modulus:.0%}")
+    for length in lengths:
+        found[length] = accuracy(model, length, prompts, seed, task=task)
+        typer.echo(f"  {length:2d}  {'█' * round(40 * found[length]):40}  {found[length]:7.2%}")
+    return found
+
+
+def _set_up(device: str, threads: int | None) -> None:
+    torch.set_num_threads(threads or torch.get_num_threads())
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); leave it out for cpu.") from None
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What goes wrong in ways that we foresee is said in a sentence."""
+    try:
+        yield
+    except (MambascopeError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("Stopped; --resume goes on from the last checkpoint.", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _folder(out: Path | None, temporary: bool) -> Iterator[Path]:
+    if out is None and temporary:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "run"
+    else:
+        yield out or Path("runs/masked")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,155 @@
+"""A run that was stopped or killed and resumed is the run that was not; settings that cannot be trained raise."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from analyses.hidden_reasoning.errors import TaskError, TrainingError
+from analyses.hidden_reasoning.settings import Settings
+from minimal_mamba.errors import ConfigError
+
+TINY = Settings(
+    max_length=3, d_model=16, n_layer=1, d_state=4, batch_size=16, steps=24, warmup_steps=3, decay_steps=6, memory=20,
+    solved=0.3, start_length=1, log_every=4, save_every=6,
+)  # fmt: skip
+TIMES = ("seconds",)
+
+
+@pytest.fixture(scope="module")
+def training():
+    """The module, imported once: transformers takes seconds."""
+    from analyses.hidden_reasoning import train
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def whole(training, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return training.train(TINY, out, quiet=True), out
+
+
+def log_of(out):
+    rows = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+    return {r["step"]: {k: v for k, v in r.items() if k not in TIMES} for r in rows}
+
+
+def same(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_run_is_logged_and_written(whole):
+    model, out = whole
+    log = log_of(out)
+    assert list(log) == [4, 8, 12, 16, 20, 24] and not model.training
+    for row in log.values():
+        assert row.keys() >= {"loss", "limit", "accuracy", "learning_rate"} and len(row["accuracy"]) == 3
+    assert log[24]["loss"] < log[4]["loss"] and log[24]["limit"] > 1
+    rates = [row["learning_rate"] for row in log.values()]
+    assert rates[:4] == [1.5e-3] * 4 and rates[3] > rates[4] > rates[5] > 0
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-24", "settings.json", "train_log.jsonl"]
+
+
+def test_stop_and_resume_give_the_same_curve(training, whole, tmp_path):
+    out = tmp_path / "run"
+    training.train(TINY, out, stop_at=12, quiet=True)
+    assert list(log_of(out)) == [4, 8, 12]
+    model = training.train(TINY, out, resume=True, quiet=True)
+    assert same(model, whole[0]) and log_of(out) == log_of(whole[1])
+
+
+def test_killed_between_checkpoints_or_while_writing_one(training, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as m:  # killed at step 16, between a checkpoint at 12 and one at 18
+        m.setattr(training, "draw_batch", lambda s, step, c, real=training.draw_batch: real(s, step, c) if step < 16 else die())
+        with pytest.raises(Killed):
+            training.train(TINY, out, quiet=True)
+    with monkeypatch.context() as m:  # killed again while step 18 is written
+        m.setattr("transformers.Trainer._save_rng_state", die)
+        with pytest.raises(Killed):
+            training.train(TINY, out, resume=True, quiet=True)
+    assert training.newest(out).name == "checkpoint-12"
+    model = training.train(TINY, out, resume=True, quiet=True)
+    assert same(model, whole[0]) and log_of(out) == log_of(whole[1])
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-24", "settings.json", "train_log.jsonl"]
+
+
+def test_the_number_of_steps_can_be_changed_until_the_decay_begins(training, whole, tmp_path):
+    out = tmp_path / "run"
+    training.train(dataclasses.replace(TINY, steps=100), out, stop_at=12, quiet=True)
+    model = training.train(TINY, out, resume=True, quiet=True)
+    assert same(model, whole[0]) and log_of(out) == log_of(whole[1])
+    with pytest.raises(TrainingError, match="before that only"):
+        training.train(dataclasses.replace(TINY, steps=40), out, resume=True, quiet=True)
+
+
+def test_a_finished_run_is_taken_as_it_is(training, whole):
+    model, out = whole
+    before = log_of(out)
+    assert same(training.train(TINY, out, resume=True, quiet=True), model) and log_of(out) == before
+
+
+def test_all_lengths_solved_start_the_decay(training, tmp_path):
+    early = dataclasses.replace(TINY, early=0.01, max_length=1, steps=1000, save_every=1000)
+    training.train(early, tmp_path / "run", quiet=True)
+    assert training.newest(tmp_path / "run").name in {f"checkpoint-{n}" for n in range(9, 40)}
+
+
+def test_data_are_those_of_seed_step_and_curriculum(training):
+    one, again = (training.draw_batch(TINY, 3, TINY.curriculum()) for _ in range(2))
+    assert torch.equal(one.ids, again.ids)
+    for other in (dataclasses.replace(TINY, seed=1), TINY):
+        assert not torch.equal(training.draw_batch(other, 4, other.curriculum()).ids, one.ids)
+
+
+def test_weight_decay_spares_what_is_no_matrix(training):
+    from kernels_bridge import resolve
+    from minimal_mamba import Mamba
+
+    learner = training.Learner(Mamba(TINY.model), resolve(), 0.5)
+    names = training._Trainer.get_decay_parameter_names(None, learner)
+    assert {n.rsplit("mixer.", 1)[-1] for n in names} == {
+        "model.backbone.embedding.weight", "in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"
+    }  # fmt: skip
+
+
+def test_folders_that_do_not_fit(training, whole, tmp_path):
+    with pytest.raises(TrainingError, match="--resume"):
+        training.train(TINY, whole[1])
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        training.train(TINY, tmp_path / "none", resume=True)
+    with pytest.raises(TrainingError, match="batch_size=16"):
+        training.train(dataclasses.replace(TINY, batch_size=8), whole[1], resume=True)
+
+
+def test_a_loss_that_is_not_finite_raises(training, tmp_path):
+    with pytest.raises(TrainingError, match="lower learning rate"):
+        training.train(dataclasses.replace(TINY, learning_rate=1e30), tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize(
+    "bad, error",
+    [
+        ({"steps": 0}, TrainingError),
+        ({"steps": 5}, TrainingError),
+        ({"max_length": 0}, TrainingError),
+        ({"learning_rate": 0.0}, TrainingError),
+        ({"hidden_share": 1.5}, TrainingError),
+        ({"answer_weight": 2.0}, TrainingError),
+        ({"seed": -1}, TrainingError),
+        ({"modulus": 2}, TaskError),
+        ({"d_model": 0}, ConfigError),
+    ],
+)
+def test_settings_that_cannot_be_trained(bad, error):
+    with pytest.raises(error):
+        dataclasses.replace(TINY, **bad)
