@@ -8,10 +8,11 @@ from typing import Any
 
 from safetensors.torch import load, save
 
-from minimal_mamba.address import Address, Selector, Span
+from minimal_mamba.address import Address, Selector, Span, at
 from minimal_mamba.edits import KINDS, Apply, Edit, function_name, import_function
 from minimal_mamba.errors import CheckpointError
 from minimal_mamba.files import write_whole
+from minimal_mamba.sites import ADDRESSABLE
 
 VERSION = 1
 
@@ -67,7 +68,7 @@ def load_edits(folder: str | Path) -> list[Edit]:
             if kind.tensor and str(i) in values:
                 fields[kind.tensor] = values[str(i)]
             edits.append(kind(_address_in(row["address"]), rows=_in(row["rows"]), **fields))  # type: ignore[call-arg]
-        except (LookupError, TypeError, ImportError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, ImportError, AttributeError) as error:
             raise CheckpointError(f"{folder}: edit {i} cannot be made here: {error!r}.") from None
     return edits
 
@@ -90,4 +91,8 @@ def _address_out(address: Address) -> dict[str, Any]:
 
 
 def _address_in(raw: dict[str, Any]) -> Address:
-    return Address(raw["site"], _in(raw["layer"]), _in(raw["pos"]), tuple(_in(f) for f in raw["features"]))
+    spec = getattr(at, raw["site"])  # raises for a site that does not exist here
+    axes = ADDRESSABLE[raw["site"]].features
+    fields = {"pos": _in(raw["pos"])} | ({} if raw["layer"] is None else {"layer": _in(raw["layer"])})
+    chosen = zip(axes, raw["features"], strict=True)
+    return spec(**fields, **{axis: _in(f) for axis, f in chosen if axis != "n+k"})
