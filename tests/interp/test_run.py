@@ -1,0 +1,209 @@
+"""What a run returns, and that nothing done to it changes another run; generation."""
+
+import pytest
+import torch
+from helpers import tiny
+
+from interp import Add, Scale, Set, Zero, at, generate, run
+from kernels_bridge import resolve
+from minimal_mamba import MambaState
+from minimal_mamba.errors import InputError
+
+BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
+MODEL = tiny(seed=9)
+CONFIG = MODEL.config
+IDS = torch.randint(0, 29, (3, 8), generator=torch.Generator().manual_seed(0))
+PLACES = [at.ssm_state(layer=1, pos=3), at.u(layer=0), at.conv_state(layer=2, pos=[-1]), at.logits(), at.embed(pos=0),
+          at.resid_pre(layer=1), at.y(layer=2, pos=2), at.recurrent_state(pos=-1), at.state_read(layer=1, pos=3)]  # fmt: skip
+
+
+def close(a, b, tol=1e-11):
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+@BOTH
+def test_recordings_hold_the_value_after_edits(backend):
+    place = at.ssm_state(layer=1, pos=3)
+    value = torch.randn(3, CONFIG.d_inner, CONFIG.d_state, dtype=torch.float64)
+    with torch.no_grad():
+        out = run(MODEL, IDS, [Set(place, value), Scale(at.u(layer=0, pos=2), 0.0)], record=[place, at.u(layer=0)], backend=backend)
+    assert torch.equal(out[place], value)
+    assert not out[at.u(layer=0)][:, 2].any()
+    assert out[at.u(layer=0)][:, 3].all()
+
+
+@BOTH
+def test_changing_what_a_run_gave_changes_no_run(backend):
+    ids = IDS.clone()
+    with torch.no_grad():
+        kept = run(MODEL, ids, record=PLACES, keep_state=True, backend=backend)
+        before = {a: kept[a] for a in PLACES}
+        state = [t.clone() for t in (*kept.state.ssm_state, *kept.state.conv_state)]
+        later = run(MODEL, IDS[:, :3], state=kept.state, backend=backend).logits
+        for a in PLACES:
+            kept[a].fill_(99)  # what run_[a] gives is a copy
+            kept.records[a].fill_(77)  # and what it copies is nobody else's
+        logits = kept.logits.clone()
+        assert all(torch.equal(a, b) for a, b in zip(state, (*kept.state.ssm_state, *kept.state.conv_state), strict=True))
+        assert torch.equal(run(MODEL, IDS[:, :3], state=kept.state, backend=backend).logits, later)
+        again = run(MODEL, IDS, record=PLACES, backend=backend)
+        assert all(torch.equal(again[a], before[a]) for a in PLACES)
+        assert torch.equal(again.logits, logits)
+        assert torch.equal(again.logits, before[at.logits()])
+        # the state that a run goes on from is not changed by it, not even under edits of its first position
+        frozen = [t.clone() for t in (*kept.state.ssm_state, *kept.state.conv_state)]
+        run(MODEL, IDS, [Zero(at.recurrent_state(pos=8)), Add(at.state_read(pos=8), 1.0)], state=kept.state, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(frozen, (*kept.state.ssm_state, *kept.state.conv_state), strict=True))
+
+
+@BOTH
+def test_reading_a_recording_twice_gives_two_tensors(backend):
+    place = at.ssm_state(layer=0, pos=1)
+    with torch.no_grad():
+        out = run(MODEL, IDS, record=[place], backend=backend)
+    out[place].zero_()
+    assert out[place].abs().sum() > 1
+
+
+@BOTH
+def test_recordings_are_differentiable(backend):
+    place, source = at.ssm_state(layer=2, pos=5, e=3, n=1), at.embed(pos=2)
+    value = run(MODEL, IDS, record=[source], backend=backend)[source].detach()
+    direction = torch.randn(value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def read(v):
+        return run(MODEL, IDS, [Set(source, v)], record=[place], backend=backend)[place].sum()
+
+    leaf = value.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(read(leaf), leaf)
+    with torch.no_grad():
+        numeric = (read(value + 1e-6 * direction) - read(value - 1e-6 * direction)) / 2e-6
+    assert numeric.abs() > 1e-5
+    close((grad * direction).sum(), numeric, 1e-6)
+
+
+@BOTH
+def test_the_fields_of_a_run(backend):
+    lengths = [8, 3, 5]
+    with torch.no_grad():
+        out = run(MODEL, IDS, lengths=lengths, backend=backend)
+        assert out.state is None
+        assert out.backend == backend
+        assert torch.equal(out.ids, IDS)
+        assert out.logits.shape == (3, 8, CONFIG.padded_vocab)
+        assert out.lengths.tolist() == lengths
+        assert torch.equal(out.last_logits, torch.stack([out.logits[i, n - 1] for i, n in enumerate(lengths)]))
+        last = run(MODEL, IDS, lengths=lengths, backend=backend, last_only=True, keep_state=True)
+        assert last.logits.shape == (3, 1, CONFIG.padded_vocab)
+        close(last.logits[:, 0], out.last_logits)
+        assert isinstance(last.state, MambaState)
+        assert last.state.position.tolist() == lengths
+        whole = run(MODEL, IDS, record=[at.final_norm(pos=0), at.logits(pos=2)], backend=backend, last_only=True)
+        plain = run(MODEL, IDS, backend=backend)
+        close(whole.logits, plain.logits[:, -1:])
+        close(whole[at.logits(pos=2)], plain.logits[:, 2])
+    assert run(MODEL, IDS).backend == resolve("auto", "cpu").name == "torch"
+
+
+@BOTH
+def test_the_kept_state_goes_on(backend):
+    with torch.no_grad():
+        whole = run(MODEL, IDS, backend=backend, keep_state=True)
+        first = run(MODEL, IDS[:, :5], backend=backend, keep_state=True)
+        second = run(MODEL, IDS[:, 5:], backend=backend, state=first.state, keep_state=True)
+    close(second.logits, whole.logits[:, 5:])
+    for a, b in zip(second.state.ssm_state + second.state.conv_state, whole.state.ssm_state + whole.state.conv_state, strict=True):
+        close(a, b)
+    assert second.state.position.tolist() == [8, 8, 8]
+
+
+# -- generation ---------------------------------------------------------------------------------------------------
+
+EDITS = [
+    Add(at.ssm_state(layer=1, pos=[1, -1]), 0.8),
+    Scale(at.state_read(layer=2, pos=slice(-1, None)), 1.6),
+    Add(at.recurrent_state(layer=0, pos=slice(2, None, 3)), 0.3),
+    Scale(at.resid_post(layer=1, pos=slice(-2, None)), 0.7),
+]
+
+
+@BOTH
+def test_generation_is_one_pass_under_the_same_edits(backend):
+    """Also with ragged prompts; each row is what it is alone."""
+    n, lengths = 5, [8, 3, 5]
+    keep = [at.ssm_state(layer=2, pos=3), at.y(layer=0, pos=slice(-1, None))]
+    junk = IDS.clone()
+    junk[1, 3:], junk[2, 5:] = 28, 28
+    out = generate(MODEL, junk, n, EDITS, record=keep, lengths=lengths, backend=backend)
+    assert out.lengths.tolist() == [m + n for m in lengths]
+    assert out.logits.shape[:2] == (3, 8 + n - 1)
+    for i, m in enumerate(lengths):
+        assert torch.equal(out.ids[i, :m], IDS[i, :m])
+        assert not out.ids[i, m + n :].any()
+        # one pass over the row, with the prompt's end written as a number from the start
+        place = [at.ssm_state(layer=1, pos=[1, m - 1]), at.state_read(layer=2, pos=slice(m - 1, None)),
+                 at.recurrent_state(layer=0, pos=slice(2, None, 3)), at.resid_post(layer=1, pos=slice(m - 2, None))]  # fmt: skip
+        edits = [Add(place[0], 0.8), Scale(place[1], 1.6), Add(place[2], 0.3), Scale(place[3], 0.7)]
+        whole = out.ids[i : i + 1, : m + n - 1]
+        with torch.no_grad():
+            one = run(MODEL, whole, edits, record=[keep[0], at.y(layer=0, pos=slice(m - 1, None))], backend=backend, keep_state=True)
+        close(out.logits[i, : m + n - 1], one.logits[0])
+        assert not out.logits[i, m + n - 1 :].any()
+        close(out.last_logits[i], one.logits[0, -1])
+        close(out[keep[0]][i], one[keep[0]][0])
+        close(out[keep[1]][i], one[at.y(layer=0, pos=slice(m - 1, None))][0])
+        assert torch.equal(out.ids[i, m : m + n], one.logits[0, m - 1 :, : CONFIG.vocab_size].argmax(-1))
+        for a, b in zip(out.state.ssm_state, one.state.ssm_state, strict=True):
+            close(a[i], b[0])
+        assert out.state.position[i] == m + n - 1
+    plain = generate(MODEL, junk, n, lengths=lengths, backend=backend)
+    assert (plain.logits - out.logits).abs().max() > 1e-2
+
+
+@BOTH
+def test_last_only_generation(backend):
+    lengths = [8, 2, 5]
+    full = generate(MODEL, IDS, 4, lengths=lengths, backend=backend)
+    last = generate(MODEL, IDS, 4, lengths=lengths, backend=backend, last_only=True)
+    assert torch.equal(full.ids, last.ids)
+    assert last.logits.shape == (3, 4, CONFIG.padded_vocab)
+    for i, m in enumerate(lengths):
+        close(last.logits[i], full.logits[i, m - 1 : m + 3])
+    close(last.last_logits, full.last_logits)
+    one = generate(MODEL, IDS, 1, lengths=lengths, backend=backend)
+    close(one.last_logits, torch.stack([full.logits[i, m - 1] for i, m in enumerate(lengths)]))
+
+
+def test_the_vocabularys_padding_is_never_chosen():
+    assert CONFIG.padded_vocab > CONFIG.vocab_size
+    tempting = Add(at.logits(v=slice(CONFIG.vocab_size, None)), 1e3)
+    for temperature in (0.0, 1.0):
+        out = generate(MODEL, IDS, 6, [tempting], temperature=temperature)
+        assert int(out.ids.max()) < CONFIG.vocab_size
+        assert int(out.logits.argmax(-1).min()) >= CONFIG.vocab_size  # the temptation was there
+    same = generate(MODEL, IDS, 6)
+    assert torch.equal(generate(MODEL, IDS, 6, [tempting]).ids, same.ids)
+
+
+def test_sampling_is_seeded_and_follows_the_temperature():
+    a, b, c = (generate(MODEL, IDS, 12, temperature=1.5, seed=s).ids for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    greedy = generate(MODEL, IDS, 12).ids
+    assert not torch.equal(a, greedy)
+    assert torch.equal(generate(MODEL, IDS, 12, temperature=1e-4, seed=3).ids, greedy)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    generate(MODEL, IDS, 3, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), state)  # torch's own generator is left alone
+    many = generate(MODEL, IDS[:1].expand(4000, -1), 1, temperature=2.0, seed=5)
+    share = torch.bincount(many.ids[:, -1], minlength=CONFIG.vocab_size) / 4000
+    p = (many.logits[0, -1, : CONFIG.vocab_size] / 2).softmax(-1)
+    assert (share - p).abs().max() < 0.035
+
+
+def test_bad_requests_of_generation():
+    with pytest.raises(InputError, match="n_tokens=0: at least 1"):
+        generate(MODEL, IDS, 0)
+    with pytest.raises(InputError, match=r"temperature=-1.0: 0 \(the likeliest token\) or more"):
+        generate(MODEL, IDS, 1, temperature=-1.0)
