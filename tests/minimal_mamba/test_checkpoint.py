@@ -241,10 +241,13 @@ def test_layers_beyond_the_config_are_unexpected(saved):
 
 
 def test_layer_1_is_not_a_prefix_of_layer_10(tmp_path):
-    model = tiny(n_layer=12)
-    model.save_pretrained(tmp_path)
-    assert len(Mamba.from_pretrained(tmp_path, n_layer=1).backbone.layers) == 1
+    tiny(n_layer=12).save_pretrained(tmp_path)
     assert len(Mamba.from_pretrained(tmp_path, n_layer=11).backbone.layers) == 11
+    reconfigure(tmp_path, n_layer=2)
+    with pytest.raises(
+        CheckpointError, match="and 92 more"
+    ):  # ten tensors in each of layers 2 to 11, eight of them named
+        Mamba.from_pretrained(tmp_path, n_layer=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
