@@ -1,0 +1,49 @@
+"""Recording one position costs that state and not the trajectory, measured in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LENGTH, D_MODEL, N = 2048, 64, 64
+TRAJECTORY = LENGTH * 2 * D_MODEL * N * 4  # bytes of (1, l, e, n) in float32: 64 MiB
+SCRIPT = f"""
+import sys, torch
+from minimal_mamba import Mamba, MambaConfig, at
+from interp import run
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = Mamba(MambaConfig(d_model={D_MODEL}, n_layer=2, vocab_size=50, d_state={N}))
+ids = torch.randint(0, 50, (1, {LENGTH}))
+with torch.no_grad():
+    run(model, ids, backend=sys.argv[1])  # warm: the process has what a plain run needs
+    before = peak()
+    for place in (at.ssm_state(layer=1, pos=1000), at.ssm_state(layer=1)):
+        out = run(model, ids, record=[place], backend=sys.argv[1])
+        assert out.records[place].any()
+        print(peak() - before)
+"""
+
+
+def growth(backend):
+    """Bytes by which the peak of the process grows over that of a plain run: one position recorded, then all."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, backend], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return map(int, done.stdout.split())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_recording_one_position_costs_that_state(backend):
+    one, every = growth(backend)
+    assert one < TRAJECTORY / 16
+    assert every > TRAJECTORY * 0.9  # the measure sees a trajectory where there is one

@@ -1,0 +1,93 @@
+"""Metrics against hand values."""
+
+import math
+
+import pytest
+import torch
+from helpers import tiny
+
+from interp import accuracy, kl, log_prob, logit_diff, prob, run
+from minimal_mamba.errors import InputError
+
+ROWS = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)) + 2.0
+HALF = torch.log(torch.full((2, 4), 0.25, dtype=torch.float64))
+
+
+def near(value, wanted):
+    assert value.shape == (len(wanted),)
+    assert value.tolist() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_hand_values():
+    near(logit_diff(ROWS, 0, 1), [math.log(2), math.log(0.5)])
+    near(logit_diff(ROWS, torch.tensor([0, 3]), torch.tensor([1, 0])), [math.log(2), math.log(4)])
+    near(log_prob(ROWS, 2), [math.log(0.125), math.log(0.3)])
+    near(prob(ROWS, torch.tensor([1, 3])), [0.25, 0.4])
+    near(accuracy(ROWS, 0), [1, 0])
+    near(accuracy(ROWS, torch.tensor([1, 3])), [0, 1])
+    near(kl(ROWS, HALF), [0.5 * math.log(2) + 0 + 0.25 * math.log(0.5), math.log(4) + sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4))])
+    near(kl(HALF, ROWS), [0.25 * sum(math.log(0.25 / p) for p in row) for row in ((0.5, 0.25, 0.125, 0.125), (0.1, 0.2, 0.3, 0.4))])
+    near(kl(ROWS, ROWS + 5), [0, 0])
+
+
+def test_logits_of_a_sequence_count_at_their_last_position():
+    three = torch.stack([HALF, HALF * 3, ROWS], 1)
+    for metric in (lambda x: logit_diff(x, 0, 1), lambda x: log_prob(x, 2), lambda x: prob(x, 3), lambda x: accuracy(x, 3)):
+        assert torch.equal(metric(three), metric(ROWS))
+    assert torch.equal(kl(three, HALF), kl(ROWS, HALF))
+
+
+def test_kl_is_never_negative():
+    rng = torch.Generator().manual_seed(0)
+    for scale in (0.01, 1, 30):
+        p, q = (scale * torch.randn(200, 50, generator=rng, dtype=torch.float64) for _ in range(2))
+        assert kl(p, q).min() >= 0
+        assert kl(p, q).max() > 0
+
+
+def test_16_bit_logits_are_read_in_32():
+    low = ROWS.to(torch.bfloat16)
+    assert log_prob(low, 1).dtype == torch.float32
+    torch.testing.assert_close(log_prob(low, 1), low.float().log_softmax(-1)[:, 1])
+
+
+def test_a_run_counts_each_rows_own_last_token():
+    model = tiny()
+    ids = torch.randint(0, 29, (3, 6), generator=torch.Generator().manual_seed(0))
+    lengths = [2, 6, 4]
+    with torch.no_grad():
+        padded = run(model, ids, lengths=lengths)
+        other = run(model, ids.flip(1), lengths=lengths)
+        alone = [run(model, ids[i : i + 1, :n]) for i, n in enumerate(lengths)]
+        others = [run(model, ids.flip(1)[i : i + 1, :n]) for i, n in enumerate(lengths)]
+    answer, foil = torch.tensor([1, 2, 3]), 7
+    for metric, one in (
+        (logit_diff(padded, answer, foil), lambda i: logit_diff(alone[i], answer[i], foil)),
+        (prob(padded, answer), lambda i: prob(alone[i].logits, int(answer[i]))),
+        (kl(padded, other), lambda i: kl(alone[i].logits, others[i])),
+    ):
+        torch.testing.assert_close(metric, torch.cat([one(i) for i in range(3)]), rtol=1e-10, atol=1e-12)
+    with pytest.raises(InputError, match="row 0 are all zero at the last position, as on padding. Pass the run"):
+        logit_diff(padded.logits, answer, foil)
+    assert torch.equal(logit_diff(padded.last_logits, answer, foil), logit_diff(padded, answer, foil))
+
+
+@pytest.mark.parametrize("metric", [lambda t: log_prob(ROWS, t), lambda t: prob(ROWS, t), lambda t: accuracy(ROWS, t),
+                                    lambda t: logit_diff(ROWS, t, 0), lambda t: logit_diff(ROWS, 0, t)])  # fmt: skip
+def test_bad_tokens(metric):
+    for wrong, text in (
+        (4, r"token id 4 is outside the logits' 0\.\.3"),
+        (-1, r"token id -1 is outside the logits' 0\.\.3"),
+        (torch.tensor([3, -2]), r"token id -2 is outside"),
+        (torch.tensor([0, 1, 2]), r"tokens have shape \(3,\); give one id, or one a row \(2,\)"),
+        (torch.tensor([[0], [1]]), r"tokens have shape \(2, 1\)"),
+        (torch.tensor([0.0, 1.0]), "give one id"),
+    ):
+        with pytest.raises(InputError, match=text) as caught:
+            metric(wrong)
+        assert isinstance(caught.value, ValueError)
+
+
+def test_bad_logits():
+    with pytest.raises(InputError, match=r"logits have shape \(4,\); a metric takes \(b, v\) or \(b, l, v\)"):
+        prob(ROWS[0], 1)

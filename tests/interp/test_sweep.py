@@ -1,0 +1,128 @@
+"""Patch sweeps: every cell is the run that one would do by hand."""
+
+import pytest
+import torch
+from helpers import tiny
+
+from interp import Grid, Set, at, logit_diff, patch_grid, run
+from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
+
+BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
+MODEL = tiny(seed=6)
+N = MODEL.config.n_layer
+RNG = torch.Generator().manual_seed(0)
+IDS, DONOR = (torch.randint(0, 29, (3, 6), generator=RNG) for _ in range(2))
+
+
+def metric(logits):
+    return logit_diff(logits, 3, 5)
+
+
+def last(logits):
+    return logits[:, -1, 3] - logits[:, -1, 5]
+
+
+@BOTH
+@pytest.mark.parametrize("site", ["ssm_state", "recurrent_state", "resid_post", "state_read"])
+def test_every_cell_is_a_run_under_that_edit(site, backend):
+    grid = patch_grid(MODEL, IDS, DONOR, site=site, metric=metric, backend=backend, progress=False)
+    assert grid.values.shape == (N, 6, 3)
+    assert (grid.site, grid.layers, grid.positions) == (site, (0, 1, 2), tuple(range(6)))
+    with torch.no_grad():
+        for layer in range(N):
+            for pos in range(6):
+                place = getattr(at, site)(layer=layer, pos=pos)
+                value = run(MODEL, DONOR, record=[place], backend=backend)[place]
+                by_hand = last(run(MODEL, IDS, [Set(place, value)], backend=backend).logits)
+                torch.testing.assert_close(grid.values[layer, pos], by_hand, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(grid.base, last(run(MODEL, IDS, backend=backend).logits), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grid.donor, last(run(MODEL, DONOR, backend=backend).logits), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grid.effect(), grid.values - grid.base, rtol=0, atol=0)
+    assert grid.effect().abs().max() > 1e-2
+
+
+def test_layers_together_and_chosen_positions():
+    grid = patch_grid(MODEL, IDS, DONOR, site="recurrent_state", metric=metric, layers=[2, (0, 1, 2), [1, 0]], positions=[4, -6, 2], progress=False)
+    assert grid.layers == (2, (0, 1, 2), (1, 0))
+    assert grid.positions == (4, 0, 2)
+    with torch.no_grad():
+        for i, group in enumerate(([2], [0, 1, 2], [0, 1])):
+            for j, pos in enumerate((4, 0, 2)):
+                place = at.recurrent_state(layer=group, pos=pos)
+                value = run(MODEL, DONOR, record=[place])[place]
+                torch.testing.assert_close(grid.values[i, j], last(run(MODEL, IDS, [Set(place, value)]).logits), rtol=1e-10, atol=1e-12)
+    # with the same last token the memory before it is all that differs: the ceiling is the donor, exactly
+    donor = torch.cat([DONOR[:, :5], IDS[:, 5:]], 1)
+    full = patch_grid(MODEL, IDS, donor, site="recurrent_state", metric=metric, layers=[range(N)], positions=[4], progress=False)
+    torch.testing.assert_close(full.values[0, 0], full.donor, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(full.recovered(), torch.ones(1, 1, dtype=torch.float64))
+
+
+def test_a_site_of_the_whole_model_has_one_row():
+    grid = patch_grid(MODEL, IDS, DONOR, site="embed", metric=metric, progress=False)
+    assert grid.values.shape == (1, 6, 3)
+    with torch.no_grad():
+        for pos in range(6):
+            swapped = IDS.clone()
+            swapped[:, pos] = DONOR[:, pos]  # patching an embedding is swapping its token
+            torch.testing.assert_close(grid.values[0, pos], last(run(MODEL, swapped).logits), rtol=1e-10, atol=1e-12)
+
+
+def test_padded():
+    lengths = [6, 3, 4]
+    grid = patch_grid(MODEL, IDS, DONOR, site="ssm_state", metric=metric, lengths=lengths, progress=False)
+    assert grid.positions == (0, 1, 2)
+    for i, n in enumerate(lengths):
+        r = slice(i, i + 1)
+        alone = patch_grid(MODEL, IDS[r, :n], DONOR[r, :n], site="ssm_state", metric=metric, positions=[0, 1, 2], progress=False)
+        torch.testing.assert_close(grid.values[:, :, r], alone.values, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(grid.base[r], alone.base, rtol=1e-10, atol=1e-12)
+
+
+def test_recovered_and_its_error_by_hand():
+    values = torch.tensor([[[1.0, 4.0]], [[0.0, 2.0]]], dtype=torch.float64)  # 2 layers, 1 position, 2 rows
+    grid = Grid(values, torch.tensor([0.0, 2.0]).double(), torch.tensor([4.0, 4.0]).double(), "u", (0, 1), (0,))
+    # effects (1, 2) and (0, 0); gaps (4, 2), mean 3. Recovered: mean(1, 2) / 3 = 0.5, and 0.
+    assert grid.recovered().flatten().tolist() == [0.5, 0.0]
+    # residuals 1 - 0.5 * 4 = -1 and 2 - 0.5 * 2 = 1: standard deviation sqrt 2, over sqrt 2 rows, over 3
+    assert grid.recovered_error().flatten().tolist() == pytest.approx([1 / 3, 0.0])
+
+
+def test_the_standard_error_is_the_spread_of_repeated_samples():
+    rng = torch.Generator().manual_seed(0)
+    base = torch.zeros(400, 200, dtype=torch.float64)
+    donor = 2 + torch.randn(400, 200, generator=rng, dtype=torch.float64)
+    values = 0.3 * donor + 0.5 * torch.randn(400, 200, generator=rng, dtype=torch.float64)
+    grids = [Grid(v[None, None], b, d, "u", (0,), (0,)) for v, b, d in zip(values, base, donor, strict=True)]
+    estimates = torch.stack([g.recovered()[0, 0] for g in grids])
+    claimed = torch.stack([g.recovered_error()[0, 0] for g in grids]).mean()
+    assert estimates.mean().item() == pytest.approx(0.3, abs=0.01)
+    assert estimates.std().item() == pytest.approx(claimed.item(), rel=0.12)
+
+
+def test_errors():
+    def sweep(*args, **kwargs):
+        return patch_grid(MODEL, *(args or (IDS, DONOR)), **({"site": "u", "metric": metric, "progress": False} | kwargs))
+
+    cases = [
+        (EditError, {"site": "ssm_stat"}, "site='ssm_stat' is no site. Did you mean 'ssm_state'"),
+        (EditError, {"site": "embed", "layers": [0]}, "embed is no part of a layer"),
+        (EditError, {"layers": []}, "name at least one"),
+        (AddressError, {"layers": [3]}, r"layer=3 does not exist here: there are indices 0\.\.2"),
+        (AddressError, {"layers": [(0, 0)]}, "names the same index twice"),
+        (AddressError, {"positions": [6]}, r"pos=6 does not exist here: there are indices 0\.\.5"),
+        (AddressError, {"positions": []}, "at least one int"),
+        (AddressError, {"positions": [5], "lengths": [6, 3, 6]}, r"pos=5 does not exist here: there are indices 0\.\.2"),
+        (MambascopeError, {"metric": lambda x: x[:, -1]}, r"one number a row; this one gave \(3, 32\)"),
+    ]
+    for error, kwargs, text in cases:
+        with pytest.raises(error, match=text):
+            sweep(**kwargs)
+    with pytest.raises(InputError, match=r"ids \(3, 6\) and donor_ids \(3, 5\) differ in shape"):
+        sweep(IDS, DONOR[:, :5])
+    same = sweep(IDS, IDS)
+    assert not same.effect().abs().max() > 1e-12
+    with pytest.raises(InputError, match="the donor's metric does not differ from the base's"):
+        same.recovered()
+    with pytest.raises(InputError, match="a standard error needs at least 2 rows; this sweep has 1"):
+        sweep(IDS[:1], DONOR[:1]).recovered_error()
