@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Numbers in one buffer of a block: as many as fit the cache, over few tokens and many channels, since each token
-# costs one call. Measured with b 8 and 16, e 256 and 1536: narrower blocks and longer ones are slower.
-BLOCK = 1 << 17
+# costs one call. Measured with b 8 and 16, e 256 and 1536: narrower blocks of more tokens are slower.
+BLOCK = 1 << 18
 TOKENS = 4
 
 
@@ -60,30 +60,29 @@ def scan(
 
 
 class _Scan(torch.autograd.Function):
+    """Inside, a state is (b, n, e): the long axis comes last, so that every product runs along contiguous memory."""
+
     @staticmethod
     def forward(ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
                 keep: tuple[int, ...], added: Tensor | None, added_at: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         (b, l, e), n = u.shape, A.shape[1]
         needs = any(ctx.needs_input_grad)
         step, width = tokens_of(b, e, n, l), channels_of(b, e, n)
-        starts = h.new_empty((-(-l // step) if needs else 1, b, e, n))  # the state before each block of tokens
+        starts = h.new_empty((-(-l // step) if needs else 1, b, n, e))  # the state before each block of tokens
         y, last, kept = torch.empty_like(dt), torch.empty_like(h), h.new_empty((b, len(keep), e, n))
-        dtu = dt * u
-        for lo in range(0, e, width):
-            c = slice(lo, lo + width)
-            state = h[:, c]
-            buffers = _Buffers(step, b, min(width, e - lo), n, h)
-            for k, first in enumerate(range(0, l, step)):
-                s = slice(first, min(first + step, l))
+        dtu, A_t = dt * u, A.T.contiguous()  # (b, l, e), (n, e)
+        for c in _pieces(e, width):
+            state = h[:, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (b, n, c), changed in place
+            block = _Block(step, b, n, c.stop - c.start, h)
+            for k, s in enumerate(_pieces(l, step)):
                 if needs:
-                    starts[k, :, c] = state
-                states = buffers.states(s, c, dt, dtu, A, B, state, added, added_at)
-                torch.matmul(states, _time_first(C, s)[..., None], out=buffers.read[: len(states)])
-                y[:, s, c] = buffers.read[: len(states), :, :, 0].transpose(0, 1)
+                    starts[k, :, :, c] = state
+                states = block.states(s, c, dt, dtu, A_t, B, state, added, added_at)
+                y[:, s, c] = torch.matmul(_time_first(C, s)[:, :, None], states)[:, :, 0].transpose(0, 1)
                 for i, t in _inside(keep, s):
-                    kept[:, i, c] = states[t - first]
-                state = states[-1].clone() if s.stop < l else states[-1]
-            last[:, c] = state
+                    kept[:, i, c] = states[t - s.start].transpose(1, 2)
+                state.copy_(states[-1])
+            last[:, c] = state.transpose(1, 2)
         ctx.save_for_backward(u, dt, A, B, C, added, starts)
         ctx.keep, ctx.added_at, ctx.step, ctx.width = keep, added_at, step, width
         return y, last, kept
@@ -93,74 +92,72 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dlast: Tensor, dkept: Tensor) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, added, starts = ctx.saved_tensors
         (b, l, e), n = u.shape, A.shape[1]
-        step, width = ctx.step, ctx.width
-        dtu = dt * u
+        dtu, A_t = dt * u, A.T.contiguous()
         du, ddt = torch.empty_like(dt), torch.empty_like(dt)
-        dA, dB, dC = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
-        dh = torch.empty_like(starts[0])
-        dadded = None if added is None else starts.new_empty(added.shape)
-        for lo in range(0, e, width):
-            c = slice(lo, lo + width)
-            buffers = _Buffers(step, b, min(width, e - lo), n, starts)
-            flow = dlast[:, c].clone()  # dL/dh_t from later tokens and the last state, at the block's end
-            grads, product = torch.empty_like(buffers.write), torch.empty_like(buffers.write)
-            for k in reversed(range(-(-l // step))):
-                s = slice(k * step, min((k + 1) * step, l))
-                m = s.stop - s.start
-                states = buffers.states(s, c, dt, dtu, A, B, starts[k, :, c], added, ctx.added_at)
-                decay = buffers.decay[:m]
-                out, B_s, C_s = _time_first(dy, s)[..., c], _time_first(B, s), _time_first(C, s)
-                dC[:, s] += torch.matmul(out[:, :, None], states)[:, :, 0].transpose(0, 1)
+        dA_t, dB, dC = torch.zeros_like(A_t), torch.zeros_like(B), torch.zeros_like(C)
+        dh = torch.empty_like(dlast)
+        dadded = None if added is None else torch.empty_like(added, memory_format=torch.contiguous_format)
+        for c in _pieces(e, ctx.width):
+            block = _Block(ctx.step, b, n, c.stop - c.start, starts)
+            grads, product = torch.empty_like(block.write), torch.empty_like(block.write)
+            flow = dlast[:, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (b, n, c)  dL/dh from later
+            for k, s in reversed(list(enumerate(_pieces(l, ctx.step)))):
+                before = starts[k, :, :, c]
+                states = block.states(s, c, dt, dtu, A_t, B, before, added, ctx.added_at)
+                m = len(states)
+                out, dt_s, u_s, dtu_s = (_time_first(x, s)[..., c] for x in (dy, dt, u, dtu))  # (m, b, c) each
+                dC[:, s] += torch.matmul(states, out[..., None])[..., 0].transpose(0, 1)
 
-                grad = torch.mul(out[..., None], C_s[:, :, None], out=grads[:m])
+                grad = torch.mul(_time_first(C, s)[..., None], out[:, :, None], out=grads[:m])  # (m, b, n, c)  dL/dh
                 for i, t in _inside(ctx.keep, s):
-                    grad[t - s.start] += dkept[:, i, c]
-                each, decays = grad.unbind(0), decay.unbind(0)
-                each[m - 1].add_(flow)
+                    grad[t - s.start] += dkept[:, i, c].transpose(1, 2)
+                each, decays = grad.unbind(0), block.decay[:m].unbind(0)
+                each[-1].add_(flow)
                 for t in range(m - 2, -1, -1):
                     each[t].addcmul_(decays[t + 1], each[t + 1])
                 torch.mul(decays[0], each[0], out=flow)
                 for i, t in _inside(ctx.added_at, s):
-                    dadded[:, i, c] = grad[t - s.start]
+                    dadded[:, i, c] = each[t - s.start].transpose(1, 2)
 
-                dtB = torch.matmul(grad, B_s[..., None])[..., 0]  # (m, b, c)  dL/d(dt u)
-                dt_s, u_s = _time_first(dt, s)[..., c], _time_first(u, s)[..., c]
-                du[:, s, c] = (dtB * dt_s).transpose(0, 1)
-                dB[:, s] += torch.matmul(_time_first(dtu, s)[:, :, None, c], grad)[:, :, 0].transpose(0, 1)
-                # dL/d(dt A) = dL/dh * decay * h before
-                power = torch.mul(grad, decay, out=product[:m])
+                ddtu = torch.matmul(_time_first(B, s)[:, :, None], grad)[:, :, 0]  # (m, b, c)
+                dB[:, s] += torch.matmul(grad, dtu_s[..., None])[..., 0].transpose(0, 1)
+                power = torch.mul(grad, block.decay[:m], out=product[:m])  # becomes dL/d(dt A) = dL/dh decay h_before
                 power[1:] *= states[:-1]
-                power[0] *= starts[k, :, c]
-                ddt[:, s, c] = (dtB * u_s + (power * A[c]).sum(-1)).transpose(0, 1)
-                dA[c] += (power * dt_s[..., None]).sum((0, 1))
-            dh[:, c] = flow
-        return du, ddt, dA, dB, dC, dh, None, dadded, None
+                power[0] *= before
+                du[:, s, c] = (ddtu * dt_s).transpose(0, 1)
+                ddt[:, s, c] = torch.addcmul(torch.mul(power, A_t[:, c], out=grad).sum(2), ddtu, u_s).transpose(0, 1)
+                dA_t[:, c] += power.mul_(dt_s[:, :, None]).sum((0, 1))
+            dh[:, c] = flow.transpose(1, 2)
+        return du, ddt, dA_t.T, dB, dC, dh, None, dadded, None
 
 
-class _Buffers:
+class _Block:
     """The memory of one block, used again by each."""
 
-    def __init__(self, step: int, b: int, width: int, n: int, like: Tensor):
-        self.decay = like.new_empty((step, b, width, n))
+    def __init__(self, step: int, b: int, n: int, width: int, like: Tensor):
+        self.decay = like.new_empty((step, b, n, width))
         self.write = torch.empty_like(self.decay)
-        self.read = like.new_empty((step, b, width, 1))
 
     def states(
-        self, s: slice, c: slice, dt: Tensor, dtu: Tensor, A: Tensor, B: Tensor, state: Tensor,
+        self, s: slice, c: slice, dt: Tensor, dtu: Tensor, A_t: Tensor, B: Tensor, state: Tensor,
         added: Tensor | None, added_at: Sequence[int],
     ) -> Tensor:  # fmt: skip
-        """The states (tokens, b, channels, n) of a block, made in place of its writes; the decays stay in `decay`."""
+        """The states (tokens, b, n, channels) of a block, made in place of its writes; the decays stay in `decay`."""
         m = s.stop - s.start
-        decay = torch.mul(_time_first(dt, s)[..., c, None], A[c], out=self.decay[:m]).exp_()
-        states = torch.mul(_time_first(dtu, s)[..., c, None], _time_first(B, s)[:, :, None], out=self.write[:m])
+        decay = torch.mul(_time_first(dt, s)[:, :, None, c], A_t[:, c], out=self.decay[:m]).exp_()
+        states = torch.mul(_time_first(dtu, s)[:, :, None, c], _time_first(B, s)[..., None], out=self.write[:m])
         for i, t in _inside(added_at, s):
             assert added is not None
-            states[t - s.start] += added[:, i, c]
+            states[t - s.start] += added[:, i, c].transpose(1, 2)
         before = state
         for now, kept in zip(states.unbind(0), decay.unbind(0), strict=True):
             now.addcmul_(kept, before)
             before = now
         return states
+
+
+def _pieces(size: int, width: int) -> list[slice]:
+    return [slice(first, min(first + width, size)) for first in range(0, size, width)]
 
 
 def _time_first(x: Tensor, s: slice) -> Tensor:
