@@ -1,7 +1,7 @@
-"""Hidden reasoning: does a Mamba carry in its state a value that its visible text does not show?
+"""Hidden reasoning: what a Mamba carries in its state and its visible text does not show.
 
-Reading order: `task` (what is computed), `tokenizer`, `loss`, `curriculum`; `settings` and `train` (how a model comes about),
-`evaluate` (how good it is), `organism` (the trained models that ship).
+Reading order: `task` (what is computed), `tokenizer`, `loss`, `curriculum`; `settings`, `train` and `callbacks` (how a
+model comes about), `evaluate` (how good it is), `organism` (the trained models that ship).
 
     python -m analyses.hidden_reasoning train --quick
     python -m analyses.hidden_reasoning evaluate

@@ -2,10 +2,10 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated
 
 import torch
 import typer
@@ -29,19 +29,19 @@ EVALUATION_SEED = 0
 
 @app.command()
 def train(
-    out: Annotated[Optional[Path], typer.Option(help="Folder of the run. [default: runs/masked; with --quick a temporary one]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, with its own settings.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny model for a few seconds, to see that it works.")] = False,
-    seed: Annotated[Optional[int], typer.Option(help="Of weights and data.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Most steps; the last fifth is the decay of the learning rate.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(help="Longest length to train on.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Rows of a batch.")] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="Highest learning rate.")] = None,
-    d_model: Annotated[Optional[int], typer.Option(help="Width of the model.")] = None,
-    n_layer: Annotated[Optional[int], typer.Option(help="Layers of the model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/masked; --quick: none]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model, to see that it works.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of weights and data.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Most steps; in the last fifth the learning rate falls.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest length to train on.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a batch.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    d_model: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
+    n_layer: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Fresh prompts a length for the evaluation at the end.")] = 2000,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads. [default: PyTorch's]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's]")] = None,
 ) -> None:
     """Train a model on the `masked` task; it ends by itself, with an evaluation and the folder `organism` in the run.
 
@@ -58,8 +58,7 @@ def train(
         settings = dataclasses.replace(base, **given)  # type: ignore[arg-type]
         if steps is not None and steps != settings.steps:
             settings = settings.with_steps(steps)
-        from .train import train as train_model  # transformers takes seconds to import
-
+        train_model = _trainer()
         model = train_model(settings, run, resume=resume, device=device)
         n = min(prompts, 100) if quick else prompts
         found = _evaluate(model, range(1, settings.max_length + 1), n, EVALUATION_SEED, settings.task)
@@ -69,14 +68,14 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[Optional[Path], typer.Option(help="Folder of an organism. [default: the one that ships]")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of an organism. [default: the one that ships]")] = None,
     max_length: Annotated[int, typer.Option(help="Lengths 1 to this one.")] = 8,
     prompts: Annotated[int, typer.Option(help="Fresh hidden prompts a length.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="100 prompts a length.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="Write the accuracies to this file, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the accuracies to this file, as JSON.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads. [default: PyTorch's]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's]")] = None,
 ) -> None:
     """Print how often the final answer is right on fresh hidden prompts, by length."""
     with _plain_errors():
@@ -89,6 +88,14 @@ def evaluate(
         found = _evaluate(organism.to(device), range(1, max_length + 1), n, seed, load_settings(folder).task)
         if out is not None:
             write_json(out, {"model": str(folder.name), "prompts": n, "seed": seed, "accuracy": found})
+
+
+def _trainer() -> Callable[..., Mamba]:
+    try:
+        from .train import train as train_model  # transformers takes seconds to import
+    except ModuleNotFoundError as error:
+        raise TrainingError(f"training needs {error.name}: pip install 'mambascope[train]'.") from None
+    return train_model
 
 
 def _evaluate(model: Mamba, lengths: range, prompts: int, seed: int, task: MaskedTask) -> dict[int, float]:
@@ -105,7 +112,8 @@ def _set_up(device: str, threads: int | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); leave it out for cpu.") from None
+        why = str(error).splitlines()[0]
+        raise TrainingError(f"--device {device} cannot be used here ({why}); leave it out for cpu.") from None
 
 
 @contextmanager

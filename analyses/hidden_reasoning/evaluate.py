@@ -14,7 +14,7 @@ ROWS = 500  # in one forward
 def accuracy(
     model: Mamba, num_steps: int, n: int, seed: int, ops: Ops | None = None, *, task: MaskedTask = MASKED
 ) -> float:
-    """Share of exact final answers. Prompt and reasoning up to the last operation are given, the next token is compared.
+    """Share of exact final answers: prompt and reasoning up to the last operation are given, the next token counts.
 
     Args:
         model: trained on the task. num_steps: steps of every prompt, >= 1. n: number of prompts. seed: >= 0.

@@ -33,8 +33,9 @@ def weighted_loss(logits: Tensor, ids: Tensor, reasoning: Tensor, answer: Tensor
     row the reasoning tokens can be known from the prompt alone: 0, the operations, `_`.
 
     Args:
-        logits: (b, l, v). ids: (b, l). reasoning: (b, l) True on reasoning tokens but the final answer. answer: (b, l) True
-            on the final answer. Padding is in neither. weight: w of the final answer, 0..1.
+        logits: (b, l, v). ids: (b, l).
+        reasoning, answer: (b, l) True on the reasoning tokens but the final answer, and on that; False on padding.
+        weight: w of the final answer, 0..1.
     Returns:
         a scalar, in nats. Raises TrainingError for a weight outside 0..1.
     """

@@ -1,10 +1,10 @@
 """Organisms: trained models with all that is known of how they came about, one folder each.
 
-    config.json, model.safetensors   the model, in mamba-ssm's layout
-    tokenizer.json                   its words
-    recipe.json                      task, settings, seed, command, versions
-    train_log.jsonl                  the training: step, loss, limit, accuracy by length, seconds
-    evaluation.json                  final answers on fresh hidden prompts, by length
+config.json, model.safetensors   the model, in mamba-ssm's layout
+tokenizer.json                   its words
+recipe.json                      task, settings, seed, command, versions
+train_log.jsonl                  the training: step, loss, limit, accuracy by length, seconds
+evaluation.json                  final answers on fresh hidden prompts, by length
 """
 
 import dataclasses
@@ -52,7 +52,9 @@ def load_folder(folder: str | Path) -> tuple[Mamba, WordTokenizer]:
     tokenizer = WordTokenizer.load(folder)
     model = Mamba.from_pretrained(folder).eval()
     if tokenizer.vocab_size != model.config.vocab_size:
-        raise OrganismError(f"{folder}: {tokenizer.vocab_size} words for a model of {model.config.vocab_size}; copy it again.")
+        raise OrganismError(
+            f"{folder}: {tokenizer.vocab_size} words for a model of {model.config.vocab_size}; copy it again."
+        )
     return model, tokenizer
 
 
@@ -61,7 +63,9 @@ def load_settings(folder: str | Path) -> Settings:
     return Settings(**json.loads((_whole(folder) / "recipe.json").read_text())["settings"])
 
 
-def write_organism(run: Path, model: Mamba, settings: Settings, accuracy: dict[int, float], prompts: int, seed: int) -> Path:
+def write_organism(
+    run: Path, model: Mamba, settings: Settings, accuracy: dict[int, float], prompts: int, seed: int
+) -> Path:
     """Write the organism of a finished run into its folder `organism`, whole or not at all.
 
     Args:
@@ -108,7 +112,7 @@ def _whole(folder: str | Path) -> Path:
     folder = Path(folder)
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise OrganismError(
-            f"{folder} is no organism: it lacks {', '.join(missing)}. `python -m analyses.hidden_reasoning train` writes "
-            "one into the folder `organism` of its run."
+            f"{folder} is no organism: it lacks {', '.join(missing)}. `python -m analyses.hidden_reasoning train` "
+            "writes one into the folder `organism` of its run."
         )
     return folder

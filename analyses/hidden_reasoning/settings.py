@@ -97,7 +97,11 @@ class Settings:
     def command(self) -> str:
         """The command line that trains with these settings, as far as it has options for them."""
         usual = Settings()
-        given = [f"--{name.replace('_', '-')} {getattr(self, name)}" for name in OPTIONS if getattr(self, name) != getattr(usual, name)]
+        given = [
+            f"--{name.replace('_', '-')} {getattr(self, name)}"
+            for name in OPTIONS
+            if getattr(self, name) != getattr(usual, name)
+        ]
         return " ".join(["python -m analyses.hidden_reasoning train --out runs/masked", *given])
 
     def with_steps(self, steps: int) -> "Settings":
@@ -106,7 +110,9 @@ class Settings:
 
     def curriculum(self) -> Curriculum:
         """A curriculum at its start."""
-        return Curriculum(self.max_length, start=self.start_length, lead=self.lead, solved=self.solved, memory=self.memory)
+        return Curriculum(
+            self.max_length, start=self.start_length, lead=self.lead, solved=self.solved, memory=self.memory
+        )
 
     def rate(self, step: int, decay_from: int) -> float:
         """Learning rate at a step (from 0), as a share of the highest; it falls from step `decay_from` on."""
@@ -115,8 +121,8 @@ class Settings:
 
 
 OPTIONS = ("seed", "steps", "max_length", "batch_size", "learning_rate", "d_model", "n_layer")  # of the command line
-# What may differ when a run is resumed: how often it is written down, and, until the decay begins, when it ends. A run with
-# another number of steps is the same run up to there.
+# What may differ when a run is resumed: how often it is written down, and, until the decay begins, when it ends. A run
+# with another number of steps is the same run up to there.
 FREE = ("log_every", "save_every", "steps", "decay_steps")
 
 
@@ -124,12 +130,13 @@ def open_run(folder: Path, settings: Settings, *, resume: bool) -> Settings | No
     """Make the folder of a run, or check that it is the same run that is resumed.
 
     Returns:
-        the settings that the run had. Raises TrainingError: there is a run and it is not to be resumed, there is none to
-        resume, or it had other settings.
+        the settings that the run had, if it is resumed.
+    Raises:
+        TrainingError: there is a run and it is not to be resumed, there is none to resume, or it had other settings.
     """
     if not resume:
         if (folder / "settings.json").exists():
-            raise TrainingError(f"{folder} already holds a run; resume it with --resume, or give another folder with --out.")
+            raise TrainingError(f"{folder} already holds a run; resume it with --resume, or give another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", dataclasses.asdict(settings))
         return None
@@ -167,7 +174,7 @@ def read_settings(folder: Path) -> Settings:
     """The settings of the run in a folder; raises TrainingError where there is none."""
     path = folder / "settings.json"
     if not path.is_file():
-        raise TrainingError(f"{folder} holds no run (no settings.json), so there is nothing to resume; leave --resume out.")
+        raise TrainingError(f"{folder} holds no run, so there is nothing to resume; leave --resume out.")
     try:
         return Settings(**json.loads(path.read_text()))
     except (TypeError, json.JSONDecodeError):

@@ -1,7 +1,7 @@
-"""The `masked` task: compute step by step, with the values between written out (`show`) or not (`hide`).
+r"""The `masked` task: compute step by step, with the values between written out (`show`) or not (`hide`).
 
-    show one triple two\\n 0 one 1 triple 3 two 0
-    hide one triple two\\n 0 one _ triple _ two 0
+    show one triple two\n 0 one 1 triple 3 two 0
+    hide one triple two\n 0 one _ triple _ two 0
 
 A row of s steps has s + 2 words of prompt (mode, operations, newline) and 1 + 2 s words of reasoning (the value 0, then
 operation and value in turn), 3 s + 3 in all; the last is the final answer. Word j of the prompt's operations is at
@@ -84,7 +84,8 @@ class MaskedTask:
     def table(self) -> Ints:
         """(operations, modulus) the value after each operation on each value."""
         values = np.arange(self.modulus)
-        return np.array([[(f * v + a) % self.modulus for v in values] for f, a in map(OPERATIONS.get, self.operations)])  # type: ignore[misc]
+        steps = [OPERATIONS[name] for name in self.operations]
+        return np.array([(factor * values + shift) % self.modulus for factor, shift in steps])
 
     @cached_property
     def tokenizer(self) -> WordTokenizer:
@@ -106,8 +107,8 @@ class Batch:
 
     Args:
         ids: (b, l) token ids. lengths: (b,) tokens in each row. prompt_length: (b,) tokens up to and with the newline.
-        num_steps: (b,). hidden: (b,) bool. operations: (b, s) index into the task's operations. values: (b, s) value after
-            each step, written or not; both -1 beyond the row's steps.
+        num_steps: (b,). hidden: (b,) bool. operations: (b, s) index into the task's operations. values: (b, s) value
+            after each step, written or not; both -1 beyond the row's steps.
         reasoning: (b, l) True on the reasoning tokens but the final answer. answer: (b, l) True on the final answer.
     """
 
@@ -149,9 +150,7 @@ class Pairs:
     donor_values: Tensor
 
 
-def draw(
-    num_steps: ArrayLike, n: int, seed: Seed, *, hidden: ArrayLike = True, task: MaskedTask = MASKED
-) -> Batch:
+def draw(num_steps: ArrayLike, n: int, seed: Seed, *, hidden: ArrayLike = True, task: MaskedTask = MASKED) -> Batch:
     """Draw rows, operations uniform and independent.
 
     Args:
@@ -244,8 +243,8 @@ def pairs(
     Args:
         num_steps: steps of every row, >= 1. n: number of pairs. seed: an int or ints >= 0.
         which_step: the step, from 0, whose operation differs; negative counts from the end; None: drawn for each pair.
-        same_value: False: the hidden value differs from that step on to the end, so the answers differ. True, the control:
-            two operations that lead to the same value there, so the answers agree.
+        same_value: False: the hidden value differs from that step on to the end, so the answers differ. True, the
+            control: two operations that lead to the same value there, so the answers agree.
     Returns:
         Pairs, always the same for the same arguments.
     Raises:

@@ -4,8 +4,8 @@
     checkpoint-<step>/  Trainer's own: weights, optimiser, and trainer_state.json with the curriculum and the log
     train_log.jsonl     one row every `log_every` steps: step, loss, limit, accuracy by length, seconds
 
-The batch of a step depends on seed, step and curriculum only, and is drawn when it is needed, so a run that was killed and
-resumed is the run that was not.
+The batch of a step depends on seed, step and curriculum only, and is drawn when it is needed, so a run that was killed
+and resumed is the run that was not.
 """
 
 import dataclasses
@@ -13,8 +13,6 @@ import json
 import math
 import os
 import shutil
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainingArguments
 
 from minimal_mamba import Mamba, Ops
 
+from .callbacks import Bars, CurriculumCallback
 from .errors import TrainingError
 from .loss import weighted_loss
 from .settings import Settings, open_run, write_json, write_text
@@ -101,8 +98,9 @@ def _done(checkpoint: Path, old: Settings, new: Settings) -> bool:
     step = state["global_step"]
     if old != new and step > min(old.decay_from if early is None else early, new.decay_from):
         raise TrainingError(
-            f"the run is at step {step} and its learning rate falls from step {old.decay_from if early is None else early} on; "
-            f"its number of steps can be changed before that only, to more than {step + new.decay_steps}."
+            f"the run is at step {step}, and its learning rate falls from step "
+            f"{old.decay_from if early is None else early} on; its number of steps can be changed before that only, "
+            f"to more than {step + new.decay_steps}."
         )
     return bool(step >= (new.decay_from if early is None else early) + new.decay_steps)
 
@@ -134,52 +132,6 @@ class Learner(nn.Module):
         self.load_state_dict(stored, strict=False)
 
 
-class CurriculumCallback(TrainerCallback, ExportableState):
-    """Carries what Trainer does not know of in and out of checkpoints.
-
-    That is the curriculum, the step at which the decay begins, the losses since the last row of the log, and the seconds.
-    """
-
-    def __init__(self, settings: Settings, stop_at: int | None = None):
-        self.settings, self.stop_at = settings, stop_at
-        self.curriculum = settings.curriculum()
-        self.early_from: int | None = None  # step at which all lengths were solved before the decay was due
-        self.losses: list[float] = []
-        self.seconds, self.clock = 0.0, time.monotonic()
-
-    def tick(self) -> float:
-        """Seconds of training so far, over all parts of the run."""
-        now = time.monotonic()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
-        return self.seconds
-
-    def state(self) -> dict[str, Any]:
-        """What the checkpoint keeps."""
-        kept = {"curriculum": self.curriculum.state(), "early_from": self.early_from}
-        return {"args": {}, "attributes": kept | {"losses": self.losses, "seconds": self.tick()}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take over what the checkpoint kept; at a fresh start that is what is here."""
-        kept = state.stateful_callbacks[type(self).__name__]["attributes"]
-        self.curriculum.restore(kept["curriculum"])
-        self.early_from, self.losses = kept["early_from"], list(kept["losses"])
-        self.seconds, self.clock = kept["seconds"], time.monotonic()
-
-    @property
-    def decay_from(self) -> int:
-        """The step from which on the learning rate falls."""
-        return self.settings.decay_from if self.early_from is None else self.early_from
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin the decay when all lengths are solved; stop at the end of it."""
-        step = state.global_step
-        early = self.settings.early < 1 and step < self.decay_from and self.curriculum.done(self.settings.early)
-        if early and step >= self.settings.warmup_steps:
-            self.early_from = step
-        if step == self.stop_at or step >= self.decay_from + self.settings.decay_steps:
-            control.should_training_stop = control.should_save = control.should_log = True
-
-
 class _Batches(IterableDataset[dict[str, Tensor]]):
     """Ready-made batches, from the step and the curriculum as they are when the batch is asked for."""
 
@@ -202,7 +154,7 @@ def draw_batch(settings: Settings, step: int, curriculum: Any) -> Batch:
 
 class _Trainer(Trainer):
     def __init__(self, learner: Learner, settings: Settings, out: Path, device: str, stop_at: int | None, quiet: bool):
-        self.settings, self.out, self.run_dir = settings, out, out
+        self.learner, self.settings, self.out, self.run_dir = learner, settings, out, out
         self.progress = CurriculumCallback(settings, stop_at)
         args = TrainingArguments(
             output_dir=str(out),
@@ -226,11 +178,11 @@ class _Trainer(Trainer):
         super().__init__(learner, args, train_dataset=_Batches(self), callbacks=[self.progress])
         self.pop_callback(transformers.PrinterCallback)
         if not quiet:
-            self.add_callback(_Bars(self.progress))
+            self.add_callback(Bars(self.progress))
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Without accelerate's prefetch, which would draw each batch a step too early."""
-        return DataLoader(self.train_dataset, batch_size=None)
+        return DataLoader(_Batches(self), batch_size=None)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices decay; A_log, D, biases and norms do not."""
@@ -241,17 +193,20 @@ class _Trainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Warm up, stay, decay, with the beginning of the decay read from the run."""
         if self.lr_scheduler is None:
-            chosen = optimizer or self.optimizer
+            chosen: Any = optimizer or self.optimizer
             self.lr_scheduler = LambdaLR(chosen, lambda step: self.settings.rate(step, self.progress.decay_from))
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The loss; the answers on hidden prompts go to the curriculum."""
         found = model(inputs["ids"], inputs["lengths"], inputs["reasoning"], inputs["answer"])
         loss = found["loss"].item()
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {self.state.global_step}; train again with a lower learning rate.")
+            step = self.state.global_step
+            raise TrainingError(f"the loss is {loss} at step {step}; train again with a lower learning rate.")
         self.progress.losses.append(loss)
         right = found["answer_logits"].detach().argmax(-1) == inputs["ids"][inputs["answer"]]
         hidden = inputs["hidden"]
@@ -272,10 +227,10 @@ class _Trainer(Trainer):
         return str(self.run_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, self.model.weights())
+        super()._save(output_dir, self.learner.weights())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load(Path(resume_from_checkpoint))
+        self.learner.load(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint aside and move it into place, so that a folder with its name is whole."""
@@ -294,28 +249,3 @@ class _Trainer(Trainer):
             if old.name != name:
                 shutil.rmtree(old)
         shutil.rmtree(aside)
-
-
-class _Bars(ProgressCallback):
-    """Trainer's progress bar, with the accuracy of each length beside it instead of raw numbers."""
-
-    def __init__(self, progress: CurriculumCallback):
-        super().__init__()
-        self.progress = progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar where the run stands; into a file, a line a minute is enough."""
-        self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, mininterval=0.5 if sys.stderr.isatty() else 60)
-        self.current_step = state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """One line a row of the log."""
-        if self.training_bar is not None and logs and "loss" in logs:
-            head = f"step {state.global_step:6d}  loss {logs['loss']:.4f}  {logs['seconds']:6.0f} s"
-            self.training_bar.write(f"{head}  {bars(logs['accuracy'], logs['limit'])}")
-
-
-def bars(accuracy: list[float], limit: int) -> str:
-    """Accuracy of each length as a bar of eight heights, and as a percentage."""
-    shown = [f"{i}:{' ▁▂▃▄▅▆▇█'[round(8 * a)]}{100 * a:3.0f}%" for i, a in enumerate(accuracy[:limit], 1)]
-    return " ".join(shown)

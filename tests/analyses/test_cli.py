@@ -18,18 +18,24 @@ def test_quick_training_leaves_an_organism_that_evaluates(tmp_path):
     assert found.exit_code == 0, found.output
     assert time.perf_counter() - start < 60  # 15 on a machine of its own
     model, tokenizer = load_folder(out / "organism")
-    assert model.config.vocab_size == tokenizer.vocab_size and load_settings(out / "organism").seed == 3
+    assert model.config.vocab_size == tokenizer.vocab_size
+    assert load_settings(out / "organism").seed == 3
     recipe = json.loads((out / "organism" / "recipe.json").read_text())
-    assert recipe["command"].endswith("--out runs/masked --seed 3 --steps 60 --max-length 3 --batch-size 32 --d-model 32 --n-layer 2")
+    assert recipe["command"].endswith(
+        "--out runs/masked --seed 3 --steps 60 --max-length 3 --batch-size 32 --d-model 32 --n-layer 2"
+    )
     assert recipe["versions"].keys() >= {"torch", "transformers", "python"}
 
     scores = tmp_path / "scores.json"
     folder = str(out / "organism")
-    found = RUNNER.invoke(app, ["evaluate", "--quick", "--model", folder, "--max-length", "2", "--out", str(scores), "--seed", "0"])
+    found = RUNNER.invoke(
+        app, ["evaluate", "--quick", "--model", folder, "--max-length", "2", "--out", str(scores), "--seed", "0"]
+    )
     assert found.exit_code == 0, found.output
     written = json.loads((out / "organism" / "evaluation.json").read_text())
     ours = json.loads(scores.read_text())
-    assert {k: written["accuracy"][k] for k in ("1", "2")} == ours["accuracy"] and ours["prompts"] == 100
+    assert {k: written["accuracy"][k] for k in ("1", "2")} == ours["accuracy"]
+    assert ours["prompts"] == 100
 
     again = RUNNER.invoke(app, ["train", "--resume", "--out", str(out), "--prompts", "50"])
     assert again.exit_code == 0, again.output
@@ -37,7 +43,7 @@ def test_quick_training_leaves_an_organism_that_evaluates(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    ("arguments", "says"),
     [
         ("train --max-length 0 --quick", "at least 1"),
         ("train --steps 0 --quick", "at least 1"),
@@ -50,5 +56,7 @@ def test_quick_training_leaves_an_organism_that_evaluates(tmp_path):
 def test_errors_are_a_sentence(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = RUNNER.invoke(app, arguments.split())
-    assert found.exit_code == 2 and says in found.stderr and "Traceback" not in found.output
+    assert found.exit_code == 2
+    assert says in found.stderr
+    assert "Traceback" not in found.output
     assert not list(tmp_path.iterdir())

@@ -32,9 +32,11 @@ def test_the_limit_follows_the_longest_length_solved_and_never_falls():
     assert c.limit == 3
     solve(c, 3)
     solve(c, 4)
-    assert c.limit == 4 and c.done(0.99)
+    assert c.limit == 4
+    assert c.done(0.99)
     solve(c, 2, 0.0)
-    assert c.limit == 4 and not c.done(0.99)
+    assert c.limit == 4
+    assert not c.done(0.99)
 
 
 def test_accuracy_is_the_running_mean_of_rows_taken_one_at_a_time():
@@ -53,7 +55,8 @@ def test_a_state_goes_through_json_exactly():
     solve(c, 2, 0.957)
     other = Curriculum(5)
     other.restore(json.loads(json.dumps(c.state())))
-    assert other.limit == c.limit and np.array_equal(other.accuracy, c.accuracy)
+    assert other.limit == c.limit
+    assert np.array_equal(other.accuracy, c.accuracy)
     assert np.array_equal(other.draw(np.random.default_rng(1), 100), c.draw(np.random.default_rng(1), 100))
 
 

@@ -38,7 +38,9 @@ def test_the_examples_of_the_design():
     assert decode(compose(ops, 3).ids[0]) == "hide one triple two\n 0 one _ triple _ two 0"
 
 
-@pytest.mark.parametrize("task", [MASKED, MaskedTask(7), MaskedTask(12), MaskedTask(3, ("one", "two", "double"))], ids=str)
+@pytest.mark.parametrize(
+    "task", [MASKED, MaskedTask(7), MaskedTask(12), MaskedTask(3, ("one", "two", "double"))], ids=str
+)
 def test_rows_against_a_plain_loop(task):
     rng = np.random.default_rng(3)
     steps, hidden = rng.integers(1, 10, size=60), rng.random(60) < 0.5
@@ -54,7 +56,8 @@ def test_rows_against_a_plain_loop(task):
             assert int(batch.values[i, j]) == value
         assert batch.answer_ids[i] == batch.ids[i, length - 1] == task.value_ids[value]
         assert batch.operations[i, s:].tolist() == batch.values[i, s:].tolist() == [-1] * (int(steps.max()) - s)
-    assert torch.equal(batch.num_steps, torch.from_numpy(steps)) and torch.equal(batch.hidden, torch.from_numpy(hidden))
+    assert torch.equal(batch.num_steps, torch.from_numpy(steps))
+    assert torch.equal(batch.hidden, torch.from_numpy(hidden))
 
 
 def test_masks_and_lengths():
@@ -100,7 +103,8 @@ def test_pairs(which, same):
             assert MASKED.tokenizer.decode([*ids, answer]) == row
             assert answer == MASKED.value_ids[values[-1]]
         equal = found.base_values[i] == found.donor_values[i]
-        assert equal[:step].all() and (equal[step:] == same).all()
+        assert equal[:step].all()
+        assert (equal[step:] == same).all()
         assert (found.base_answer[i] == found.donor_answer[i]) == same
     if which is not None:
         assert (found.which_step == which % 5).all()
@@ -112,7 +116,7 @@ def test_pairs_under_a_modulus_that_is_not_prime():
 
 
 @pytest.mark.parametrize(
-    "call, says",
+    ("call", "says"),
     [
         (lambda: draw(0, 3, 0), "at least one step"),
         (lambda: draw([1, 0], 2, 0), "at least one step"),
@@ -135,4 +139,5 @@ def test_pairs_under_a_modulus_that_is_not_prime():
 def test_bad_input_says_what_to_do(call, says):
     with pytest.raises(TaskError, match=says) as caught:
         call()
-    assert isinstance(caught.value, ValueError) and isinstance(caught.value, MambascopeError)
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, MambascopeError)

@@ -23,7 +23,9 @@ def test_one_id_a_word_and_nothing_added():
 
 def test_the_vocabulary_is_all_there_is():
     expected = ["<pad>", "\n", "show", "hide", "_", *"01234", *MASKED.operations]
-    assert list(TOKENIZER.words) == expected and TOKENIZER.vocab_size == 17 and TOKENIZER.pad_id == 0
+    assert list(TOKENIZER.words) == expected
+    assert TOKENIZER.vocab_size == 17
+    assert TOKENIZER.pad_id == 0
     assert "11" in MaskedTask(12).tokenizer.ids
 
 
