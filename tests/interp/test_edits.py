@@ -359,7 +359,9 @@ def test_names_of_the_same_positions(site, backend):
         [[2, 4, 6], slice(2, 7, 2), [-3, -7, -5]],
     ):
         outs = [run(MODEL, IDS, [Scale(where(site, pos=p), 1.7)], backend=backend, keep_state=True) for p in names]
-        base, *results = ([o.logits, *state_tensors(o.state)] for o in (run(MODEL, IDS, backend=backend, keep_state=True), *outs))
+        base, *results = (
+            [o.logits, *state_tensors(o.state)] for o in (run(MODEL, IDS, backend=backend, keep_state=True), *outs)
+        )
         for tensors in results:
             for a, b in zip(tensors, results[0], strict=True):
                 same(a, b, 1e-12)
@@ -381,12 +383,14 @@ def test_edits_in_every_layer_at_once(backend):
     shape = (CONFIG.n_layer, B, CONFIG.d_inner, CONFIG.d_state)
     value = noise(*shape)
     together = run(MODEL, IDS, [Add(at.ssm_state(pos=3), value)], backend=backend)
-    apart = run(MODEL, IDS, [Add(at.ssm_state(layer=i, pos=3), value[i]) for i in range(CONFIG.n_layer)], backend=backend)
+    apart = run(
+        MODEL, IDS, [Add(at.ssm_state(layer=i, pos=3), value[i]) for i in range(CONFIG.n_layer)], backend=backend
+    )
     same(together.logits, apart.logits, 1e-12)
     some = run(MODEL, IDS, [Add(at.ssm_state(layer=[2, 0], pos=3), value[[2, 0]])], backend=backend)
     assert (some.logits - together.logits).abs().max() > 1e-3
-    again = run(MODEL, IDS, [Add(at.ssm_state(layer=-2, pos=3), value[1]), Add(at.ssm_state(layer=[2, 0], pos=3), value[[2, 0]])],
-                backend=backend)  # fmt: skip
+    rest = [Add(at.ssm_state(layer=-2, pos=3), value[1]), Add(at.ssm_state(layer=[2, 0], pos=3), value[[2, 0]])]
+    again = run(MODEL, IDS, rest, backend=backend)
     same(again.logits, together.logits, 1e-12)
 
 
@@ -423,7 +427,11 @@ def mixed_edits(rows=slice(None)):
 def rows_of(state, i, n):
     from minimal_mamba import MambaState
 
-    return MambaState(tuple(h[i : i + n] for h in state.ssm_state), tuple(c[i : i + n] for c in state.conv_state), state.position[i : i + n])
+    return MambaState(
+        tuple(h[i : i + n] for h in state.ssm_state),
+        tuple(c[i : i + n] for c in state.conv_state),
+        state.position[i : i + n],
+    )
 
 
 @BOTH
@@ -434,11 +442,15 @@ def test_a_padded_row_gives_what_it_gives_alone(backend, last_only):
     junk = IDS.clone()
     for i, n in enumerate(lengths):
         junk[i, n:] = 13
-    out = run(MODEL, junk, mixed_edits(), record=keep, lengths=lengths, backend=backend, keep_state=True, last_only=last_only)
+    out = run(
+        MODEL, junk, mixed_edits(), record=keep, lengths=lengths, backend=backend, keep_state=True, last_only=last_only
+    )
     plain = run(MODEL, junk, lengths=lengths, backend=backend)
     for i, n in enumerate(lengths):
         r = slice(i, i + 1)
-        alone = run(MODEL, IDS[r, :n], mixed_edits(r), record=keep, backend=backend, keep_state=True, last_only=last_only)
+        alone = run(
+            MODEL, IDS[r, :n], mixed_edits(r), record=keep, backend=backend, keep_state=True, last_only=last_only
+        )
         same(out.logits[r, : 1 if last_only else n], alone.logits, 1e-11)
         assert last_only or not out.logits[i, n:].any()
         same(out[keep[0]][r], alone[keep[0]], 1e-11)
@@ -481,7 +493,12 @@ def one_by_one(ids, edits, record, backend, pieces=None):
 @BOTH
 @pytest.mark.parametrize("pieces", [1, [4, 3, 2], [8, 1]])
 def test_token_by_token_is_one_pass(backend, pieces):
-    keep = [at.ssm_state(layer=1, pos=[7, 2]), at.y(layer=2), at.conv_state(layer=0, pos=-1), at.recurrent_state(pos=slice(2, 6))]
+    keep = [
+        at.ssm_state(layer=1, pos=[7, 2]),
+        at.y(layer=2),
+        at.conv_state(layer=0, pos=-1),
+        at.recurrent_state(pos=slice(2, 6)),
+    ]
     whole = run(MODEL, IDS, mixed_edits(), record=keep, backend=backend, keep_state=True)
     logits, state, records = one_by_one(IDS, mixed_edits(), keep, backend, pieces)
     same(logits, whole.logits, 1e-11)
@@ -495,7 +512,11 @@ def test_token_by_token_is_one_pass(backend, pieces):
 def test_with_a_carried_state_positions_count_on(backend):
     cut = 4
     early = [Add(at.ssm_state(layer=0, pos=2), 1.0), Scale(at.conv_state(layer=2, pos=cut - 1), 1.5)]
-    late = [Scale(at.ssm_state(layer=1, pos=cut), 2.0), Add(at.z(layer=1, pos=6), 1.0), Zero(at.state_read(layer=2, pos=L - 1))]
+    late = [
+        Scale(at.ssm_state(layer=1, pos=cut), 2.0),
+        Add(at.z(layer=1, pos=6), 1.0),
+        Zero(at.state_read(layer=2, pos=L - 1)),
+    ]
     place = at.ssm_state(layer=1, pos=[6, -1])
     whole = run(MODEL, IDS, early + late, record=[place], backend=backend)
     first = run(MODEL, IDS[:, :cut], early, backend=backend, keep_state=True)
@@ -512,7 +533,10 @@ def test_rows_that_carry_on_from_different_positions(backend):
     lengths = [5, 2, 4]
     first = run(MODEL, IDS, lengths=lengths, keep_state=True, backend=backend)
     more = OTHER[:, :4]
-    edit = [Add(at.ssm_state(layer=1, pos=6 - 1), 1.0), Scale(at.u(layer=0, pos=-1), 2.0)]  # position 5 is each row's own
+    edit = [
+        Add(at.ssm_state(layer=1, pos=6 - 1), 1.0),
+        Scale(at.u(layer=0, pos=-1), 2.0),
+    ]  # position 5 is each row's own
     out = run(MODEL, more, edit, state=first.state, backend=backend)
     for i, n in enumerate(lengths):
         alone = run(MODEL, torch.cat([IDS[i : i + 1, :n], more[i : i + 1]], 1), edit, backend=backend)
@@ -521,7 +545,9 @@ def test_rows_that_carry_on_from_different_positions(backend):
 
 @BOTH
 def test_generation_honours_edits_at_absolute_positions(backend):
-    edits = [Add(at.ssm_state(layer=1, pos=p), noise(CONFIG.d_inner, CONFIG.d_state, seed=p)) for p in (2, L - 1, L + 2)]
+    edits = [
+        Add(at.ssm_state(layer=1, pos=p), noise(CONFIG.d_inner, CONFIG.d_state, seed=p)) for p in (2, L - 1, L + 2)
+    ]
     edits += [Scale(at.resid_post(layer=2, pos=slice(L, None)), 0.8)]
     out = generate(MODEL, IDS, 6, edits, record=[at.ssm_state(layer=1, pos=L + 2)], backend=backend)
     whole = run(MODEL, out.ids[:, :-1], edits, record=[at.ssm_state(layer=1, pos=L + 2)], backend=backend)
@@ -535,7 +561,9 @@ def test_generation_honours_edits_at_absolute_positions(backend):
 
 @BOTH
 @pytest.mark.parametrize("kind", [Set, Add, Scale, Mean, Project])
-@pytest.mark.parametrize("site", ["u", "ssm_state", "state_read", "conv_state", "decay", "state_write", "resid_pre", "logits"])
+@pytest.mark.parametrize(
+    "site", ["u", "ssm_state", "state_read", "conv_state", "decay", "state_write", "resid_pre", "logits"]
+)
 def test_gradient_in_an_edits_value(site, kind, backend):
     fields = {"pos": slice(2, 5)} if kind is not Project else {"pos": 3}
     place = where(site, **fields)

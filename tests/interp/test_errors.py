@@ -28,10 +28,16 @@ MODEL = tiny()
 CONFIG = MODEL.config
 IDS = torch.randint(0, 29, (3, 7), generator=torch.Generator().manual_seed(0))
 BUILTIN = {
-    AddressError: IndexError, BackendUnavailable: RuntimeError, ConfigError: ValueError, EditError: ValueError,
-    InputError: ValueError, NotReached: RuntimeError, NotRecorded: KeyError, ShapeMismatch: ValueError,
+    AddressError: IndexError,
+    BackendUnavailable: RuntimeError,
+    ConfigError: ValueError,
+    EditError: ValueError,
+    InputError: ValueError,
+    NotReached: RuntimeError,
+    NotRecorded: KeyError,
+    ShapeMismatch: ValueError,
     UnknownSiteError: AttributeError,
-}  # fmt: skip
+}
 
 
 def fails(error, text, call, *args, **kwargs):
@@ -45,7 +51,13 @@ def fails(error, text, call, *args, **kwargs):
 
 
 def test_names():
-    fails(UnknownSiteError, r"no site 'ssm_stat'\. Did you mean 'ssm_state'\? All: embed, .*recurrent_state", getattr, at, "ssm_stat")
+    fails(
+        UnknownSiteError,
+        r"no site 'ssm_stat'\. Did you mean 'ssm_state'\? All: embed, .*recurrent_state",
+        getattr,
+        at,
+        "ssm_stat",
+    )
     fails(UnknownSiteError, r"no site 'hook_h'", getattr, at, "hook_h")
     fails(UnknownSiteError, r"ssm_state has no field 'position'\..* It has layer, pos, e, n", at.ssm_state, position=3)
     fails(UnknownSiteError, r"u has no field 'layers'\. Did you mean 'layer'\? It has layer, pos, e", at.u, layers=3)
@@ -76,14 +88,30 @@ def test_places_that_this_run_does_not_have(site, wrap, backend):
     name = rf"{site}\("
     fails(AddressError, name + r".*layer=3 does not exist here: there are indices 0\.\.2", go, layer=3)
     fails(AddressError, name + r".*layer=-4 does not exist here", go, layer=-4)
-    fails(AddressError, name + r".*layer: the slice 3: selects nothing; there are indices 0\.\.2", go, layer=slice(3, None))
+    fails(
+        AddressError,
+        name + r".*layer: the slice 3: selects nothing; there are indices 0\.\.2",
+        go,
+        layer=slice(3, None),
+    )
     fails(AddressError, name + r".*row 0 has no position 7; this run has its positions 0\.\.6", go, pos=7)
     fails(AddressError, name + r".*row 0 has no position -1; this run has its positions 0\.\.6", go, pos=-8)
     fails(AddressError, name + r".*row 1 has no position 4; this run has its positions 0\.\.3", go, [7, 4, 5], pos=4)
-    fails(AddressError, name + r".*slice 7: selects nothing of row 0; this run has its positions 0\.\.6", go, pos=slice(7, None))
+    fails(
+        AddressError,
+        name + r".*slice 7: selects nothing of row 0; this run has its positions 0\.\.6",
+        go,
+        pos=slice(7, None),
+    )
     fails(AddressError, name + r".*slice 5: selects nothing of row 1", go, [7, 4, 6], pos=slice(5, None))
     fails(AddressError, name + r".*names the same position of row 0 twice", go, pos=[6, -1])
-    fails(AddressError, name + r".*row 1 has no position -1|.*names the same position of row 1 twice", go, [7, 4, 5], pos=[3, -1])
+    fails(
+        AddressError,
+        name + r".*row 1 has no position -1|.*names the same position of row 1 twice",
+        go,
+        [7, 4, 5],
+        pos=[3, -1],
+    )
     fails(AddressError, name + r".*e=24 does not exist here: there are indices 0\.\.23", go, e=24)
     fails(AddressError, name + r".*e=\[1, -23\] names the same index twice", go, e=[1, -23])
     fails(AddressError, name + r".*e: the slice 24: selects nothing", go, e=slice(24, None))
@@ -92,8 +120,11 @@ def test_places_that_this_run_does_not_have(site, wrap, backend):
 
 
 def test_rows_that_this_run_does_not_have():
-    for rows, text in ((3, r"row=3 does not exist here: there are indices 0\.\.2"), ([0, -3], "names the same index twice"),
-                       (slice(3, None), "row: the slice 3: selects nothing")):  # fmt: skip
+    for rows, text in (
+        (3, r"row=3 does not exist here: there are indices 0\.\.2"),
+        ([0, -3], "names the same index twice"),
+        (slice(3, None), "row: the slice 3: selects nothing"),
+    ):
         fails(AddressError, r"Zero\(u\(.*" + text, run, MODEL, IDS, [Zero(at.u(layer=0), rows=rows)])
     fails(AddressError, "a list holds at least one int", Zero, at.u(), rows=[])
 
@@ -101,9 +132,24 @@ def test_rows_that_this_run_does_not_have():
 def test_positions_before_a_carried_state():
     first = run(MODEL, IDS[:, :3], keep_state=True)
     for pos in (2, -5):
-        fails(AddressError, r"this run has its positions 3\.\.6", run, MODEL, IDS[:, 3:], [Zero(at.u(pos=pos))], state=first.state)
-    fails(AddressError, r"selects nothing of row 0; this run has its positions 3\.\.6", run, MODEL, IDS[:, 3:], [Zero(at.u(pos=slice(3)))],
-          state=first.state)  # fmt: skip
+        fails(
+            AddressError,
+            r"this run has its positions 3\.\.6",
+            run,
+            MODEL,
+            IDS[:, 3:],
+            [Zero(at.u(pos=pos))],
+            state=first.state,
+        )
+    fails(
+        AddressError,
+        r"selects nothing of row 0; this run has its positions 3\.\.6",
+        run,
+        MODEL,
+        IDS[:, 3:],
+        [Zero(at.u(pos=slice(3)))],
+        state=first.state,
+    )
 
 
 def test_positions_that_generation_does_not_reach():
@@ -128,19 +174,48 @@ def test_shapes_that_do_not_fit():
         for kind in (Set, Add, Scale, Mean):
             fails(ShapeMismatch, rf"{kind.__name__}\({place.site}\(.*" + text, run, MODEL, IDS, [kind(place, value)])
     fails(ShapeMismatch, r"the place is \(2, 24\)", run, MODEL, IDS, [Set(at.u(layer=0, pos=2), v(3, 24), rows=[0, 2])])
-    fails(ShapeMismatch, r"a basis here is \(m, 24\); this one is \(2, 5\)", run, MODEL, IDS, [Project(at.u(layer=0), torch.eye(2, 5))])
+    fails(
+        ShapeMismatch,
+        r"a basis here is \(m, 24\); this one is \(2, 5\)",
+        run,
+        MODEL,
+        IDS,
+        [Project(at.u(layer=0), torch.eye(2, 5))],
+    )
 
 
 def test_edits_without_a_meaning():
     fails(EditError, r"Set\(u\(layer=0.*the value holds NaN \(1 of 1 numbers\)", Set, at.u(layer=0), float("nan"))
-    fails(EditError, r"Mean\(u.*the mean over a batch of one row changes nothing", run, MODEL, IDS[:1], [Mean(at.u(layer=0))])
+    fails(
+        EditError,
+        r"Mean\(u.*the mean over a batch of one row changes nothing",
+        run,
+        MODEL,
+        IDS[:1],
+        [Mean(at.u(layer=0))],
+    )
     for site in ("ssm_state", "conv_state"):
         edit = Mean(getattr(at, site)(layer=0, pos=-1))
-        fails(EditError, rf"Mean\({site}.*the rows reach this position at different times", run, MODEL, IDS, [edit], lengths=[7, 4, 5])
+        fails(
+            EditError,
+            rf"Mean\({site}.*the rows reach this position at different times",
+            run,
+            MODEL,
+            IDS,
+            [edit],
+            lengths=[7, 4, 5],
+        )
     ragged = [Mean(at.u(layer=0, pos=5))]
     fails(EditError, r"Mean\(u.*in different calls of the model", generate, MODEL, IDS, 3, ragged, lengths=[7, 4, 5])
     for made, got in ((lambda x: x[:1], r"\(1, 24\)"), (lambda x: None, "NoneType")):
-        fails(EditError, r"Apply\(u.*must return shape \(3, 24\), it returned " + got, run, MODEL, IDS, [Apply(at.u(layer=0, pos=1), made)])
+        fails(
+            EditError,
+            r"Apply\(u.*must return shape \(3, 24\), it returned " + got,
+            run,
+            MODEL,
+            IDS,
+            [Apply(at.u(layer=0, pos=1), made)],
+        )
     fails(EditError, "'u' is neither an edit nor an address", run, MODEL, IDS, ["u"])
     fails(EditError, "is neither an edit nor an address", run, MODEL, IDS, [], ["u"])
 
@@ -159,7 +234,10 @@ def deaf_conv(*args, tap, **kwargs):
 @pytest.mark.parametrize(
     ("ops", "sites"),
     [
-        (dataclasses.replace(READABLE, scan=deaf_scan), ["decay", "state_write", "ssm_state", "state_read", "recurrent_state"]),
+        (
+            dataclasses.replace(READABLE, scan=deaf_scan),
+            ["decay", "state_write", "ssm_state", "state_read", "recurrent_state"],
+        ),
         (dataclasses.replace(READABLE, conv=deaf_conv), ["conv_state", "recurrent_state"]),
         (dataclasses.replace(torch_ops.TORCH, scan=deaf_scan), ["ssm_state", "state_read"]),
     ],
@@ -168,8 +246,23 @@ def test_what_was_asked_for_and_did_not_happen(monkeypatch, ops, sites):
     monkeypatch.setattr(sys.modules["interp.run"], "resolve", lambda *args: ops)
     for site in sites:
         place = getattr(at, site)(layer=1, pos=[2, 4])
-        fails(NotReached, rf"edit Add\({site}\(layer=1, pos=\[2, 4\]\).* happened at 0 of 6 places", run, MODEL, IDS, [Add(place, 1.0)])
-        fails(NotReached, rf"recording {site}\(layer=1, pos=\[2, 4\]\) happened at 0 of 6 places", run, MODEL, IDS, [], [place])
+        fails(
+            NotReached,
+            rf"edit Add\({site}\(layer=1, pos=\[2, 4\]\).* happened at 0 of 6 places",
+            run,
+            MODEL,
+            IDS,
+            [Add(place, 1.0)],
+        )
+        fails(
+            NotReached,
+            rf"recording {site}\(layer=1, pos=\[2, 4\]\) happened at 0 of 6 places",
+            run,
+            MODEL,
+            IDS,
+            [],
+            [place],
+        )
         fails(NotReached, r"happened at 0 of 6 places", gradients, MODEL, IDS, lambda x: x[:, -1, 0], [place])
     fails(NotReached, "edit", generate, MODEL, IDS, 2, [Add(getattr(at, sites[0])(layer=0, pos=1), 1.0)])
     run(MODEL, IDS, [Add(at.u(layer=1), 1.0)], [at.y(layer=1)])  # what it does not pass over still works
@@ -201,32 +294,73 @@ def test_an_edit_that_happens_at_some_places_only():
 
 def test_reading_what_was_not_recorded():
     out = run(MODEL, IDS, record=[at.u(layer=1, pos=2)])
-    fails(NotRecorded, r"u\(layer=1, pos=3\) was not recorded; this run recorded u\(layer=1, pos=2\)", lambda: out[at.u(layer=1, pos=3)])
+    fails(
+        NotRecorded,
+        r"u\(layer=1, pos=3\) was not recorded; this run recorded u\(layer=1, pos=2\)",
+        lambda: out[at.u(layer=1, pos=3)],
+    )
     fails(NotRecorded, "this run recorded nothing", lambda: run(MODEL, IDS)[at.u()])
 
 
 def test_inputs():
     big = IDS.clone()
-    for token, text in ((29, r"token id 29 is outside the vocabulary 0\.\.28 \(rows up to 31 are padding\)"), (32, r"token id 32 is outside"),
-                        (-1, r"token id -1 is outside the vocabulary 0\.\.28")):  # fmt: skip
+    for token, text in (
+        (29, r"token id 29 is outside the vocabulary 0\.\.28 \(rows up to 31 are padding\)"),
+        (32, r"token id 32 is outside"),
+        (-1, r"token id -1 is outside the vocabulary 0\.\.28"),
+    ):
         big[1, 2] = token
         fails(InputError, text, run, MODEL, big)
         fails(InputError, text, generate, MODEL, big, 2)
     for shape in ((0, 5), (2, 0)):
-        fails(InputError, r"it is \(batch, length\) with at least one token", run, MODEL, torch.zeros(shape, dtype=torch.long))
+        fails(
+            InputError,
+            r"it is \(batch, length\) with at least one token",
+            run,
+            MODEL,
+            torch.zeros(shape, dtype=torch.long),
+        )
     fails(InputError, r"ids has shape \(3,\)", run, MODEL, IDS[:, 0])
     fails(InputError, r"ids has type torch.float32; token ids are integers", run, MODEL, IDS.float())
     for lengths in ([7, 7], [7, 0, 7], [7, 8, 7], [[7, 7, 7]], [1.0, 2.0, 3.0], []):
         fails(InputError, r"lengths=.*give one int of 1\.\.7 a row, for 3 rows", run, MODEL, IDS, lengths=lengths)
     state = run(MODEL, IDS, keep_state=True).state
-    fails(InputError, r"state.ssm_state has shapes .*\(3, 24, 5\).* this run has \(2, 24, 5\) in 3", run, MODEL, IDS[:2], state=state)
+    fails(
+        InputError,
+        r"state.ssm_state has shapes .*\(3, 24, 5\).* this run has \(2, 24, 5\) in 3",
+        run,
+        MODEL,
+        IDS[:2],
+        state=state,
+    )
     fewer = dataclasses.replace(state, conv_state=state.conv_state[:2])
-    fails(InputError, r"state.conv_state has shapes .* in 2 layers; this run has \(3, 24, 3\) in 3", run, MODEL, IDS, state=fewer)
+    fails(
+        InputError,
+        r"state.conv_state has shapes .* in 2 layers; this run has \(3, 24, 3\) in 3",
+        run,
+        MODEL,
+        IDS,
+        state=fewer,
+    )
 
 
 def test_backends():
-    fails(BackendUnavailable, r"no backend 'torc'\. Did you mean 'torch'\? There are auto, reference, torch, fused", run, MODEL, IDS, backend="torc")
-    fails(BackendUnavailable, r"backend='fused' cannot run on cpu: it lacks .*CUDA.*Here: reference, torch", run, MODEL, IDS, backend="fused")
+    fails(
+        BackendUnavailable,
+        r"no backend 'torc'\. Did you mean 'torch'\? There are auto, reference, torch, fused",
+        run,
+        MODEL,
+        IDS,
+        backend="torc",
+    )
+    fails(
+        BackendUnavailable,
+        r"backend='fused' cannot run on cpu: it lacks .*CUDA.*Here: reference, torch",
+        run,
+        MODEL,
+        IDS,
+        backend="fused",
+    )
     fails(BackendUnavailable, "backend='fused' cannot run", generate, MODEL, IDS, 2, backend="fused")
 
 

@@ -39,7 +39,9 @@ def numeric(place, direction, measure, eps=1e-6, **kwargs):
     edits = list(kwargs.pop("edits", []))
     last = kwargs.get("lengths") is not None
     with torch.no_grad():
-        up, down = (run(MODEL, IDS, [*edits, Add(place, s * eps * direction)], last_only=last, **kwargs) for s in (1, -1))
+        up, down = (
+            run(MODEL, IDS, [*edits, Add(place, s * eps * direction)], last_only=last, **kwargs) for s in (1, -1)
+        )
     return (measure(up.logits) - measure(down.logits)) / (2 * eps)
 
 
@@ -71,7 +73,11 @@ def test_against_finite_differences(site, padded, backend):
 
 @BOTH
 def test_layers_and_channels(backend):
-    places = [at.ssm_state(pos=2, e=[4, 1], n=3), at.u(layer=[2, 0], e=5), at.conv_state(layer=[0], pos=slice(1, 3), k=[0, 2])]
+    places = [
+        at.ssm_state(pos=2, e=[4, 1], n=3),
+        at.u(layer=[2, 0], e=5),
+        at.conv_state(layer=[0], pos=slice(1, 3), k=[0, 2]),
+    ]
     found = gradients(MODEL, IDS, spread, places, backend=backend)
     assert [tuple(found[p].shape) for p in places] == [(3, 3, 2), (2, 3, 7), (1, 3, 2, 24, 2)]
     for place in places:
@@ -101,7 +107,9 @@ def test_ssm_state_propagates_and_state_read_is_local(backend):
     assert found[state].abs().max() > 1e-4
     assert not found[read].any()  # y_p is not read by the metric, and the state is not touched
     here = gradients(MODEL, IDS, at_t, [at.state_read(layer=layer, pos=t)], backend=backend)
-    torch.testing.assert_close(here[at.state_read(layer=layer, pos=t)], found[y][..., None] * C[:, t, None], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        here[at.state_read(layer=layer, pos=t)], found[y][..., None] * C[:, t, None], rtol=1e-10, atol=1e-12
+    )
 
 
 @BOTH
@@ -165,10 +173,14 @@ def test_what_has_no_gradient_says_so():
     place = at.u(layer=1)
     with pytest.raises(MambascopeError, match=r"without a gradient \(an argmax"):
         gradients(MODEL, IDS, lambda x: accuracy(x, 3), [place])
-    with pytest.raises(MambascopeError, match=r"maps logits \(b, l, v\) to \(3,\), one number a row; this one gave \(3, 7\)") as caught:
+    with pytest.raises(
+        MambascopeError, match=r"maps logits \(b, l, v\) to \(3,\), one number a row; this one gave \(3, 7\)"
+    ) as caught:
         gradients(MODEL, IDS, lambda x: x[..., 0], [place])
     assert isinstance(caught.value, ValueError)
     with pytest.raises(MambascopeError, match="this one gave float"):
         gradients(MODEL, IDS, lambda x: 1.0, [place])
-    with pytest.raises(NotRecorded, match=r"no gradient of z\(layer=0, pos=:\) was asked for; there are u\(layer=1, pos=:\)"):
+    with pytest.raises(
+        NotRecorded, match=r"no gradient of z\(layer=0, pos=:\) was asked for; there are u\(layer=1, pos=:\)"
+    ):
         gradients(MODEL, IDS, spread, [place])[at.z(layer=0)]

@@ -25,14 +25,28 @@ def test_hand_values():
     near(prob(ROWS, torch.tensor([1, 3])), [0.25, 0.4])
     near(accuracy(ROWS, 0), [1, 0])
     near(accuracy(ROWS, torch.tensor([1, 3])), [0, 1])
-    near(kl(ROWS, HALF), [0.5 * math.log(2) + 0 + 0.25 * math.log(0.5), math.log(4) + sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4))])
-    near(kl(HALF, ROWS), [0.25 * sum(math.log(0.25 / p) for p in row) for row in ((0.5, 0.25, 0.125, 0.125), (0.1, 0.2, 0.3, 0.4))])
+    near(
+        kl(ROWS, HALF),
+        [
+            0.5 * math.log(2) + 0 + 0.25 * math.log(0.5),
+            math.log(4) + sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4)),
+        ],
+    )
+    near(
+        kl(HALF, ROWS),
+        [0.25 * sum(math.log(0.25 / p) for p in row) for row in ((0.5, 0.25, 0.125, 0.125), (0.1, 0.2, 0.3, 0.4))],
+    )
     near(kl(ROWS, ROWS + 5), [0, 0])
 
 
 def test_logits_of_a_sequence_count_at_their_last_position():
     three = torch.stack([HALF, HALF * 3, ROWS], 1)
-    for metric in (lambda x: logit_diff(x, 0, 1), lambda x: log_prob(x, 2), lambda x: prob(x, 3), lambda x: accuracy(x, 3)):
+    for metric in (
+        lambda x: logit_diff(x, 0, 1),
+        lambda x: log_prob(x, 2),
+        lambda x: prob(x, 3),
+        lambda x: accuracy(x, 3),
+    ):
         assert torch.equal(metric(three), metric(ROWS))
     assert torch.equal(kl(three, HALF), kl(ROWS, HALF))
 
@@ -67,13 +81,21 @@ def test_a_run_counts_each_rows_own_last_token():
         (kl(padded, other), lambda i: kl(alone[i].logits, others[i])),
     ):
         torch.testing.assert_close(metric, torch.cat([one(i) for i in range(3)]), rtol=1e-10, atol=1e-12)
-    with pytest.raises(InputError, match="row 0 are all zero at the last position, as on padding. Pass the run"):
+    with pytest.raises(InputError, match=r"row 0 are all zero at the last position, as on padding\. Pass the run"):
         logit_diff(padded.logits, answer, foil)
     assert torch.equal(logit_diff(padded.last_logits, answer, foil), logit_diff(padded, answer, foil))
 
 
-@pytest.mark.parametrize("metric", [lambda t: log_prob(ROWS, t), lambda t: prob(ROWS, t), lambda t: accuracy(ROWS, t),
-                                    lambda t: logit_diff(ROWS, t, 0), lambda t: logit_diff(ROWS, 0, t)])  # fmt: skip
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda t: log_prob(ROWS, t),
+        lambda t: prob(ROWS, t),
+        lambda t: accuracy(ROWS, t),
+        lambda t: logit_diff(ROWS, t, 0),
+        lambda t: logit_diff(ROWS, 0, t),
+    ],
+)
 def test_bad_tokens(metric):
     for wrong, text in (
         (4, r"token id 4 is outside the logits' 0\.\.3"),

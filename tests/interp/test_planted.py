@@ -1,4 +1,4 @@
-"""A model built by hand, whose state counts something in one channel: patching, which is not told, finds that channel."""
+"""A model built by hand, whose state counts something in one channel: patching, which is not told, finds it."""
 
 import pytest
 import torch
@@ -14,14 +14,25 @@ def planted(seed):
     """A model in which the state of one (layer, channel, dimension), drawn from the seed, sums the TICKs seen so far.
 
     Embeddings hold a one in dimension 0 (always) and in dimension 1 (TICK only). The drawn layer reads dimension 1 into
-    channel e, writes u_e into dimension n (B_n is read from a channel that is always on), reads it with C_n, and puts it
-    into dimension 2, which the head turns into the logit of token 0. All other weights of the path are zero.
+    channel e, writes u_e into dimension n (B_n is read from a channel that is always on), reads it with C_n, and puts
+    it into dimension 2, which the head turns into the logit of token 0. All other weights of the path are zero.
     """
     rng = torch.Generator().manual_seed(seed)
     layer, n = int(torch.randint(LAYERS, (1,), generator=rng)), int(torch.randint(N, (1,), generator=rng))
     e, constant = torch.randperm(E, generator=rng)[:2].tolist()
-    model = Mamba(MambaConfig(d_model=D, n_layer=LAYERS, vocab_size=8, d_state=N, d_conv=2, dt_rank=1, expand=2,
-                              tie_embeddings=False, pad_vocab_size_multiple=1)).double()  # fmt: skip
+    model = Mamba(
+        MambaConfig(
+            d_model=D,
+            n_layer=LAYERS,
+            vocab_size=8,
+            d_state=N,
+            d_conv=2,
+            dt_rank=1,
+            expand=2,
+            tie_embeddings=False,
+            pad_vocab_size_multiple=1,
+        )
+    ).double()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.zero_()
@@ -89,7 +100,9 @@ def test_the_channel_counts(seed):
     for b in range(2):
         for t in range(6):
             expected = sum(unit * fade ** (t - s) for s in range(t + 1) if IDS[b, s] == TICK)
-            torch.testing.assert_close(state[b, t, e, n], torch.as_tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                state[b, t, e, n], torch.as_tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12
+            )
     others = state.clone()
     others[..., e, n] = 0
     assert not others[:, :, e].any()

@@ -1,5 +1,6 @@
 """Edits that nobody chose: the two backends, one pass and its pieces, agree under whatever hypothesis draws."""
 
+import dataclasses
 import random
 
 import pytest
@@ -16,7 +17,9 @@ from minimal_mamba.sites import ADDRESSABLE
 
 MODEL = tiny(seed=5)
 CONFIG = MODEL.config
-SETTINGS = settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck), database=None)
+SETTINGS = settings(
+    derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck), database=None
+)
 
 
 def bent(x):
@@ -94,25 +97,31 @@ def scene_of(seed, padded=None, carried=None, site=None):
         shape = list(Plan(CONFIG, [bare := Zero(place, rows=rows)], [], zero, zero + sizes).shape(bare))
         tail = shape[len(shape) - sum(not isinstance(f, int) for f in place.features) :]
         form = r.choice(["full", "full", "ones", "tail", "number"])
-        size = {"full": shape, "ones": [1 if (r.random() < 0.5) else s for s in shape], "tail": tail, "number": []}[form]
+        size = {"full": shape, "ones": [1 if (r.random() < 0.5) else s for s in shape], "tail": tail, "number": []}[
+            form
+        ]
         if place.site == "recurrent_state" and size:
             size[-1] = CONFIG.size("n+k")
         value = 0.5 * torch.randn(size, generator=rng, dtype=torch.float64)
         if place.site in ("dt", "decay"):
             value = value.abs()  # a step size or a decay below zero makes states explode, and rounding with them
-        made = {
-            "Set": lambda: Set(place, value, rows=rows),
-            "Add": lambda: Add(place, value, rows=rows),
-            "Scale": lambda: Scale(place, value, rows=rows),
-            "Zero": lambda: Zero(place, rows=rows),
-            "Mean": lambda: Mean(place, rows=rows),
-            "MeanGiven": lambda: Mean(place, value, rows=rows),
-            "Apply": lambda: Apply(place, bent, rows=rows),
-            "Project": lambda: Project(place, torch.randn([1, *tail], generator=rng, dtype=torch.float64), r.random() < 0.5, rows=rows),
-        }  # fmt: skip
-        edits.append(made[kind]())
+        basis = torch.randn([1, *tail], generator=rng, dtype=torch.float64)
+        edits.append(make(kind, place, value, basis, r.random() < 0.5, rows))
     record = [address(r, first, shortest) for _ in range(r.randint(0, 3))]
     return ids, lengths, before, edits, record
+
+
+def make(kind, place, value, basis, keep, rows):
+    """An edit of this kind."""
+    if kind == "Project":
+        return Project(place, basis, keep, rows=rows)
+    if kind == "Apply":
+        return Apply(place, bent, rows=rows)
+    if kind == "MeanGiven":
+        return Mean(place, value, rows=rows)
+    if kind in ("Zero", "Mean"):
+        return {"Zero": Zero, "Mean": Mean}[kind](place, rows=rows)
+    return {"Set": Set, "Add": Add, "Scale": Scale}[kind](place, value, rows=rows)
 
 
 def ends_matter(place):
@@ -213,10 +222,11 @@ def test_a_padded_row_under_drawn_edits_gives_what_it_gives_alone(seed, backend)
     out = run(MODEL, ids, edits, record, backend, lengths=lengths, keep_state=True)
     for i, n in enumerate(lengths):
         own = [e for e in edits if e.rows is None or i in e.rows]
-        own = [Zero(e.address) if type(e) is Zero else Apply(e.address, bent) if type(e) is Apply else
-               type(e)(e.address, e.value, **({"keep": e.keep} if type(e) is Project else {})) for e in own]  # fmt: skip
+        own = [dataclasses.replace(e, rows=None) for e in own]
         alone = run(MODEL, ids[i : i + 1, :n], own, record, backend, keep_state=True)
         agree({"logits": alone.logits[0].detach()}, {"logits": out.logits[i, :n].detach()})
         assert not out.logits[i, n:].any()
-        for a, b in zip(alone.state.ssm_state + alone.state.conv_state, out.state.ssm_state + out.state.conv_state, strict=True):
+        for a, b in zip(
+            alone.state.ssm_state + alone.state.conv_state, out.state.ssm_state + out.state.conv_state, strict=True
+        ):
             agree({"state": a[0].detach()}, {"state": b[i].detach()})

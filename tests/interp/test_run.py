@@ -13,8 +13,17 @@ BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
 MODEL = tiny(seed=9)
 CONFIG = MODEL.config
 IDS = torch.randint(0, 29, (3, 8), generator=torch.Generator().manual_seed(0))
-PLACES = [at.ssm_state(layer=1, pos=3), at.u(layer=0), at.conv_state(layer=2, pos=[-1]), at.logits(), at.embed(pos=0),
-          at.resid_pre(layer=1), at.y(layer=2, pos=2), at.recurrent_state(pos=-1), at.state_read(layer=1, pos=3)]  # fmt: skip
+PLACES = [
+    at.ssm_state(layer=1, pos=3),
+    at.u(layer=0),
+    at.conv_state(layer=2, pos=[-1]),
+    at.logits(),
+    at.embed(pos=0),
+    at.resid_pre(layer=1),
+    at.y(layer=2, pos=2),
+    at.recurrent_state(pos=-1),
+    at.state_read(layer=1, pos=3),
+]
 
 
 def close(a, b, tol=1e-11):
@@ -26,7 +35,13 @@ def test_recordings_hold_the_value_after_edits(backend):
     place = at.ssm_state(layer=1, pos=3)
     value = torch.randn(3, CONFIG.d_inner, CONFIG.d_state, dtype=torch.float64)
     with torch.no_grad():
-        out = run(MODEL, IDS, [Set(place, value), Scale(at.u(layer=0, pos=2), 0.0)], record=[place, at.u(layer=0)], backend=backend)
+        out = run(
+            MODEL,
+            IDS,
+            [Set(place, value), Scale(at.u(layer=0, pos=2), 0.0)],
+            record=[place, at.u(layer=0)],
+            backend=backend,
+        )
     assert torch.equal(out[place], value)
     assert not out[at.u(layer=0)][:, 2].any()
     assert out[at.u(layer=0)][:, 3].all()
@@ -44,7 +59,9 @@ def test_changing_what_a_run_gave_changes_no_run(backend):
             kept[a].fill_(99)  # what run_[a] gives is a copy
             kept.records[a].fill_(77)  # and what it copies is nobody else's
         logits = kept.logits.clone()
-        assert all(torch.equal(a, b) for a, b in zip(state, (*kept.state.ssm_state, *kept.state.conv_state), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(state, (*kept.state.ssm_state, *kept.state.conv_state), strict=True)
+        )
         assert torch.equal(run(MODEL, IDS[:, :3], state=kept.state, backend=backend).logits, later)
         again = run(MODEL, IDS, record=PLACES, backend=backend)
         assert all(torch.equal(again[a], before[a]) for a in PLACES)
@@ -52,8 +69,16 @@ def test_changing_what_a_run_gave_changes_no_run(backend):
         assert torch.equal(again.logits, before[at.logits()])
         # the state that a run goes on from is not changed by it, not even under edits of its first position
         frozen = [t.clone() for t in (*kept.state.ssm_state, *kept.state.conv_state)]
-        run(MODEL, IDS, [Zero(at.recurrent_state(pos=8)), Add(at.state_read(pos=8), 1.0)], state=kept.state, backend=backend)
-        assert all(torch.equal(a, b) for a, b in zip(frozen, (*kept.state.ssm_state, *kept.state.conv_state), strict=True))
+        run(
+            MODEL,
+            IDS,
+            [Zero(at.recurrent_state(pos=8)), Add(at.state_read(pos=8), 1.0)],
+            state=kept.state,
+            backend=backend,
+        )
+        assert all(
+            torch.equal(a, b) for a, b in zip(frozen, (*kept.state.ssm_state, *kept.state.conv_state), strict=True)
+        )
 
 
 @BOTH
@@ -112,7 +137,9 @@ def test_the_kept_state_goes_on(backend):
         first = run(MODEL, IDS[:, :5], backend=backend, keep_state=True)
         second = run(MODEL, IDS[:, 5:], backend=backend, state=first.state, keep_state=True)
     close(second.logits, whole.logits[:, 5:])
-    for a, b in zip(second.state.ssm_state + second.state.conv_state, whole.state.ssm_state + whole.state.conv_state, strict=True):
+    for a, b in zip(
+        second.state.ssm_state + second.state.conv_state, whole.state.ssm_state + whole.state.conv_state, strict=True
+    ):
         close(a, b)
     assert second.state.position.tolist() == [8, 8, 8]
 
@@ -141,12 +168,23 @@ def test_generation_is_one_pass_under_the_same_edits(backend):
         assert torch.equal(out.ids[i, :m], IDS[i, :m])
         assert not out.ids[i, m + n :].any()
         # one pass over the row, with the prompt's end written as a number from the start
-        place = [at.ssm_state(layer=1, pos=[1, m - 1]), at.state_read(layer=2, pos=slice(m - 1, None)),
-                 at.recurrent_state(layer=0, pos=slice(2, None, 3)), at.resid_post(layer=1, pos=slice(m - 2, None))]  # fmt: skip
+        place = [
+            at.ssm_state(layer=1, pos=[1, m - 1]),
+            at.state_read(layer=2, pos=slice(m - 1, None)),
+            at.recurrent_state(layer=0, pos=slice(2, None, 3)),
+            at.resid_post(layer=1, pos=slice(m - 2, None)),
+        ]
         edits = [Add(place[0], 0.8), Scale(place[1], 1.6), Add(place[2], 0.3), Scale(place[3], 0.7)]
         whole = out.ids[i : i + 1, : m + n - 1]
         with torch.no_grad():
-            one = run(MODEL, whole, edits, record=[keep[0], at.y(layer=0, pos=slice(m - 1, None))], backend=backend, keep_state=True)
+            one = run(
+                MODEL,
+                whole,
+                edits,
+                record=[keep[0], at.y(layer=0, pos=slice(m - 1, None))],
+                backend=backend,
+                keep_state=True,
+            )
         close(out.logits[i, : m + n - 1], one.logits[0])
         assert not out.logits[i, m + n - 1 :].any()
         close(out.last_logits[i], one.logits[0, -1])

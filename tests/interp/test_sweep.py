@@ -42,7 +42,16 @@ def test_every_cell_is_a_run_under_that_edit(site, backend):
 
 
 def test_layers_together_and_chosen_positions():
-    grid = patch_grid(MODEL, IDS, DONOR, site="recurrent_state", metric=metric, layers=[2, (0, 1, 2), [1, 0]], positions=[4, -6, 2], progress=False)
+    grid = patch_grid(
+        MODEL,
+        IDS,
+        DONOR,
+        site="recurrent_state",
+        metric=metric,
+        layers=[2, (0, 1, 2), [1, 0]],
+        positions=[4, -6, 2],
+        progress=False,
+    )
     assert grid.layers == (2, (0, 1, 2), (1, 0))
     assert grid.positions == (4, 0, 2)
     with torch.no_grad():
@@ -50,10 +59,14 @@ def test_layers_together_and_chosen_positions():
             for j, pos in enumerate((4, 0, 2)):
                 place = at.recurrent_state(layer=group, pos=pos)
                 value = run(MODEL, DONOR, record=[place])[place]
-                torch.testing.assert_close(grid.values[i, j], last(run(MODEL, IDS, [Set(place, value)]).logits), rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(
+                    grid.values[i, j], last(run(MODEL, IDS, [Set(place, value)]).logits), rtol=1e-10, atol=1e-12
+                )
     # with the same last token the memory before it is all that differs: the ceiling is the donor, exactly
     donor = torch.cat([DONOR[:, :5], IDS[:, 5:]], 1)
-    full = patch_grid(MODEL, IDS, donor, site="recurrent_state", metric=metric, layers=[range(N)], positions=[4], progress=False)
+    full = patch_grid(
+        MODEL, IDS, donor, site="recurrent_state", metric=metric, layers=[range(N)], positions=[4], progress=False
+    )
     torch.testing.assert_close(full.values[0, 0], full.donor, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(full.recovered(), torch.ones(1, 1, dtype=torch.float64))
 
@@ -74,7 +87,9 @@ def test_padded():
     assert grid.positions == (0, 1, 2)
     for i, n in enumerate(lengths):
         r = slice(i, i + 1)
-        alone = patch_grid(MODEL, IDS[r, :n], DONOR[r, :n], site="ssm_state", metric=metric, positions=[0, 1, 2], progress=False)
+        alone = patch_grid(
+            MODEL, IDS[r, :n], DONOR[r, :n], site="ssm_state", metric=metric, positions=[0, 1, 2], progress=False
+        )
         torch.testing.assert_close(grid.values[:, :, r], alone.values, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(grid.base[r], alone.base, rtol=1e-10, atol=1e-12)
 
@@ -102,7 +117,9 @@ def test_the_standard_error_is_the_spread_of_repeated_samples():
 
 def test_errors():
     def sweep(*args, **kwargs):
-        return patch_grid(MODEL, *(args or (IDS, DONOR)), **({"site": "u", "metric": metric, "progress": False} | kwargs))
+        return patch_grid(
+            MODEL, *(args or (IDS, DONOR)), **({"site": "u", "metric": metric, "progress": False} | kwargs)
+        )
 
     cases = [
         (EditError, {"site": "ssm_stat"}, "site='ssm_stat' is no site. Did you mean 'ssm_state'"),
@@ -112,7 +129,11 @@ def test_errors():
         (AddressError, {"layers": [(0, 0)]}, "names the same index twice"),
         (AddressError, {"positions": [6]}, r"pos=6 does not exist here: there are indices 0\.\.5"),
         (AddressError, {"positions": []}, "at least one int"),
-        (AddressError, {"positions": [5], "lengths": [6, 3, 6]}, r"pos=5 does not exist here: there are indices 0\.\.2"),
+        (
+            AddressError,
+            {"positions": [5], "lengths": [6, 3, 6]},
+            r"pos=5 does not exist here: there are indices 0\.\.2",
+        ),
         (MambascopeError, {"metric": lambda x: x[:, -1]}, r"one number a row; this one gave \(3, 32\)"),
     ]
     for error, kwargs, text in cases:

@@ -58,7 +58,10 @@ def test_printed_so_that_a_person_can_read_it():
     for show in (str, repr):
         assert show(Set(PLACE, VALUE)) == "Set(ssm_state(layer=1, pos=[2, -1], e=3:), value (2, 4))"
         assert show(Zero(at.embed(pos=slice(1, 9, 2)), rows=[0, 2])) == "Zero(embed(pos=1:9:2), rows=[0, 2])"
-        assert show(Project(PLACE, VALUE, keep=True)) == "Project(ssm_state(layer=1, pos=[2, -1], e=3:), value (2, 4), keep=True)"
+        assert (
+            show(Project(PLACE, VALUE, keep=True))
+            == "Project(ssm_state(layer=1, pos=[2, -1], e=3:), value (2, 4), keep=True)"
+        )
         assert "softsign" in show(Apply(PLACE, F.softsign))
 
 
@@ -116,7 +119,7 @@ def test_nan_raises_when_made(kind):
 def test_what_is_no_edit_raises_when_made():
     with pytest.raises(EditError, match=r"'u' is no address; make one with at\.<site>"):
         Zero("u")
-    with pytest.raises(EditError, match="2 linearly independent|linearly independent directions"):
+    with pytest.raises(EditError, match="with m linearly independent directions"):
         Project(PLACE, torch.ones(2, 4))
     for make in (lambda a: Project(a, VALUE), lambda a: Apply(a, F.softsign)):
         with pytest.raises(EditError, match="recurrent_state is two sites"):
@@ -142,7 +145,10 @@ def test_what_is_loaded_does_the_same(tmp_path):
     model, ids = tiny(), torch.tensor([[3, 4, 5, 6], [6, 5, 4, 3]])
     place = at.ssm_state(layer=[2, 0], pos=slice(1, None), e=[4, 2])
     shape = run(model, ids, record=[place])[place].shape
-    edits = [Set(place, torch.randn(shape, dtype=torch.float64).requires_grad_()), Apply(at.u(layer=1), F.softsign, rows=[1])]
+    edits = [
+        Set(place, torch.randn(shape, dtype=torch.float64).requires_grad_()),
+        Apply(at.u(layer=1), F.softsign, rows=[1]),
+    ]
     save_edits(edits, tmp_path)
     assert torch.equal(run(model, ids, load_edits(tmp_path)).logits, run(model, ids, edits).logits)
 
@@ -152,7 +158,7 @@ def test_functions_without_a_name_raise_when_saved(tmp_path):
         return x
 
     for fn in (local, lambda x: x, tiny().forward):
-        with pytest.raises(EditError, match="cannot be imported by name. Move it to the top level"):
+        with pytest.raises(EditError, match=r"cannot be imported by name\. Move it to the top level"):
             save_edits([Apply(PLACE, fn)], tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -178,7 +184,7 @@ def test_never_half_written(tmp_path, monkeypatch, fails):
     if fails == 1:
         assert load_edits(tmp_path) == old
     else:  # the new values stand beside the old description: that is no set of edits
-        with pytest.raises(CheckpointError, match="not the file that edits.json was saved with"):
+        with pytest.raises(CheckpointError, match=r"not the file that edits\.json was saved with"):
             load_edits(tmp_path)
 
 
