@@ -164,6 +164,7 @@ def edits_everywhere(c: MambaConfig) -> list[Edit]:
         Add(at.conv_state(layer=1, pos=3), draw_value(1, e, k)),
         Set(at.recurrent_state(layer=2, pos=4), draw_value(3, e, n + k)),
         Mean(at.conv_state(layer=0, pos=[0, 2])),
+        Scale(at.recurrent_state(layer=1, pos=-1), 0.5),  # padding of other rows, where rows end apart
         Scale(at.u(layer=0, pos=2), 1.3),
         Add(at.dt(layer=1, pos=slice(1, 4)), 0.2),
         Add(at.resid_pre(layer=2), draw_value(c.d_model)),
