@@ -86,13 +86,14 @@ def test_patching_finds_the_channel_and_nothing_else(seed, backend):
     assert found == [truth]
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_channel_counts(seed):
+def test_the_channel_counts(seed, backend):
     """The planted state is what it is said to be: the TICKs so far, each faded at the known rate."""
     model, layer, e, n = planted(seed)
     place = at.ssm_state(layer=layer)
     with torch.no_grad():
-        out = run(model, IDS, record=[place, at.state_write(layer=layer)])
+        out = run(model, IDS, record=[place, at.state_write(layer=layer)], backend=backend)
     state, write = out[place], out[at.state_write(layer=layer)]
     unit = write[0, 2, e, n]
     assert unit > 0.5
