@@ -17,7 +17,7 @@ from minimal_mamba import SITES, Mamba, MambaConfig, MambaOutput, MambaState, Pl
 RECURRENCE = ("decay", "state_write", "ssm_state", "state_read")
 MODEL = tiny()
 LAYERS = MODEL.config.n_layer
-RTOL = 1e-10  # relative norm in float64; measured 1e-14
+RTOL = 1e-10  # relative norm in float64; measured below 1e-13
 
 
 class Count:

@@ -12,7 +12,7 @@ from kernels_bridge.torch_scan import scan
 
 NAMES = ("u", "dt", "A", "B", "C", "h")
 LENGTHS = (1, 2, 3, 7, 63, 129, 500)
-RTOL = 1e-10  # relative norm; measured 2e-15
+RTOL = 1e-10  # relative norm; measured below 1e-13
 b, e, n = 2, 5, 3
 
 
@@ -171,7 +171,7 @@ def test_the_inputs_are_left_as_they_are() -> None:
     assert all(torch.equal(x, y) for x, y in zip(ours, before, strict=True))
 
 
-# Measured over these: outputs 2e-7, gradients 6e-7.
+# Measured over these: outputs up to 6e-7, gradients up to 4e-7, both at the smallest step, whose memory is longest.
 @pytest.mark.parametrize("mean_dt", [0.01, 0.1, 0.5, 2.0])
 def test_float32_keeps_its_digits_at_every_step_size(mean_dt: float) -> None:
     """Scans in log space overflow here; products of decays formed forward do not."""
@@ -179,11 +179,11 @@ def test_float32_keeps_its_digits_at_every_step_size(mean_dt: float) -> None:
     single = leaves([t.float() for t in exact])
     want, got = loop(*exact, keep=[100, 499]), scan(*single, keep=[100, 499])
     for x, y in zip(got, want, strict=True):
-        near(x.double(), y, 1e-6)
+        near(x.double(), y, 2e-6)
     weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(6)).double() for x in want]
     wanted = torch.autograd.grad(want, exact, weights)
     for x, y in zip(torch.autograd.grad(got, single, [w.float() for w in weights]), wanted, strict=True):
-        near(x.double(), y, 3e-6)
+        near(x.double(), y, 2e-6)
 
 
 def test_extreme_steps_are_finite() -> None:

@@ -12,7 +12,7 @@ from minimal_mamba import SITES, Mamba, MambaConfig, MambaState
 
 Array = np.ndarray
 BACKENDS = ("reference", "torch")
-ATOL = 1e-10  # values are of order one; measured 2e-14
+ATOL = 1e-10  # states reach 100 here; measured a few 1e-12
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},

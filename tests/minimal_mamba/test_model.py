@@ -15,7 +15,7 @@ from interp import at, run
 from minimal_mamba import SITES, Mamba, MambaConfig, MambaOutput, MambascopeError, MambaState
 from minimal_mamba.errors import ConfigError, InputError
 
-ATOL = 1e-12  # float64 rounding of values of order one
+ATOL = 1e-11  # float64 rounding where states reach 100; measured below 1e-12
 MODEL = tiny()
 LENGTHS = (1, MODEL.config.d_conv - 1, 7, 63)
 
