@@ -4,11 +4,18 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minimal_mamba import MambaConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from .curriculum import Curriculum
 from .errors import TrainingError
@@ -146,6 +153,24 @@ def open_run(folder: Path, settings: Settings, *, resume: bool) -> Settings | No
         shown = ", ".join(f"{k}={theirs[k]!r} (now {ours[k]!r})" for k in differs)
         raise TrainingError(f"the run in {folder} has {shown}; resume it with its own settings, or start another.")
     return old
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run, so that no second process trains in it; a process that dies lets go of it.
+
+    Raises:
+        TrainingError: another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrainingError(f"another process is training in {folder}; wait for it, or stop it first.") from None
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -31,7 +31,7 @@ from minimal_mamba import Mamba, Ops
 from .callbacks import Bars, CurriculumCallback
 from .errors import TrainingError
 from .loss import weighted_loss
-from .settings import Settings, open_run, write_json, write_text
+from .settings import Settings, only_one, open_run, write_json, write_text
 from .task import Batch, draw
 
 STREAM = 1  # keeps the seeds of training apart from those of `evaluate`
@@ -59,16 +59,23 @@ def train(
         TrainingError: a folder that does not fit, or a loss that is not finite.
     """
     out = Path(out)
-    old = open_run(out, settings, resume=resume)
     if ops is None:
         from kernels_bridge import resolve
 
         ops = resolve("auto", device)
+    old = open_run(out, settings, resume=resume)
+    with only_one(out):
+        return _train(settings, old or settings, out, resume, ops, device, stop_at, quiet)
+
+
+def _train(
+    settings: Settings, old: Settings, out: Path, resume: bool, ops: Ops, device: str, stop_at: int | None, quiet: bool
+) -> Mamba:
     checkpoint = newest(out) if resume else None
     torch.manual_seed(settings.seed)
     model = Mamba(settings.model)
     learner = Learner(model, ops, settings.answer_weight)
-    if checkpoint is not None and _done(checkpoint, old or settings, settings):
+    if checkpoint is not None and _done(checkpoint, old, settings):
         learner.load(checkpoint)
         return model.eval()
     write_json(out / "settings.json", dataclasses.asdict(settings))
@@ -96,7 +103,9 @@ def _done(checkpoint: Path, old: Settings, new: Settings) -> bool:
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     early = state["stateful_callbacks"][CurriculumCallback.__name__]["attributes"]["early_from"]
     step = state["global_step"]
-    if old != new and step > min(old.decay_from if early is None else early, new.decay_from):
+    if (old.steps, old.decay_steps) != (new.steps, new.decay_steps) and step > min(
+        old.decay_from if early is None else early, new.decay_from
+    ):
         raise TrainingError(
             f"the run is at step {step}, and its learning rate falls from step "
             f"{old.decay_from if early is None else early} on; its number of steps can be changed before that only, "

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from analyses.hidden_reasoning.errors import TaskError, TrainingError
-from analyses.hidden_reasoning.settings import Settings
+from analyses.hidden_reasoning.settings import Settings, only_one
 from minimal_mamba.errors import ConfigError
 
 TINY = Settings(
@@ -53,7 +53,7 @@ def test_a_run_is_logged_and_written(whole):
     rates = [row["learning_rate"] for row in log.values()]
     assert rates[:4] == [1.5e-3] * 4
     assert rates[3] > rates[4] > rates[5] > 0
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-24", "settings.json", "train_log.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "checkpoint-24", "settings.json", "train_log.jsonl"]
 
 
 def test_stop_and_resume_give_the_same_curve(training, whole, tmp_path):
@@ -90,7 +90,7 @@ def test_killed_between_checkpoints_or_while_writing_one(training, whole, tmp_pa
     model = training.train(TINY, out, resume=True, quiet=True)
     assert same(model, whole[0])
     assert log_of(out) == log_of(whole[1])
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint-24", "settings.json", "train_log.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "checkpoint-24", "settings.json", "train_log.jsonl"]
 
 
 def test_the_number_of_steps_can_be_changed_until_the_decay_begins(training, whole, tmp_path):
@@ -140,6 +140,16 @@ def test_folders_that_do_not_fit(training, whole, tmp_path):
         training.train(TINY, tmp_path / "none", resume=True)
     with pytest.raises(TrainingError, match="batch_size=16"):
         training.train(dataclasses.replace(TINY, batch_size=8), whole[1], resume=True)
+
+
+def test_only_one_process_trains_in_a_folder(training, whole):
+    with only_one(whole[1]), pytest.raises(TrainingError, match="another process"):
+        training.train(TINY, whole[1], resume=True)
+
+
+def test_how_often_a_run_is_written_down_may_always_change(training, whole):
+    other = dataclasses.replace(TINY, log_every=5, save_every=7)
+    assert same(training.train(other, whole[1], resume=True, quiet=True), whole[0])
 
 
 def test_a_loss_that_is_not_finite_raises(training, tmp_path):
