@@ -1,8 +1,8 @@
 """interp: the front door. Name places with `at`, change them with edits, see what follows with `run`.
 
-    donor = run(model, clean_ids, record=[state := at.ssm_state(layer=3, pos=7)])
-    patched = run(model, corrupt_ids, edits=[Set(state, donor[state])])
-    effect = logit_diff(patched.logits[:, -1], answer, foil)  # nats
+donor = run(model, clean_ids, record=[state := at.ssm_state(layer=3, pos=7)])
+patched = run(model, corrupt_ids, edits=[Set(state, donor[state])])
+effect = logit_diff(patched.logits[:, -1], answer, foil)  # nats
 """
 
 from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale, Set, Zero, at

@@ -39,7 +39,9 @@ def heatmap(
     top = float(abs(values).max()) if limit is None else limit
     if ax is None:
         _, ax = plt.subplots(figsize=(3.4, 0.7 + 0.22 * len(grid.layers)), constrained_layout=True)
-    image = ax.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower", interpolation="nearest")
+    image = ax.imshow(
+        values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower", interpolation="nearest"
+    )
     ax.set_yticks(range(len(grid.layers)), [_layer_name(g) for g in grid.layers])
     labels = [str(p) for p in grid.positions] if tokens is None else list(tokens)
     ax.set_xticks(range(len(labels)), labels, rotation=0 if tokens is None else 90)
@@ -51,9 +53,13 @@ def heatmap(
     if colorbar:
         beyond = "both" if abs(values).max() > top * (1 + 1e-9) else "neither"
         bar = ax.figure.colorbar(image, ax=ax, extend=beyond)
-        bar.set_label("share of donor − base" if normalise else f"effect ({unit})" if unit else "effect")
+        bar.set_label("moved (0 base, 1 donor)" if normalise else f"effect ({unit})" if unit else "effect")
     return ax
 
 
 def _layer_name(group: int | tuple[int, ...]) -> str:
-    return str(group) if isinstance(group, int) else "all" if len(group) > 1 and group == tuple(range(len(group))) else "+".join(map(str, group))
+    """A layer's number; of layers patched together a run as 0-3, others as 0+2."""
+    if isinstance(group, int):
+        return str(group)
+    run = group == tuple(range(group[0], group[-1] + 1))
+    return f"{group[0]}-{group[-1]}" if run else "+".join(map(str, group))

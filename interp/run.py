@@ -11,7 +11,7 @@ from kernels_bridge import resolve
 from minimal_mamba import Address, Edit, Mamba, MambaState, Plan
 from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError, MambascopeError, NotRecorded
-from minimal_mamba.plan import Probe
+from minimal_mamba.item import Probe
 
 Metric = Callable[[Tensor], Tensor]  # logits (b, l, v) -> (b,)
 Lengths = Tensor | Sequence[int] | None
@@ -40,7 +40,9 @@ class Run:
     def __getitem__(self, address: Address) -> Tensor:
         if address not in self.records:
             made = ", ".join(map(str, self.records)) or "nothing"
-            raise NotRecorded(f"{address} was not recorded; this run recorded {made}. Name it in run(..., record=[...]).")
+            raise NotRecorded(
+                f"{address} was not recorded; this run recorded {made}. Name it in run(..., record=[...])."
+            )
         return self.records[address].clone()
 
     @property
@@ -210,7 +212,10 @@ def gradients(
     wrt = list(dict.fromkeys(wrt))
     shapes = Plan(model.config, (), wrt, *span(ids, sizes, state))
     with torch.enable_grad():
-        zeros = [torch.zeros((), dtype=wide(model.dtype), device=model.device, requires_grad=True).expand(shapes.shape(a)) for a in wrt]
+        zeros = [
+            torch.zeros((), dtype=wide(model.dtype), device=model.device, requires_grad=True).expand(shapes.shape(a))
+            for a in wrt
+        ]
         probes = [Probe(a, zero) for a, zero in zip(wrt, zeros, strict=True)]
         done = _run(model, ids, [*edits, *probes], (), backend, state, False, lengths, lengths is not None)
         values = apply_metric(metric, done.logits)

@@ -30,7 +30,11 @@ def save_edits(edits: Sequence[Edit], folder: str | Path) -> None:
         fields = edit.describe()
         if isinstance(edit, Apply):
             fields["fn"] = function_name(edit.fn)
-        row = {"kind": type(edit).__name__, "address": _address_out(edit.address), "rows": _out(getattr(edit, "rows", None))}
+        row = {
+            "kind": type(edit).__name__,
+            "address": _address_out(edit.address),
+            "rows": _out(getattr(edit, "rows", None)),
+        }
         rows.append(row | {"fields": fields})
         if edit.value is not None:
             values[str(i)] = edit.value.detach().cpu().contiguous()
@@ -53,11 +57,15 @@ def load_edits(folder: str | Path) -> list[Edit]:
         data = (folder / "edits.safetensors").read_bytes()
         version, digest = raw["version"], raw.get("values")
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no saved edits: {error!r}. save_edits writes edits.json and edits.safetensors.") from None
+        raise CheckpointError(
+            f"{folder} holds no saved edits: {error!r}. save_edits writes edits.json and edits.safetensors."
+        ) from None
     if version != VERSION:
         raise CheckpointError(f"{folder}/edits.json has version {version!r}; this mambascope reads version {VERSION}.")
     if hashlib.sha256(data).hexdigest() != digest:
-        raise CheckpointError(f"{folder}/edits.safetensors is not the file that edits.json was saved with; save the edits again.")
+        raise CheckpointError(
+            f"{folder}/edits.safetensors is not the file that edits.json was saved with; save the edits again."
+        )
     values = load(data)
     edits = []
     for i, row in enumerate(raw["edits"]):

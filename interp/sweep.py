@@ -57,7 +57,9 @@ class Grid:
     def _gap(self) -> Tensor:
         gap = (self.donor - self.base).mean()
         if gap.abs() <= 1e-9 * (self.donor.abs() + self.base.abs()).mean() or not gap.isfinite():
-            raise InputError(f"the donor's metric does not differ from the base's (mean gap {gap.item():.2g}): nothing to normalise by.")
+            raise InputError(
+                f"the donor's metric does not differ from the base's (mean gap {gap.item():.2g}): nothing to normalise by."
+            )
         return gap
 
 
@@ -91,7 +93,9 @@ def patch_grid(
     if site not in ADDRESSABLE:
         raise EditError(f"site={site!r} is no site.{nearest(site, ADDRESSABLE)}")
     if tuple(ids.shape) != tuple(donor_ids.shape):
-        raise InputError(f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; rows and positions must match.")
+        raise InputError(
+            f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; rows and positions must match."
+        )
     where = getattr(at, site)
     if layers is not None and (not ADDRESSABLE[site].layered or not len(layers)):
         why = "name at least one" if ADDRESSABLE[site].layered else f"{site} is no part of a layer"
@@ -122,4 +126,6 @@ def patch_grid(
                 bar.update()
     grid = torch.stack(values).unflatten(0, (len(groups), len(columns)))
     names = tuple(group[0] if len(group) == 1 else tuple(group) for group in groups if group)
-    return Grid(grid, apply_metric(metric, base.logits), apply_metric(metric, donor.logits), site, names or (0,), tuple(columns))
+    return Grid(
+        grid, apply_metric(metric, base.logits), apply_metric(metric, donor.logits), site, names or (0,), tuple(columns)
+    )

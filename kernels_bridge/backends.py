@@ -65,7 +65,9 @@ def resolve(name: str = "auto", device: torch.device | str = "cpu") -> Ops:
     if name == "auto":
         name = next(b for b in ("fused", "torch") if not BACKENDS[b].missing(device))
     if name not in BACKENDS:
-        raise BackendUnavailable(f"no backend {name!r}.{nearest(name, BACKENDS)} There are auto, {', '.join(BACKENDS)}.")
+        raise BackendUnavailable(
+            f"no backend {name!r}.{nearest(name, BACKENDS)} There are auto, {', '.join(BACKENDS)}."
+        )
     backend = BACKENDS[name]
     missing = backend.missing(device)
     if missing or backend.ops is None:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minimal_mamba.plan import NO_TAP, Tap
 from minimal_mamba.scan import Ops, causal_conv, ssm_step
+from minimal_mamba.tap import NO_TAP, Tap
 
 from .torch_scan import scan
 
@@ -45,7 +45,9 @@ def selective_scan(
         ys.append(y)
         for site in ("ssm_state", "state_read"):
             if wanted[site]:
-                tap.record(site, kept if wanted[site] == keep else kept[:, [keep.index(t) for t in wanted[site]]], wanted[site])
+                tap.record(
+                    site, kept if wanted[site] == keep else kept[:, [keep.index(t) for t in wanted[site]]], wanted[site]
+                )
         if at := wanted["decay"]:
             tap.record("decay", torch.exp(dt[:, at, :, None] * A), at)
         if at := wanted["state_write"]:

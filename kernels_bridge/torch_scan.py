@@ -100,7 +100,9 @@ class _Scan(torch.autograd.Function):
         for c in _pieces(e, ctx.width):
             block = _Block(ctx.step, b, n, c.stop - c.start, starts)
             grads, product = torch.empty_like(block.write), torch.empty_like(block.write)
-            flow = dlast[:, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (b, n, c)  dL/dh from later
+            flow = (
+                dlast[:, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+            )  # (b, n, c)  dL/dh from later
             for k, s in reversed(list(enumerate(_pieces(l, ctx.step)))):
                 before = starts[k, :, :, c]
                 states = block.states(s, c, dt, dtu, A_t, B, before, added, ctx.added_at)

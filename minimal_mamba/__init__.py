@@ -13,9 +13,10 @@ from .config import MambaConfig
 from .edits import Add, Apply, Edit, Mean, Project, Scale, Set, Zero
 from .errors import MambascopeError
 from .model import Mamba, MambaOutput, MambaState
-from .plan import NO_TAP, Plan, Tap
+from .plan import Plan
 from .scan import READABLE, Ops
 from .sites import SITES
+from .tap import NO_TAP, Tap
 
 __all__ = [
     "NO_TAP",

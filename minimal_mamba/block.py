@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import MambaConfig
-from .plan import Tap
 from .scan import Ops
+from .tap import Tap
 
 Memory = tuple[Tensor, Tensor]  # a layer's ssm_state (b, e, n) and conv_state (b, e, k)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .block import Layer, make_norm, wide
 from .config import MambaConfig
 from .errors import InputError
-from .plan import NO_TAP, Tap
 from .scan import READABLE, Ops
+from .tap import NO_TAP, Tap
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Mamba(nn.Module):
             rows = self.config.padded_vocab
             raise InputError(
                 f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}"
-                + (f" (rows up to {rows - 1} are padding)." if 0 <= low and high < rows else ".")
+                + (f" (rows up to {rows - 1} are padding)." if low >= 0 and high < rows else ".")
             )
         b, l = ids.shape
         sizes = torch.full((b,), l) if lengths is None else torch.as_tensor(lengths).cpu()
@@ -179,7 +179,9 @@ class Mamba(nn.Module):
             for name, shape in want.items():
                 found = [tuple(s.shape) for s in getattr(state, name)]
                 if found != [shape] * c.n_layer:
-                    raise InputError(f"state.{name} has shapes {found[:2]}... in {len(found)} layers; this run has {shape} in {c.n_layer}.")
+                    raise InputError(
+                        f"state.{name} has shapes {found[:2]}... in {len(found)} layers; this run has {shape} in {c.n_layer}."
+                    )
             if tuple(state.position.shape) != (b,):
                 raise InputError(f"state.position has shape {tuple(state.position.shape)}; this run has {b} rows.")
         return ids.to(self.device, torch.long), sizes.long()

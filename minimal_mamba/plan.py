@@ -1,154 +1,21 @@
-"""How edits and recordings meet the forward: `Tap`, the argument that the forward calls at every site, and `Plan`.
+"""A plan: the tap that knows the edits and recordings of one run.
 
-The forward says `x = tap("x", x)` at each site. `NO_TAP` hands the tensor back; a `Plan` is a tap that knows the edits
-and recordings of one run, changes and copies what they name, and afterwards can say that each of them happened.
-Everything that can be checked without running is checked when the plan is made.
+It changes and copies what they name, and afterwards can say that each of them happened. Everything that can be checked
+without running is checked when the plan is made.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .address import EVERYTHING, Address, Span, resolve
+from .address import Address, Span, resolve
 from .config import MambaConfig
 from .edits import Edit, Mean, Project
-from .errors import AddressError, EditError, NotReached, ShapeMismatch
-from .sites import RECURRENT_STATE, SITES
-
-
-class Tap:
-    """A tap that changes and records nothing; `Plan` is the one that does.
-
-    Positions here are local: 0 is the first token of this call of the model.
-    """
-
-    def begin(self, start: Tensor, lengths: Tensor) -> None:
-        """Called once a forward: row i holds the positions start[i] .. start[i] + lengths[i] - 1."""
-
-    def at_layer(self, layer: int) -> "Tap":
-        """The tap of one layer."""
-        return self
-
-    def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
-        """The value of a site after edits: whole (b, l, ...), or (b, ...) at position t for sites per position."""
-        return value
-
-    def edited(self, *sites: str) -> list[int]:
-        """The positions at which an edit touches one of these sites of this layer, ascending."""
-        return []
-
-    def recorded(self, *sites: str) -> list[int]:
-        """The positions at which one of these sites of this layer is recorded, ascending."""
-        return []
-
-    def record(self, site: str, values: Tensor, times: Sequence[int]) -> None:
-        """Hand over the values (b, len(times), ...) of positions that no edit touches."""
-
-    def probed(self, times: Sequence[int]) -> tuple[list[int], Tensor] | None:
-        """Which of these positions take a gradient in `ssm_state`, and the zeros (b, p, e, n) to add there."""
-        return None
-
-    def touches(self, *sites: str) -> bool:
-        """Whether an edit or a recording names one of these sites."""
-        return False
-
-
-NO_TAP = Tap()
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Probe(Edit):
-    """Adds a zero whose gradient is wanted; made by `gradients`, not by users. Every site, `recurrent_state` too."""
-
-    zero: Tensor
-    rows = None
-    tensor = "zero"
-
-    def __post_init__(self) -> None:
-        pass
-
-    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
-        assert value is not None
-        return old + value
-
-
-@dataclass
-class _Item:
-    """One edit or recording of one site, with its address resolved against this run."""
-
-    source: Edit | Address
-    site: str
-    layers: list[int | None]
-    rows: Tensor  # (R,) rows that are read
-    write: Tensor  # (R,) bool: rows that are changed
-    pos: Tensor  # (R, P) absolute positions, -1 where a row has fewer
-    index: list[list[int]] | None  # chosen channels of each feature axis; None: all
-    dropped: tuple[bool, ...]  # which of (position, *features) an int chose
-    value: Tensor | None  # (layers, R, P, *features), with 1 where it broadcasts; for Project (m, *features)
-    done: int = 0
-    pieces: dict[int | None, list[tuple[Tensor, Tensor | None, Tensor]]] = field(default_factory=dict)
-    # of the present call: columns of `pos` inside it, their local times (R, c), and which of them exist
-    cols: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    local: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
-    valid: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))
-    by_time: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # t -> (i into rows, j into pos)
-
-    @property
-    def edit(self) -> Edit | None:
-        return self.source if isinstance(self.source, Edit) else None
-
-    @property
-    def expected(self) -> int:
-        return len(self.layers) * int(((self.pos >= 0) & self.write[:, None]).sum())
-
-    def begin(self, start: Tensor, lengths: Tensor) -> None:
-        local = self.pos - start[self.rows, None]
-        valid = (self.pos >= 0) & (local >= 0) & (local < lengths[self.rows, None])
-        self.cols = valid.any(0).nonzero()[:, 0]
-        self.local, self.valid = local[:, self.cols], valid[:, self.cols]
-        self.by_time = {}
-        whole_batch = isinstance(self.edit, Mean) and self.edit.mean is None
-        if whole_batch and bool((self.valid.sum(0) < (self.pos[:, self.cols] >= 0).sum(0)).any()):
-            raise EditError(
-                f"{self.edit}: the rows reach this position in different calls of the model, so that no call sees the whole "
-                "batch's mean. Give the mean."
-            )
-        if SITES[self.site].per_position:
-            for c, j in enumerate(self.cols.tolist()):
-                for t in self.local[self.valid[:, c], c].unique().tolist():
-                    i = ((self.local[:, c] == t) & self.valid[:, c]).nonzero()[:, 0]
-                    old = self.by_time.get(t)
-                    more = (i, torch.full_like(i, j))
-                    self.by_time[t] = more if old is None else (torch.cat([old[0], i]), torch.cat([old[1], more[1]]))
-            if whole_batch:
-                together = all(int(self.valid[:, c].sum()) == len(i) for c, j in enumerate(self.cols.tolist())
-                               for i, js in self.by_time.values() if j in js)  # fmt: skip
-                if not together:
-                    raise EditError(
-                        f"{self.edit}: the rows reach this position at different times, and {self.site} exists one time "
-                        "at a time. Give the mean, or a position counted from the start."
-                    )
-
-    def features(self, lead: int) -> tuple[Tensor, ...]:
-        """The chosen channels as index tensors that broadcast after `lead` leading axes."""
-        assert self.index is not None
-        n = len(self.index)
-        return tuple(torch.tensor(c).reshape([1] * (lead + a) + [-1] + [1] * (n - 1 - a)) for a, c in enumerate(self.index))
-
-    def visible(self, x: Tensor, lead: int) -> Tensor:
-        """Drop the axes that an int chose; `lead` axes stay in front (the position's is axis 1 when lead is 2)."""
-        drop = [lead + a for a, gone in enumerate(self.dropped[1:]) if gone]
-        if lead == 2 and self.dropped[0]:
-            drop.append(1)
-        return x.squeeze(tuple(drop)) if drop else x
-
-    def share(self, layer: int | None) -> Tensor | None:
-        """This layer's part of the value: (R, P, *features), or a Project's basis."""
-        if self.value is None or isinstance(self.edit, Project):
-            return self.value
-        return self.value[self.layers.index(layer) if self.value.shape[0] > 1 else 0]
+from .errors import AddressError, EditError, NotReached
+from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join, outer
+from .sites import RECURRENT_STATE
+from .tap import Tap
 
 
 class Plan(Tap):
@@ -175,12 +42,14 @@ class Plan(Tap):
         self.config, self.start, self.stop = config, start.cpu(), stop.cpu()
         self.origin = self.stop if origin is None else origin.cpu()
         self.record_at = list(dict.fromkeys(record))
-        self.items: dict[tuple[str, int | None], list[_Item]] = {}
-        self.of: dict[int, list[_Item]] = {}  # id of an edit or address -> its items
-        self._resolved: list[_Item] = []  # of every edit in turn, also of one that is named twice
+        self.items: dict[tuple[str, int | None], list[Item]] = {}
+        self.of: dict[int, list[Item]] = {}  # id of an edit or address -> its items
+        self._resolved: list[Item] = []  # of every edit in turn, also of one that is named twice
         for source in [*edits, *self.record_at]:
             if not isinstance(source, Edit | Address):
-                raise EditError(f"{source!r} is neither an edit nor an address; edits are Set, Add, ..., addresses at.<site>(...).")
+                raise EditError(
+                    f"{source!r} is neither an edit nor an address; edits are Set, Add, ..., addresses at.<site>(...)."
+                )
             self.of[id(source)] = self._resolve(source)
             self._resolved += self.of[id(source)]
             for item in self.of[id(source)]:
@@ -189,7 +58,7 @@ class Plan(Tap):
 
     # -- making the plan ------------------------------------------------------------------------------------------
 
-    def _resolve(self, source: Edit | Address) -> list[_Item]:
+    def _resolve(self, source: Edit | Address) -> list[Item]:
         edit = source if isinstance(source, Edit) else None
         address = edit.address if edit else source
         assert isinstance(address, Address)
@@ -216,10 +85,12 @@ class Plan(Tap):
         if value is not None:
             full = [len(layers), len(rows), pos.shape[1], *map(len, index)]
             gone = [not isinstance(address.layer, Span | tuple), False, *dropped]
-            value = _fit_basis(source, value, full, gone) if isinstance(edit, Project) else _fit(source, value, full, gone)
+            value = (
+                fit_basis(source, value, full, gone) if isinstance(edit, Project) else fit(source, value, full, gone)
+            )
 
-        def item(site: str, keep: list[list[int]] | None, part: Tensor | None) -> _Item:
-            return _Item(source, site, layers, torch.tensor(rows), write, pos, keep, dropped, part)
+        def item(site: str, keep: list[list[int]] | None, part: Tensor | None) -> Item:
+            return Item(source, site, layers, torch.tensor(rows), write, pos, keep, dropped, part)
 
         if address.site != RECURRENT_STATE.name:
             return [item(address.site, None if all_features else index, value)]
@@ -245,10 +116,14 @@ class Plan(Tap):
                 here = [p + origin if p < 0 else p for p in ([sel] if isinstance(sel, int) else sel)]
                 outside = [p for p in here if not first <= p <= last]
                 if outside and needed:
-                    raise AddressError(f"{source}: row {row} has no position {outside[0]}; this run has its positions {first}..{last}.")
+                    raise AddressError(
+                        f"{source}: row {row} has no position {outside[0]}; this run has its positions {first}..{last}."
+                    )
                 here = [] if outside else here
             if not here and needed:
-                raise AddressError(f"{source}: the slice {sel} selects nothing of row {row}; this run has its positions {first}..{last}.")
+                raise AddressError(
+                    f"{source}: the slice {sel} selects nothing of row {row}; this run has its positions {first}..{last}."
+                )
             if len(set(here)) != len(here):
                 raise AddressError(f"{source} names the same position of row {row} twice.")
             found.append(here)
@@ -293,12 +168,12 @@ class Plan(Tap):
                 self._record(item, layer, value) if t is None else self._record_at(item, layer, value, t)
         return value
 
-    def _edit(self, item: _Item, layer: int | None, value: Tensor) -> Tensor:
+    def _edit(self, item: Item, layer: int | None, value: Tensor) -> Tensor:
         if not len(item.cols):
             return value
         assert item.edit is not None
-        everywhere = _covers(item, value)
-        where = () if everywhere else _index(item, value.device)
+        everywhere = covers(item, value)
+        where = () if everywhere else index_of(item, value.device)
         old = value if everywhere else value[where]  # (R, c, *features)
         share = item.share(layer)
         if share is not None and not isinstance(item.edit, Project) and share.shape[1] > 1:
@@ -326,12 +201,12 @@ class Plan(Tap):
         at = (rows.reshape(spread), times.reshape(spread), *item.features(1))
         return value.index_put(tuple(a.to(value.device) for a in at), new[i, c])
 
-    def _edit_at(self, item: _Item, layer: int | None, value: Tensor, t: int) -> Tensor:
+    def _edit_at(self, item: Item, layer: int | None, value: Tensor, t: int) -> Tensor:
         if t not in item.by_time:
             return value
         assert item.edit is not None
         i, j = item.by_time[t]
-        where = _index_at(item, item.rows[i], value)
+        where = index_at(item, item.rows[i], value)
         old = value if where is None else value[where]  # (K, *features)
         share = item.share(layer)
         if share is not None:
@@ -347,22 +222,22 @@ class Plan(Tap):
         item.done += int(keep.sum())
         if keep.all():
             return new if where is None else value.index_put(where, new)
-        where = _index_at(item, item.rows[i][keep], value)
+        where = index_at(item, item.rows[i][keep], value)
         assert where is not None
         return value.index_put(where, new[keep.to(new.device)])
 
-    def _record(self, item: _Item, layer: int | None, value: Tensor) -> None:
+    def _record(self, item: Item, layer: int | None, value: Tensor) -> None:
         if not len(item.cols):
             return
-        got = value.clone() if _covers(item, value) else value[_index(item, value.device)]
+        got = value.clone() if covers(item, value) else value[index_of(item, value.device)]
         valid = None if item.valid.all() else item.valid
         self._keep(item, layer, item.cols, valid, got)
 
-    def _record_at(self, item: _Item, layer: int | None, value: Tensor, t: int) -> None:
+    def _record_at(self, item: Item, layer: int | None, value: Tensor, t: int) -> None:
         if t not in item.by_time:
             return
         i, j = item.by_time[t]
-        where = _index_at(item, item.rows[i], value)
+        where = index_at(item, item.rows[i], value)
         got = (value.clone() if where is None else value[where])[:, None]  # (K, 1, *features)
         if len(i) == len(item.rows) and bool((j == j[0]).all()):
             return self._keep(item, layer, j[:1], None, got)
@@ -373,7 +248,7 @@ class Plan(Tap):
             this = got[(i == row).nonzero()[:, 0].to(got.device)]
             self._keep(item, layer, torch.tensor([col]), valid, spread.index_put((torch.tensor([row]),), this))
 
-    def _keep(self, item: _Item, layer: int | None, cols: Tensor, valid: Tensor | None, got: Tensor) -> None:
+    def _keep(self, item: Item, layer: int | None, cols: Tensor, valid: Tensor | None, got: Tensor) -> None:
         item.pieces.setdefault(layer, []).append((cols, valid, got))
         item.done += got.shape[0] * got.shape[1] if valid is None else int(valid.sum())
 
@@ -392,7 +267,7 @@ class Plan(Tap):
             take = [column[t] for t in mine]
             got = values if take == list(range(values.shape[1])) else values[:, take]
             if item.index is not None:
-                got = got[(slice(None), slice(None), *(torch.tensor(c).to(got.device) for c in _outer(item.index)))]
+                got = got[(slice(None), slice(None), *(torch.tensor(c).to(got.device) for c in outer(item.index)))]
             self._keep(item, layer, torch.tensor([int(item.by_time[t][1][0]) for t in mine]), None, got.clone())
 
     # -- after the run --------------------------------------------------------------------------------------------
@@ -408,8 +283,8 @@ class Plan(Tap):
                 )
         return {a: self._assemble(self.of[id(a)]) for a in self.record_at}
 
-    def _assemble(self, items: list[_Item]) -> Tensor:
-        parts = [torch.stack([_join(item, layer) for layer in item.layers]) for item in items]
+    def _assemble(self, items: list[Item]) -> Tensor:
+        parts = [torch.stack([join(item, layer) for layer in item.layers]) for item in items]
         wide = parts[0].dtype if len(parts) == 1 else torch.promote_types(parts[0].dtype, parts[1].dtype)
         out = torch.cat([p.to(wide) for p in parts], -1) if len(parts) > 1 else parts[0]  # (layers, b, P, *features)
         address = items[0].source
@@ -428,7 +303,7 @@ class _LayerTap(Tap):
     def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
         return self.plan.pass_by(site, self.layer, value, t)
 
-    def _times(self, sites: Sequence[str], kind: Callable[[_Item], bool]) -> list[int]:
+    def _times(self, sites: Sequence[str], kind: Callable[[Item], bool]) -> list[int]:
         found: set[int] = set()
         for site in sites:
             for item in filter(kind, self.plan.items.get((site, self.layer), [])):
@@ -447,14 +322,20 @@ class _LayerTap(Tap):
         self.plan.record_many(site, self.layer, values, times)
 
     def probed(self, times: Sequence[int]) -> tuple[list[int], Tensor] | None:
-        items = [i for s in ("ssm_state", "state_write") for i in self.plan.items.get((s, self.layer), []) if _is_probe(i)]
+        items = [
+            i for s in ("ssm_state", "state_write") for i in self.plan.items.get((s, self.layer), []) if _is_probe(i)
+        ]
         taken = sorted({t for t in times for item in items if t in item.by_time})
         if not taken:
             return None
         sizes = (self.plan.config.d_inner, self.plan.config.d_state)
         total: Tensor | None = None
         for item in items:
-            places = [(*item.by_time[t], torch.full_like(item.by_time[t][0], p)) for p, t in enumerate(taken) if t in item.by_time]
+            places = [
+                (*item.by_time[t], torch.full_like(item.by_time[t][0], p))
+                for p, t in enumerate(taken)
+                if t in item.by_time
+            ]
             if not places:
                 continue
             i, j, p = (torch.cat(parts) for parts in zip(*places, strict=True))
@@ -463,18 +344,20 @@ class _LayerTap(Tap):
             spread = (-1,) + (1,) * len(item.index or ())
             chosen = item.features(1) if item.index else ()
             at = tuple(a.to(share.device) for a in (item.rows[i].reshape(spread), p.reshape(spread), *chosen))
-            added = share.new_zeros(len(self.plan.start), len(taken), *sizes).index_put(at, share[i.to(share.device), j.to(share.device)])
+            added = share.new_zeros(len(self.plan.start), len(taken), *sizes).index_put(
+                at, share[i.to(share.device), j.to(share.device)]
+            )
             item.done += len(i)
             total = added if total is None else total + added
         assert total is not None
         return taken, total
 
 
-def _is_probe(item: _Item) -> bool:
+def _is_probe(item: Item) -> bool:
     return isinstance(item.edit, Probe)
 
 
-def _is_edit(item: _Item) -> bool:
+def _is_edit(item: Item) -> bool:
     return item.edit is not None and not _is_probe(item)
 
 
@@ -483,81 +366,3 @@ def _named(source: object, fn: Callable[..., list[int]], *args: object) -> list[
         return fn(*args)
     except AddressError as error:
         raise AddressError(f"{source}: {error}") from None
-
-
-def _outer(index: list[list[int]]) -> list[list]:  # type: ignore[type-arg]
-    """Index lists shaped so that together they select the outer product."""
-    n = len(index)
-    return [torch.tensor(c).reshape([-1 if a == b else 1 for b in range(n)]).tolist() for a, c in enumerate(index)]
-
-
-def _covers(item: _Item, value: Tensor) -> bool:
-    """Whether the item selects the whole tensor (b, l, ...) in its order, so that no index is needed."""
-    b, l = value.shape[:2]
-    if item.index is not None or item.valid.shape != (b, l) or not item.valid.all():
-        return False
-    return bool((item.rows == torch.arange(b)).all() and (item.local == torch.arange(l)).all())
-
-
-def _index(item: _Item, device: torch.device) -> tuple[Tensor, ...]:
-    """Index of a whole (b, l, *features) tensor that selects (R, c, *features); missing positions read position 0."""
-    rows, times = item.rows[:, None].expand_as(item.local), item.local.where(item.valid, 0)
-    if item.index is not None:
-        spread = (...,) + (None,) * len(item.index)
-        rows, times = rows[spread], times[spread]
-        return tuple(i.to(device) for i in (rows, times, *item.features(2)))
-    return rows.to(device), times.to(device)
-
-
-def _index_at(item: _Item, rows: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
-    """Index of a (b, *features) tensor that selects (K, *features); None where that is the tensor itself."""
-    if item.index is None:
-        same = len(rows) == len(value) and bool((rows == torch.arange(len(value))).all())
-        return None if same else (rows.to(value.device),)
-    at = (rows.reshape((-1,) + (1,) * len(item.index)), *item.features(1))
-    return tuple(i.to(value.device) for i in at)
-
-
-def _join(item: _Item, layer: int | None) -> Tensor:
-    """One layer's recording (R, P, *features) from its pieces; positions that a row lacks are zero."""
-    pieces = item.pieces[layer]
-    if all(valid is None for _, valid, _ in pieces):
-        cols = torch.cat([c for c, _, _ in pieces])
-        joined = pieces[0][2] if len(pieces) == 1 else torch.cat([got for *_, got in pieces], 1)
-        in_order = bool((cols == torch.arange(len(cols))).all())
-        return joined if in_order else joined[:, cols.argsort().to(joined.device)]
-    first = pieces[0][2]
-    out = first.new_zeros((len(item.rows), item.pos.shape[1], *first.shape[2:]))
-    for cols, valid, got in pieces:
-        mask = torch.ones(got.shape[:2], dtype=torch.bool) if valid is None else valid
-        i, c = mask.nonzero(as_tuple=True)
-        out = out.index_put((i.to(out.device), cols[c].to(out.device)), got[i.to(got.device), c.to(got.device)])
-    return out
-
-
-def _fit(source: object, value: Tensor, full: list[int], gone: list[bool]) -> Tensor:
-    """View a value as (layers, rows, positions, *features) with 1 where it broadcasts; raise ShapeMismatch if it cannot be."""
-    shown = [size for size, g in zip(full, gone, strict=True) if not g]
-    tail = [size for size, g in zip(full[3:], gone[3:], strict=True) if not g]
-    given = list(value.shape)
-    if not given:
-        return value.reshape([1] * len(full))
-    if given == tail or len(given) == len(shown):
-        target = [1] * (len(shown) - len(tail)) + tail if given == tail and len(given) != len(shown) else given
-        if all(g in (1, s) for g, s in zip(target, shown, strict=True)):
-            sizes = iter(target)
-            return value.reshape([1 if g else next(sizes) for g in gone])
-    raise ShapeMismatch(
-        f"{source}: the value is {tuple(given)}; the place is {tuple(shown)}. A value has that shape (1 where it is the same "
-        f"along an axis), or {tuple(tail)} for all rows and positions alike, or is one number."
-    )
-
-
-def _fit_basis(source: object, value: Tensor, full: list[int], gone: list[bool]) -> Tensor:
-    tail = [size for size, g in zip(full[3:], gone[3:], strict=True) if not g]
-    if list(value.shape[1:]) != tail:
-        raise ShapeMismatch(f"{source}: a basis here is (m, {', '.join(map(str, tail))}); this one is {tuple(value.shape)}.")
-    return value
-
-
-__all__ = ["EVERYTHING", "NO_TAP", "Plan", "Probe", "Tap"]

@@ -11,7 +11,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from .plan import NO_TAP, Tap
+from .tap import NO_TAP, Tap
 
 
 def causal_conv(

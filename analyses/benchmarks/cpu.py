@@ -68,7 +68,9 @@ class Mambapy(nn.Module):
         self.layers = Layers(config)
         self.norm_f = nn.RMSNorm(c.d_model, c.norm_eps)
         self.lm_head = nn.Linear(c.d_model, c.padded_vocab, bias=False)
-        self.layers.load_state_dict({k[len("backbone.") :]: v for k, v in model.state_dict().items() if ".layers." in k})
+        self.layers.load_state_dict(
+            {k[len("backbone.") :]: v for k, v in model.state_dict().items() if ".layers." in k}
+        )
         self.embedding.load_state_dict(model.backbone.embedding.state_dict())
         self.norm_f.load_state_dict(model.backbone.norm_f.state_dict())
         self.lm_head.load_state_dict(model.lm_head.state_dict())
@@ -111,13 +113,19 @@ def faults(model: Mamba) -> dict[str, Forward]:
     """Three wrong models, which a check worth its name must refuse."""
     ops = resolve("torch")
 
-    def no_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Any) -> tuple[Tensor, Tensor]:
+    def no_scan(
+        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Any
+    ) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(dt), h
 
-    def forgetful(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Any) -> tuple[Tensor, Tensor]:
+    def forgetful(
+        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Any
+    ) -> tuple[Tensor, Tensor]:
         return torch.einsum("ble,bln,bln->ble", dt * u, B, C), h
 
-    def swapped(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Any) -> tuple[Tensor, Tensor]:
+    def swapped(
+        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Any
+    ) -> tuple[Tensor, Tensor]:
         return ops.scan(u, dt, A, C, B, h, tap=tap)
 
     scans = {"scan zeroed": no_scan, "no recurrence": forgetful, "B and C swapped": swapped}
@@ -200,7 +208,9 @@ def table(results: list[dict[str, Any]]) -> str:
         for n, t in r["seconds"].items():
             ratio = r["ratio_to_ours"].get(n, 1.0)
             error = r["error_against_float64"][n]
-            lines.append(f"  {n:20} {t['median'] * 1e3:9.1f} ms  [{t['min'] * 1e3:.1f} .. {t['max'] * 1e3:.1f}]  {ratio:5.2f}x  error {error:.1e}")
+            lines.append(
+                f"  {n:20} {t['median'] * 1e3:9.1f} ms  [{t['min'] * 1e3:.1f} .. {t['max'] * 1e3:.1f}]  {ratio:5.2f}x  error {error:.1e}"
+            )
         if r["left_out"]:
             lines.append(f"  left out: {', '.join(r['left_out'])} (a backward that costs O(l^2), minutes a step)")
     return "\n".join(lines)

@@ -1,0 +1,190 @@
+"""An `Item`: one edit or recording of one site, resolved against one run, and the indexing that it needs.
+
+Three shapes recur. A whole site is (b, l, *features); what an item selects of it is (R, c, *features), for its R rows and
+the c of its positions that lie in the present call. A site inside the recurrence is offered as (b, *features) at each
+position t; an item selects (K, *features), for the K rows that mean this t. And a value is (layers, R, P, *features), of size
+1 where it is the same along an axis.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .address import Address
+from .edits import Edit, Mean, Project
+from .errors import EditError, ShapeMismatch
+from .sites import SITES
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Probe(Edit):
+    """Adds a zero whose gradient is wanted; made by `gradients`, not by users. Every site, `recurrent_state` too."""
+
+    zero: Tensor
+    rows = None
+    tensor = "zero"
+
+    def __post_init__(self) -> None:
+        pass
+
+    def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        assert value is not None
+        return old + value
+
+
+@dataclass
+class Item:
+    """One edit or recording of one site, with its address resolved against this run."""
+
+    source: Edit | Address
+    site: str
+    layers: list[int | None]
+    rows: Tensor  # (R,) rows that are read
+    write: Tensor  # (R,) bool: rows that are changed
+    pos: Tensor  # (R, P) absolute positions, -1 where a row has fewer
+    index: list[list[int]] | None  # chosen channels of each feature axis; None: all
+    dropped: tuple[bool, ...]  # which of (position, *features) an int chose
+    value: Tensor | None  # (layers, R, P, *features), with 1 where it broadcasts; for Project (m, *features)
+    done: int = 0
+    pieces: dict[int | None, list[tuple[Tensor, Tensor | None, Tensor]]] = field(default_factory=dict)
+    # of the present call: columns of `pos` inside it, their local times (R, c), and which of them exist
+    cols: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    local: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    valid: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))
+    by_time: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # t -> (i into rows, j into pos)
+
+    @property
+    def edit(self) -> Edit | None:
+        return self.source if isinstance(self.source, Edit) else None
+
+    @property
+    def expected(self) -> int:
+        return len(self.layers) * int(((self.pos >= 0) & self.write[:, None]).sum())
+
+    def begin(self, start: Tensor, lengths: Tensor) -> None:
+        local = self.pos - start[self.rows, None]
+        valid = (self.pos >= 0) & (local >= 0) & (local < lengths[self.rows, None])
+        self.cols = valid.any(0).nonzero()[:, 0]
+        self.local, self.valid = local[:, self.cols], valid[:, self.cols]
+        self.by_time = {}
+        whole_batch = isinstance(self.edit, Mean) and self.edit.mean is None
+        if whole_batch and bool((self.valid.sum(0) < (self.pos[:, self.cols] >= 0).sum(0)).any()):
+            raise EditError(
+                f"{self.edit}: the rows reach this position in different calls of the model, so that no call sees the whole "
+                "batch's mean. Give the mean."
+            )
+        if SITES[self.site].per_position:
+            for c, j in enumerate(self.cols.tolist()):
+                for t in self.local[self.valid[:, c], c].unique().tolist():
+                    i = ((self.local[:, c] == t) & self.valid[:, c]).nonzero()[:, 0]
+                    old = self.by_time.get(t)
+                    more = (i, torch.full_like(i, j))
+                    self.by_time[t] = more if old is None else (torch.cat([old[0], i]), torch.cat([old[1], more[1]]))
+            if whole_batch:
+                together = all(int(self.valid[:, c].sum()) == len(i) for c, j in enumerate(self.cols.tolist())
+                               for i, js in self.by_time.values() if j in js)  # fmt: skip
+                if not together:
+                    raise EditError(
+                        f"{self.edit}: the rows reach this position at different times, and {self.site} exists one time "
+                        "at a time. Give the mean, or a position counted from the start."
+                    )
+
+    def features(self, lead: int) -> tuple[Tensor, ...]:
+        """The chosen channels as index tensors that broadcast after `lead` leading axes."""
+        assert self.index is not None
+        n = len(self.index)
+        return tuple(
+            torch.tensor(c).reshape([1] * (lead + a) + [-1] + [1] * (n - 1 - a)) for a, c in enumerate(self.index)
+        )
+
+    def visible(self, x: Tensor, lead: int) -> Tensor:
+        """Drop the axes that an int chose; `lead` axes stay in front (the position's is axis 1 when lead is 2)."""
+        drop = [lead + a for a, gone in enumerate(self.dropped[1:]) if gone]
+        if lead == 2 and self.dropped[0]:
+            drop.append(1)
+        return x.squeeze(tuple(drop)) if drop else x
+
+    def share(self, layer: int | None) -> Tensor | None:
+        """This layer's part of the value: (R, P, *features), or a Project's basis."""
+        if self.value is None or isinstance(self.edit, Project):
+            return self.value
+        return self.value[self.layers.index(layer) if self.value.shape[0] > 1 else 0]
+
+
+def outer(index: list[list[int]]) -> list[list]:  # type: ignore[type-arg]
+    """Index lists shaped so that together they select the outer product."""
+    n = len(index)
+    return [torch.tensor(c).reshape([-1 if a == b else 1 for b in range(n)]).tolist() for a, c in enumerate(index)]
+
+
+def covers(item: Item, value: Tensor) -> bool:
+    """Whether the item selects the whole tensor (b, l, ...) in its order, so that no index is needed."""
+    b, l = value.shape[:2]
+    if item.index is not None or item.valid.shape != (b, l) or not item.valid.all():
+        return False
+    return bool((item.rows == torch.arange(b)).all() and (item.local == torch.arange(l)).all())
+
+
+def index_of(item: Item, device: torch.device) -> tuple[Tensor, ...]:
+    """Index of a whole (b, l, *features) tensor that selects (R, c, *features); missing positions read position 0."""
+    rows, times = item.rows[:, None].expand_as(item.local), item.local.where(item.valid, 0)
+    if item.index is not None:
+        spread = (...,) + (None,) * len(item.index)
+        rows, times = rows[spread], times[spread]
+        return tuple(i.to(device) for i in (rows, times, *item.features(2)))
+    return rows.to(device), times.to(device)
+
+
+def index_at(item: Item, rows: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
+    """Index of a (b, *features) tensor that selects (K, *features); None where that is the tensor itself."""
+    if item.index is None:
+        same = len(rows) == len(value) and bool((rows == torch.arange(len(value))).all())
+        return None if same else (rows.to(value.device),)
+    at = (rows.reshape((-1,) + (1,) * len(item.index)), *item.features(1))
+    return tuple(i.to(value.device) for i in at)
+
+
+def join(item: Item, layer: int | None) -> Tensor:
+    """One layer's recording (R, P, *features) from its pieces; positions that a row lacks are zero."""
+    pieces = item.pieces[layer]
+    if all(valid is None for _, valid, _ in pieces):
+        cols = torch.cat([c for c, _, _ in pieces])
+        joined = pieces[0][2] if len(pieces) == 1 else torch.cat([got for *_, got in pieces], 1)
+        in_order = bool((cols == torch.arange(len(cols))).all())
+        return joined if in_order else joined[:, cols.argsort().to(joined.device)]
+    first = pieces[0][2]
+    out = first.new_zeros((len(item.rows), item.pos.shape[1], *first.shape[2:]))
+    for cols, valid, got in pieces:
+        mask = torch.ones(got.shape[:2], dtype=torch.bool) if valid is None else valid
+        i, c = mask.nonzero(as_tuple=True)
+        out = out.index_put((i.to(out.device), cols[c].to(out.device)), got[i.to(got.device), c.to(got.device)])
+    return out
+
+
+def fit(source: object, value: Tensor, full: list[int], gone: list[bool]) -> Tensor:
+    """View a value as (layers, rows, positions, *features) with 1 where it broadcasts; raise ShapeMismatch if it cannot be."""
+    shown = [size for size, g in zip(full, gone, strict=True) if not g]
+    tail = [size for size, g in zip(full[3:], gone[3:], strict=True) if not g]
+    given = list(value.shape)
+    if not given:
+        return value.reshape([1] * len(full))
+    if given == tail or len(given) == len(shown):
+        target = [1] * (len(shown) - len(tail)) + tail if given == tail and len(given) != len(shown) else given
+        if all(g in (1, s) for g, s in zip(target, shown, strict=True)):
+            sizes = iter(target)
+            return value.reshape([1 if g else next(sizes) for g in gone])
+    raise ShapeMismatch(
+        f"{source}: the value is {tuple(given)}; the place is {tuple(shown)}. A value has that shape (1 where it is the same "
+        f"along an axis), or {tuple(tail)} for all rows and positions alike, or is one number."
+    )
+
+
+def fit_basis(source: object, value: Tensor, full: list[int], gone: list[bool]) -> Tensor:
+    tail = [size for size, g in zip(full[3:], gone[3:], strict=True) if not g]
+    if list(value.shape[1:]) != tail:
+        raise ShapeMismatch(
+            f"{source}: a basis here is (m, {', '.join(map(str, tail))}); this one is {tuple(value.shape)}."
+        )
+    return value
