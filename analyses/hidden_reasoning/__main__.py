@@ -1,4 +1,4 @@
-"""`python -m analyses.hidden_reasoning train|evaluate`: train a model of the study, or see how good one is."""
+"""`python -m analyses.hidden_reasoning demo|train|evaluate`: see where a model keeps its hidden value, train one, test one."""
 
 import dataclasses
 import tempfile
@@ -90,6 +90,28 @@ def evaluate(
             write_json(out, {"model": str(folder.name), "prompts": n, "seed": seed, "accuracy": found})
 
 
+@app.command()
+def demo(
+    model: Annotated[Path | None, typer.Option(help="Folder of an organism. [default: the one that ships]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the figures and results.json.")] = Path("runs/demo"),
+    n: Annotated[int, typer.Option("--pairs", min=2, help="Pairs of prompts.")] = 200,
+    num_steps: Annotated[int, typer.Option(help="Operations of a prompt.")] = 6,
+    differ: Annotated[int, typer.Option(help="The operation in which a pair differs, from 1.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of the pairs.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="20 pairs of 3 operations.")] = False,
+) -> None:
+    """Patch the SSM state over every layer and position, draw the figures, and say in three sentences what they show."""
+    with _plain_errors():
+        from .patching import sweep, write
+
+        n, num_steps = (min(n, 20), min(num_steps, 3)) if quick else (n, num_steps)
+        organism, _ = load_folder(organism_folder("masked") if model is None else model)
+        found = sweep(organism, num_steps=num_steps, which_step=differ - 1, n=n, seed=seed)
+        options = f"--pairs {n} --num-steps {num_steps} --differ {differ} --seed {seed}"
+        said = write(out, organism, found, f"python -m analyses.hidden_reasoning demo {options}", seed)
+        typer.echo("\n" + "\n\n".join(said) + f"\n\nFigures and results.json: {out}")
+
+
 def _trainer() -> Callable[..., Mamba]:
     try:
         from .train import train as train_model  # transformers takes seconds to import
@@ -125,7 +147,7 @@ def _plain_errors() -> Iterator[None]:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("Stopped; --resume goes on from the last checkpoint.", err=True)
+        typer.echo("Stopped. A training goes on from its last checkpoint with --resume.", err=True)
         raise typer.Exit(130) from None
 
 

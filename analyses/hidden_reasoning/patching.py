@@ -199,10 +199,10 @@ def draw(folder: Path, found: StatePatching) -> None:
             found.grid.positions,
         )
         heatmap(both, ax=axes[1], tokens=found.words, limit=1.0, colorbar=False)
-        axes[1].set_yticks([0, 1], ["conv", "both"])
+        axes[1].set_yticks([0, 1], ["conv", "state+conv"])
         axes[0].set_xlabel("")
         axes[0].tick_params(labelbottom=False)
-        axes[1].set_ylabel("all")
+        axes[1].set_ylabel("all layers")
         axes[1].set_xlabel("word after which the donor's value is put in")
         _save(fig, folder / "state_patching")
 
