@@ -119,17 +119,17 @@ def generate(
 ) -> Run:
     """Go on from a prompt for `n_tokens` tokens, under the same edits as one pass over the result would have.
 
-    Positions are absolute; negative ones count from the prompt's end, so that -1 is its last token, and an open slice goes
-    on through what is generated. The last token generated is not run, so the last position is l + n_tokens - 2.
+    Positions are absolute; negative ones count from the prompt's end, so that -1 is its last token, and an open slice
+    goes on through what is generated. The last token generated is not run, so the last position is l + n_tokens - 2.
 
     Args:
         ids: (b, l) prompts, right-padded where `lengths` says so.
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn with this temperature and `seed`. Rows of the
-            embedding beyond the vocabulary are never chosen.
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn with this temperature and `seed`. Rows of
+            the embedding beyond the vocabulary are never chosen.
         last_only: keep only the logits that chose the new tokens, (b, n_tokens, v).
     Returns:
-        Run with ids (b, l + n_tokens); row i holds its prompt, its lengths[i] - l + n_tokens new tokens right behind it, then
-        zeros. logits (b, l + n_tokens - 1, v). No gradients.
+        Run with ids (b, l + n_tokens); row i holds its prompt, its lengths[i] - l + n_tokens new tokens right behind
+        it, then zeros. logits (b, l + n_tokens - 1, v). No gradients.
     Cost: one forward of the prompt and n_tokens - 1 steps.
     """
     if n_tokens < 1:
@@ -197,16 +197,16 @@ def gradients(
 ) -> Gradients:
     """The gradient of a metric in any sites, from one forward and one backward.
 
-    The gradient in a site is that of adding something to it, after all edits: for `ssm_state` it holds every way in which
-    h_t acts on the metric, now and later; for `state_read` only what y_t reads.
+    The gradient in a site is that of adding something to it, after all edits: for `ssm_state` it holds every way in
+    which h_t acts on the metric, now and later; for `state_read` only what y_t reads.
 
     Args:
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
         wrt: addresses. Rows do not see one another, so each row's gradient is that of its own metric.
     Returns:
         Gradients, zero where the metric does not depend on the site.
-    Cost: memory of what is asked, and on `torch` no readable steps for `ssm_state`, `state_write` and all sites along the
-        sequence.
+    Cost: memory of what is asked, and on `torch` no readable steps for `ssm_state`, `state_write` and all sites along
+        the sequence.
     """
     ids, sizes = model.check(ids, lengths, state)
     wrt = list(dict.fromkeys(wrt))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minimal_mamba import Mamba, Set, at
+from minimal_mamba import Address, Mamba, Set, at
 from minimal_mamba.address import resolve, selector
 from minimal_mamba.errors import EditError, InputError, nearest
 from minimal_mamba.sites import ADDRESSABLE
@@ -58,7 +58,8 @@ class Grid:
         gap = (self.donor - self.base).mean()
         if gap.abs() <= 1e-9 * (self.donor.abs() + self.base.abs()).mean() or not gap.isfinite():
             raise InputError(
-                f"the donor's metric does not differ from the base's (mean gap {gap.item():.2g}): nothing to normalise by."
+                f"the donor's metric does not differ from the base's (mean gap {gap.item():.2g}): "
+                "nothing to normalise by."
             )
         return gap
 
@@ -94,7 +95,8 @@ def patch_grid(
         raise EditError(f"site={site!r} is no site.{nearest(site, ADDRESSABLE)}")
     if tuple(ids.shape) != tuple(donor_ids.shape):
         raise InputError(
-            f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; rows and positions must match."
+            f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
+            "rows and positions must match."
         )
     where = getattr(at, site)
     if layers is not None and (not ADDRESSABLE[site].layered or not len(layers)):
@@ -108,7 +110,7 @@ def patch_grid(
     columns = resolve(selector(slice(None) if positions is None else positions, "pos"), int(sizes.min()), "pos")
     last_only = lengths is not None
 
-    def addresses(group: list[int], pos: int | list[int]) -> list:  # type: ignore[type-arg]
+    def addresses(group: list[int], pos: int | list[int]) -> list[Address]:
         return [where(layer=layer, pos=pos) for layer in group] if group else [where(pos=pos)]
 
     used = sorted({layer for group in groups for layer in group})

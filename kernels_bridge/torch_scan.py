@@ -50,10 +50,10 @@ def scan(
         added: (b, p, e, n) added to the state at the positions `added_at`, ascending.
     Returns:
         y (b, l, e); the last state (b, e, n); the kept states (b, len(keep), e, n). All are differentiable, once.
-    Cost: l multiply-adds of (b, e, n); memory beyond the result: some blocks, and for the backward the state at the start
-        of each block of tokens.
-    Source: mirrors mamba_ssm.ops.selective_scan_interface.selective_scan_fn @ e9594ce. Differs: an initial state, states at
-        chosen positions, and the gradient of every state that is returned.
+    Cost: l multiply-adds of (b, e, n); memory beyond the result: some blocks, and for the backward the state at the
+        start of each block of tokens.
+    Source: mirrors mamba_ssm.ops.selective_scan_interface.selective_scan_fn @ e9594ce. Differs: an initial state,
+        states at chosen positions, and the gradient of every state that is returned.
     """
     w = h.dtype
     return _Scan.apply(u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at))
@@ -63,8 +63,10 @@ class _Scan(torch.autograd.Function):
     """Inside, a state is (b, n, e): the long axis comes last, so that every product runs along contiguous memory."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
-                keep: tuple[int, ...], added: Tensor | None, added_at: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
+        keep: tuple[int, ...], added: Tensor | None, added_at: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         (b, l, e), n = u.shape, A.shape[1]
         needs = any(ctx.needs_input_grad)
         step, width = tokens_of(b, e, n, l), channels_of(b, e, n)
@@ -100,9 +102,8 @@ class _Scan(torch.autograd.Function):
         for c in _pieces(e, ctx.width):
             block = _Block(ctx.step, b, n, c.stop - c.start, starts)
             grads, product = torch.empty_like(block.write), torch.empty_like(block.write)
-            flow = (
-                dlast[:, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)
-            )  # (b, n, c)  dL/dh from later
+            # (b, n, c)  dL/dh from later
+            flow = dlast[:, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)
             for k, s in reversed(list(enumerate(_pieces(l, ctx.step)))):
                 before = starts[k, :, :, c]
                 states = block.states(s, c, dt, dtu, A_t, B, before, added, ctx.added_at)
@@ -119,6 +120,7 @@ class _Scan(torch.autograd.Function):
                     each[t].addcmul_(decays[t + 1], each[t + 1])
                 torch.mul(decays[0], each[0], out=flow)
                 for i, t in _inside(ctx.added_at, s):
+                    assert dadded is not None
                     dadded[:, i, c] = each[t - s.start].transpose(1, 2)
 
                 ddtu = torch.matmul(_time_first(B, s)[:, :, None], grad)[:, :, 0]  # (m, b, c)

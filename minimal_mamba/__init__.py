@@ -1,11 +1,12 @@
 """minimal_mamba: Mamba-1, readable, with every inner quantity open to reading and editing.
 
-Reading order: `sites` (the places), `scan` (the two recurrences), `block` (one layer), `model` (the whole); then `address`,
-`edits` and `plan` (how a run is read and edited), `config` and `checkpoint` (what comes from disk).
+Reading order: `sites` (the places), `scan` (the two recurrences), `block` (one layer), `model` (the whole); then
+`address`, `edits` and `plan` (how a run is read and edited), `config` and `checkpoint` (what comes from disk).
 
 Axes: `b` batch, `l` position, `d` d_model, `e` d_inner, `n` d_state, `r` dt_rank, `k` d_conv, `v` vocabulary.
 
-Paper (Gu & Dao 2023, arXiv:2312.00752) and code: h_t `ssm_state`, x_t `u`, Delta `dt`, A-bar `decay`, B-bar x_t `state_write`.
+Paper (Gu & Dao 2023, arXiv:2312.00752) and code: h_t `ssm_state`, x_t `u`, Delta `dt`, A-bar `decay`, B-bar x_t
+`state_write`.
 """
 
 from .address import Address, at

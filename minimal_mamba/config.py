@@ -165,8 +165,19 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "ssm_cfg": ({},),
 }
 # What HF writes beside the model: of generation, training and bookkeeping. None of it changes the logits.
-_HF_IGNORED = set(
-    ["_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "decoder_start_token_id", "unk_token_id", "use_cache", "use_mambapy", "use_associative_scan", "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate", "output_scores", "is_encoder_decoder", "is_decoder", "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "pruned_heads", "chunk_size_feed_forward", "finetuning_task", "id2label", "label2id", "problem_type", "task_specific_params", "tokenizer_class", "prefix", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "tf_legacy_loss", "torchscript", "use_bfloat16", "attn_implementation", "layer_types", "fused_add_norm", "pad_vocab_size_multiple", "time_step_init", "gradient_checkpointing"]
+_HF_IGNORED = frozenset(
+    """
+    _name_or_path architectures transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
+    cls_token_id sep_token_id decoder_start_token_id unk_token_id use_cache use_mambapy use_associative_scan
+    output_attentions output_hidden_states return_dict return_dict_in_generate output_scores
+    is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention tie_encoder_decoder pruned_heads
+    chunk_size_feed_forward finetuning_task id2label label2id problem_type task_specific_params tokenizer_class prefix
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens tf_legacy_loss torchscript use_bfloat16 attn_implementation layer_types
+    fused_add_norm pad_vocab_size_multiple time_step_init gradient_checkpointing
+    """.split()
 )
 
 

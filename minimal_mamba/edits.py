@@ -1,8 +1,8 @@
 """Edits are values: what to put where, as frozen objects that can be printed, compared, saved and replayed.
 
-`Set`, `Add`, `Scale`, `Zero`, `Mean`, `Project`, `Apply`. Edits of one place compose in the order given. A value has the
-shape that its address records (with `rows=`, that many rows), or it may be one number, or have size 1 on some axes, or
-only the feature axes; nothing else is broadcast. Values are copied when the edit is made and stay differentiable.
+`Set`, `Add`, `Scale`, `Zero`, `Mean`, `Project`, `Apply`. Edits of one place compose in the order given. A value has
+the shape that its address records (with `rows=`, that many rows), or it may be one number, or have size 1 on some axes,
+or only the feature axes; nothing else is broadcast. Values are copied when the edit is made and stay differentiable.
 """
 
 import importlib
@@ -224,7 +224,8 @@ def function_name(fn: Callable[..., Any]) -> str:
             raise EditError
     except (EditError, ImportError, AttributeError):
         raise EditError(
-            f"Apply({name}) cannot be saved: its function cannot be imported by name. Move it to the top level of a module."
+            f"Apply({name}) cannot be saved: its function cannot be imported by name. "
+            "Move it to the top level of a module."
         ) from None
     return name
 

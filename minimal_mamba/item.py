@@ -1,9 +1,9 @@
 """An `Item`: one edit or recording of one site, resolved against one run, and the indexing that it needs.
 
-Three shapes recur. A whole site is (b, l, *features); what an item selects of it is (R, c, *features), for its R rows and
-the c of its positions that lie in the present call. A site inside the recurrence is offered as (b, *features) at each
-position t; an item selects (K, *features), for the K rows that mean this t. And a value is (layers, R, P, *features), of size
-1 where it is the same along an axis.
+Three shapes recur. A whole site is (b, l, *features); what an item selects of it is (R, c, *features), for its R rows
+and the c of its positions that lie in the present call. A site inside the recurrence is offered as (b, *features) at
+each position t; an item selects (K, *features), for the K rows that mean this t. And a value is (layers, R, P,
+*features), of size 1 where it is the same along an axis.
 """
 
 from collections.abc import Callable
@@ -72,8 +72,8 @@ class Item:
         whole_batch = isinstance(self.edit, Mean) and self.edit.mean is None
         if whole_batch and bool((self.valid.sum(0) < (self.pos[:, self.cols] >= 0).sum(0)).any()):
             raise EditError(
-                f"{self.edit}: the rows reach this position in different calls of the model, so that no call sees the whole "
-                "batch's mean. Give the mean."
+                f"{self.edit}: the rows reach this position in different calls of the model, so that no call sees the "
+                "whole batch's mean. Give the mean."
             )
         if SITES[self.site].per_position:
             for c, j in enumerate(self.cols.tolist()):
@@ -87,8 +87,8 @@ class Item:
                                for i, js in self.by_time.values() if j in js)  # fmt: skip
                 if not together:
                     raise EditError(
-                        f"{self.edit}: the rows reach this position at different times, and {self.site} exists one time "
-                        "at a time. Give the mean, or a position counted from the start."
+                        f"{self.edit}: the rows reach this position at different times, and {self.site} exists one "
+                        "time at a time. Give the mean, or a position counted from the start."
                     )
 
     def features(self, lead: int) -> tuple[Tensor, ...]:
@@ -111,12 +111,6 @@ class Item:
         if self.value is None or isinstance(self.edit, Project):
             return self.value
         return self.value[self.layers.index(layer) if self.value.shape[0] > 1 else 0]
-
-
-def outer(index: list[list[int]]) -> list[list]:  # type: ignore[type-arg]
-    """Index lists shaped so that together they select the outer product."""
-    n = len(index)
-    return [torch.tensor(c).reshape([-1 if a == b else 1 for b in range(n)]).tolist() for a, c in enumerate(index)]
 
 
 def covers(item: Item, value: Tensor) -> bool:
@@ -164,7 +158,11 @@ def join(item: Item, layer: int | None) -> Tensor:
 
 
 def fit(source: object, value: Tensor, full: list[int], gone: list[bool]) -> Tensor:
-    """View a value as (layers, rows, positions, *features) with 1 where it broadcasts; raise ShapeMismatch if it cannot be."""
+    """View a value as (layers, rows, positions, *features) with 1 where it broadcasts.
+
+    Raises:
+        ShapeMismatch: it cannot be.
+    """
     shown = [size for size, g in zip(full, gone, strict=True) if not g]
     tail = [size for size, g in zip(full[3:], gone[3:], strict=True) if not g]
     given = list(value.shape)
@@ -176,12 +174,13 @@ def fit(source: object, value: Tensor, full: list[int], gone: list[bool]) -> Ten
             sizes = iter(target)
             return value.reshape([1 if g else next(sizes) for g in gone])
     raise ShapeMismatch(
-        f"{source}: the value is {tuple(given)}; the place is {tuple(shown)}. A value has that shape (1 where it is the same "
-        f"along an axis), or {tuple(tail)} for all rows and positions alike, or is one number."
+        f"{source}: the value is {tuple(given)}; the place is {tuple(shown)}. A value has that shape (1 where it is "
+        f"the same along an axis), or {tuple(tail)} for all rows and positions alike, or is one number."
     )
 
 
 def fit_basis(source: object, value: Tensor, full: list[int], gone: list[bool]) -> Tensor:
+    """A Project's basis (m, *features) as it is; raise ShapeMismatch if it does not fit the place."""
     tail = [size for size, g in zip(full[3:], gone[3:], strict=True) if not g]
     if list(value.shape[1:]) != tail:
         raise ShapeMismatch(

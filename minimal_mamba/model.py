@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ class Backbone(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         self.embedding = nn.Embedding(config.padded_vocab, config.d_model)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        # a ModuleList, which for a type checker forgets what it holds
+        self.layers = cast(Sequence[Layer], nn.ModuleList(Layer(config) for _ in range(config.n_layer)))
         self.norm_f = make_norm(config)
 
 
@@ -54,9 +55,9 @@ class Mamba(nn.Module):
 
     Args:
         config: sizes and choices. Weights are drawn as mamba-ssm draws them, from torch's global generator.
-    Source: mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel @ e9594ce. Differs: sites, a carried state as a value, exact
-        padding; from dt to the gate everything is float32 or wider also where the weights have 16 bits, and so is a
-        carried state.
+    Source: mamba_ssm.models.mixer_seq_simple.MambaLMHeadModel @ e9594ce. Differs: sites, a carried state as a value,
+        exact padding; from dt to the gate everything is float32 or wider also where the weights have 16 bits, and so is
+        a carried state.
     """
 
     def __init__(self, config: MambaConfig):
@@ -180,7 +181,8 @@ class Mamba(nn.Module):
                 found = [tuple(s.shape) for s in getattr(state, name)]
                 if found != [shape] * c.n_layer:
                     raise InputError(
-                        f"state.{name} has shapes {found[:2]}... in {len(found)} layers; this run has {shape} in {c.n_layer}."
+                        f"state.{name} has shapes {found[:2]}... in {len(found)} layers; "
+                        f"this run has {shape} in {c.n_layer}."
                     )
             if tuple(state.position.shape) != (b,):
                 raise InputError(f"state.position has shape {tuple(state.position.shape)}; this run has {b} rows.")

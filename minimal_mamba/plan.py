@@ -13,7 +13,7 @@ from .address import Address, Span, resolve
 from .config import MambaConfig
 from .edits import Edit, Mean, Project
 from .errors import AddressError, EditError, NotReached
-from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join, outer
+from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join
 from .sites import RECURRENT_STATE
 from .tap import Tap
 
@@ -111,7 +111,7 @@ class Plan(Tap):
             sel = address.pos
             if isinstance(sel, Span):
                 ends = [None if v is None else max(v + origin, 0) if v < 0 else v for v in (sel.start, sel.stop)]
-                here = [p for p in range(last + 1)[slice(*ends, sel.step)] if p >= first]
+                here = [p for p in range(last + 1)[ends[0] : ends[1] : sel.step] if p >= first]
             else:
                 here = [p + origin if p < 0 else p for p in ([sel] if isinstance(sel, int) else sel)]
                 outside = [p for p in here if not first <= p <= last]
@@ -122,7 +122,8 @@ class Plan(Tap):
                 here = [] if outside else here
             if not here and needed:
                 raise AddressError(
-                    f"{source}: the slice {sel} selects nothing of row {row}; this run has its positions {first}..{last}."
+                    f"{source}: the slice {sel} selects nothing of row {row}; "
+                    f"this run has its positions {first}..{last}."
                 )
             if len(set(here)) != len(here):
                 raise AddressError(f"{source} names the same position of row {row} twice.")
@@ -267,7 +268,8 @@ class Plan(Tap):
             take = [column[t] for t in mine]
             got = values if take == list(range(values.shape[1])) else values[:, take]
             if item.index is not None:
-                got = got[(slice(None), slice(None), *(torch.tensor(c).to(got.device) for c in outer(item.index)))]
+                chosen: list[slice | Tensor] = [i.to(got.device) for i in item.features(0)]
+                got = got[(slice(None), slice(None), *chosen)]
             self._keep(item, layer, torch.tensor([int(item.by_time[t][1][0]) for t in mine]), None, got.clone())
 
     # -- after the run --------------------------------------------------------------------------------------------
@@ -278,8 +280,8 @@ class Plan(Tap):
             if item.done != item.expected:
                 what = "edit" if item.edit else "recording"
                 raise NotReached(
-                    f"{what} {item.source} happened at {item.done} of {item.expected} places: the operations in use passed "
-                    f"over {item.site!r}. This is a fault of the backend; run with backend='reference'."
+                    f"{what} {item.source} happened at {item.done} of {item.expected} places: the operations in use "
+                    f"passed over {item.site!r}. This is a fault of the backend; run with backend='reference'."
                 )
         return {a: self._assemble(self.of[id(a)]) for a in self.record_at}
 

@@ -30,7 +30,8 @@ def causal_conv(
     Returns:
         conv (b, l, e), and the window after the last token (b, e, k).
     Cost: l Python steps.
-    Source: causal_conv1d.causal_conv1d_interface.causal_conv1d_update_ref, repeated (1.7.0). Differs: the window is a value.
+    Source: causal_conv1d.causal_conv1d_interface.causal_conv1d_update_ref, repeated (1.7.0).
+        Differs: the window is a value.
     """
     out = []
     for t, x_t in enumerate(x.unbind(1)):
@@ -55,8 +56,8 @@ def ssm_step(
         tap, t: offers `decay`, `state_write`, `ssm_state`, `state_read` at position t.
     Returns:
         h (b, e, n) after this token, and y (b, e).
-    Source: Gu & Dao 2023 (arXiv:2312.00752), Eq. 2a, 2b and 4, with B discretised by Euler's rule (dt B) as the official
-        code does.
+    Source: Gu & Dao 2023 (arXiv:2312.00752), Eq. 2a, 2b and 4, with B discretised by Euler's rule (dt B) as the
+        official code does.
     """
     decay = tap("decay", torch.exp(einsum(dt, A, "b e, e n -> b e n")), t)  # (b, e, n)  A-bar
     write = tap("state_write", einsum(dt * u, B.to(dt.dtype), "b e, b n -> b e n"), t)  # (b, e, n)  B-bar u

@@ -19,7 +19,7 @@ from analyses.provenance import provenance
 from kernels_bridge import resolve
 from minimal_mamba import Mamba, MambaConfig, Ops
 
-SIZES = {"S": {"d_model": 128, "n_layer": 4}, "M": {"d_model": 768, "n_layer": 6}}
+SIZES = {"S": (128, 4), "M": (768, 6)}  # name -> (d_model, n_layer)
 # The backward of a loop that slices (b, l, e, n) position by position costs O(l^2): minutes a step at length 256.
 SQUARE = {"HF transformers", "mambapy sequential"}
 WORK = {  # name -> (size, batch, length, train)
@@ -129,7 +129,11 @@ def faults(model: Mamba) -> dict[str, Forward]:
         return ops.scan(u, dt, A, C, B, h, tap=tap)
 
     scans = {"scan zeroed": no_scan, "no recurrence": forgetful, "B and C swapped": swapped}
-    return {name: (lambda ids, o=Ops(name, ops.conv, scan): model(ids, ops=o).logits) for name, scan in scans.items()}
+
+    def under(faulty: Ops) -> Forward:
+        return lambda ids: model(ids, ops=faulty).logits
+
+    return {name: under(Ops(name, ops.conv, scan)) for name, scan in scans.items()}
 
 
 def check(model: Mamba, ids: Tensor) -> dict[str, float]:
@@ -153,7 +157,8 @@ def check(model: Mamba, ids: Tensor) -> dict[str, float]:
 def measure(name: str, rounds: int, seed: int = 0) -> dict[str, Any]:
     """Times of one piece of work: median, least and most seconds of each implementation, and ratios to ours."""
     size, b, l, train = WORK[name]
-    model = lively(MambaConfig(vocab_size=512, **SIZES[size]), seed)
+    d_model, n_layer = SIZES[size]
+    model = lively(MambaConfig(d_model, n_layer, vocab_size=512), seed)
     ids = torch.randint(0, 512, (rounds + 1, b, l + 1), generator=torch.Generator().manual_seed(seed))
     agreement = check(model, ids[0, :2, : min(l, 64)])
     left_out = SQUARE if train and l > 64 else set()
@@ -209,7 +214,8 @@ def table(results: list[dict[str, Any]]) -> str:
             ratio = r["ratio_to_ours"].get(n, 1.0)
             error = r["error_against_float64"][n]
             lines.append(
-                f"  {n:20} {t['median'] * 1e3:9.1f} ms  [{t['min'] * 1e3:.1f} .. {t['max'] * 1e3:.1f}]  {ratio:5.2f}x  error {error:.1e}"
+                f"  {n:20} {t['median'] * 1e3:9.1f} ms  [{t['min'] * 1e3:.1f} .. {t['max'] * 1e3:.1f}]  "
+                f"{ratio:5.2f}x  error {error:.1e}"
             )
         if r["left_out"]:
             lines.append(f"  left out: {', '.join(r['left_out'])} (a backward that costs O(l^2), minutes a step)")

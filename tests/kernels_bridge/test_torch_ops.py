@@ -1,6 +1,7 @@
 """Law 4, counted: readable steps only where an edit touches. And the torch backend against the readable model."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ def test_stretches_cover_each_position_once(touched: list[int]) -> None:
     found = list(stretches(5, touched))
     assert [t for first, stop, _ in found for t in range(first, stop)] == list(range(5))
     assert [first for first, _, edited in found if edited] == touched
-    for (_, _, one), (_, _, other) in zip(found, found[1:], strict=False):
+    for (_, _, one), (_, _, other) in pairwise(found):
         assert one or other  # two untouched stretches never meet
 
 

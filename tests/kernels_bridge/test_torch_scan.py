@@ -188,7 +188,7 @@ def test_float32_keeps_its_digits_at_every_step_size(mean_dt: float) -> None:
 
 def test_extreme_steps_are_finite() -> None:
     """A step so large that the decay is 0, and none at all: the state is overwritten, or stays to the bit."""
-    u, dt, A, B, C, h = leaves(inputs(6))
+    u, _dt, A, B, C, h = leaves(inputs(6))
     steps = torch.tensor([0.0, 1e4, 0.0, 0.0, 1e4, 0.0], dtype=torch.float64)[None, :, None].expand(b, 6, e)
     y, last, kept = scan(u, steps.clone().requires_grad_(), A, B, C, h, keep=[0, 1, 3])
     assert torch.equal(kept[:, 0], h) and torch.equal(kept[:, 1], kept[:, 2])
