@@ -73,11 +73,12 @@ def from_module(module: nn.Module, *, n_layer: int | None = None) -> Mamba:
     Raises:
         ConfigError, CheckpointError: as `load`.
     """
-    kind, config = type(module).__name__, getattr(module, "config", None)
+    kind = type(module).__name__
+    config: Any = getattr(module, "config", None)
     is_lm = isinstance(module, nn.Module) and hasattr(module, "lm_head")
     if is_lm and getattr(config, "model_type", None) == "mamba":
         raw = config.to_dict()
-    elif is_lm and dataclasses.is_dataclass(config) and hasattr(config, "ssm_cfg"):
+    elif is_lm and dataclasses.is_dataclass(config) and not isinstance(config, type) and hasattr(config, "ssm_cfg"):
         raw = dataclasses.asdict(config)
     else:
         raise CheckpointError(

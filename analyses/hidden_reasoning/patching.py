@@ -139,16 +139,17 @@ def sentences(numbers: dict[str, Any]) -> list[str]:
 
     return [
         f"In {numbers['pairs']} pairs of hidden prompts of {numbers['num_steps']} steps that differ only in operation "
-        f"{numbers['differing_step']} (answers right in {min(numbers['answered_right'].values()):.1%} or more, {numbers['gap_nats']:.1f} nats "
-        f"apart), the memory of all layers carries the value that no word shows: handed over anywhere from the differing word's echo "
-        f"to the last word but one, SSM state and conv state together move the answer {numbers['whole_memory_least']:.2f} of the way "
-        f"to the donor's (0 is the base run, 1 the donor).",
-        f"The SSM state of all layers alone moves it between {share(least)} {place(least)}, where the conv state alone moves it "
-        f"{share(conv)}, and {share(most)} {place(most)}, where {most['flipped']:.0%} of the answers flip (± 2 standard errors): "
-        f"the value passes back and forth between the two.",
-        f"It also moves through the layers: before the last word the strongest single layer is {before['layers'][0]} {place(before)} "
-        f"with {share(before)} ({before['flipped']:.0%} flipped), at the last word layer {last['layers'][0]} with {share(last)} "
-        f"({last['flipped']:.0%} flipped).",
+        f"{numbers['differing_step']} (answers right in {min(numbers['answered_right'].values()):.1%} or more, "
+        f"{numbers['gap_nats']:.1f} nats apart), the memory of all layers carries the value that no word shows: "
+        f"handed over anywhere from the differing word's echo to the last word but one, SSM state and conv state "
+        f"together move the answer {numbers['whole_memory_least']:.2f} of the way to the donor's (0 is the base run, "
+        f"1 the donor).",
+        f"The SSM state of all layers alone moves it between {share(least)} {place(least)}, where the conv state alone "
+        f"moves it {share(conv)}, and {share(most)} {place(most)}, where {most['flipped']:.0%} of the answers flip "
+        f"(± 2 standard errors): the value passes back and forth between the two.",
+        f"It also moves through the layers: before the last word the strongest single layer is {before['layers'][0]} "
+        f"{place(before)} with {share(before)} ({before['flipped']:.0%} flipped), at the last word layer "
+        f"{last['layers'][0]} with {share(last)} ({last['flipped']:.0%} flipped).",
     ]
 
 
@@ -178,14 +179,9 @@ def draw(folder: Path, found: StatePatching) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
-        "font.size": 7,
-        "axes.titlesize": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "pdf.fonttype": 42,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(
+        {"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
+    ):
         fig, axes = plt.subplots(
             2, 1, figsize=(3.4, 2.5), height_ratios=[len(found.grid.layers), 2], sharex=True, constrained_layout=True
         )
