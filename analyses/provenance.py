@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mambascope", "torch", "transformers", "mambapy", "numpy", "einops")
+PACKAGES = ("mambascope", "torch", "transformers", "accelerate", "mambapy", "numpy", "einops")
 
 
 def provenance(**more: Any) -> dict[str, Any]:

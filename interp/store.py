@@ -11,14 +11,14 @@ from safetensors.torch import load, save
 from minimal_mamba.address import Address, Selector, Span, at
 from minimal_mamba.edits import KINDS, Apply, Edit, function_name, import_function
 from minimal_mamba.errors import CheckpointError
-from minimal_mamba.files import write_whole
+from minimal_mamba.files import write_files
 from minimal_mamba.sites import ADDRESSABLE
 
 VERSION = 1
 
 
 def save_edits(edits: Sequence[Edit], folder: str | Path) -> None:
-    """Write edits to a folder; each file whole or not at all.
+    """Write edits to a folder; a failed write leaves it as it was.
 
     Raises:
         EditError: an `Apply` whose function cannot be imported by name.
@@ -41,8 +41,10 @@ def save_edits(edits: Sequence[Edit], folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = save(values)
     head = {"version": VERSION, "values": hashlib.sha256(data).hexdigest(), "edits": rows}
-    write_whole(folder / "edits.safetensors", data)
-    write_whole(folder / "edits.json", json.dumps(head, indent=1).encode())
+    text = json.dumps(head, indent=1) + "\n"
+    write_files(
+        folder, {"edits.safetensors": lambda f: f.write_bytes(data), "edits.json": lambda f: f.write_text(text)}
+    )
 
 
 def load_edits(folder: str | Path) -> list[Edit]:

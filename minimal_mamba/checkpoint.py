@@ -9,11 +9,9 @@ Nothing else differs, and nothing else is renamed. Either may be in shards, with
 
 import dataclasses
 import json
-import os
 import pickle
 import re
 import textwrap
-import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from .config import MambaConfig
 from .errors import CheckpointError, ConfigError
+from .files import write_files
 from .model import Mamba
 
 EMBEDDING, HF_EMBEDDING, HEAD = "backbone.embedding.weight", "backbone.embeddings.weight", "lm_head.weight"
@@ -131,25 +130,7 @@ def save(model: Mamba, path: str | Path, *, layout: str = "mamba_ssm", safetenso
     def write_config(file: Path) -> None:
         file.write_text(json.dumps(raw, indent=2) + "\n")
 
-    _write_all(folder, {name: write_weights, "config.json": write_config})
-
-
-def _write_all(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
-    """Write every file beside its place, then move them in, in order."""
-    written = {name: folder / f".{name}.{uuid.uuid4().hex}.tmp" for name in writers}
-    try:
-        for name, write in writers.items():
-            written[name].touch()
-            mode = written[name].stat().st_mode
-            write(written[name])
-            written[name].chmod(mode)  # safetensors would keep the file from everybody else
-            with open(written[name], "rb+") as file:
-                os.fsync(file.fileno())  # else a crash could leave the new name on an empty file
-        for name, file in written.items():
-            os.replace(file, folder / name)
-    finally:
-        for file in written.values():
-            file.unlink(missing_ok=True)
+    write_files(folder, {name: write_weights, "config.json": write_config})
 
 
 def _finder(path: str | Path, revision: str | None) -> Find:

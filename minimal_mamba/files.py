@@ -1,20 +1,36 @@
 """Files are written whole or not at all."""
 
+import json
 import os
-import tempfile
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place, then move it there; after a failure the old file stands and nothing is left over."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write every file beside its place, then move them in, in order; a failed write leaves the folder as it was."""
+    written = {name: folder / f".{name}.{uuid.uuid4().hex}.tmp" for name in writers}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        for name, write in writers.items():
+            written[name].touch()
+            mode = written[name].stat().st_mode
+            write(written[name])
+            written[name].chmod(mode)  # safetensors would keep the file from everybody else
+            with open(written[name], "rb+") as opened:
+                os.fsync(opened.fileno())  # else a crash could leave the new name on an empty file
+        for name, file in written.items():
+            os.replace(file, folder / name)
+    finally:
+        for file in written.values():
+            file.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one file of text."""
+    write_files(path.parent, {path.name: lambda file: file.write_text(text)})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one file of JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")

@@ -1,12 +1,11 @@
 """`python -m analyses.benchmarks cpu`: time mambascope beside HF transformers and mambapy."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from minimal_mamba.files import write_whole
+from minimal_mamba.files import write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +32,7 @@ def cpu(
     found = bench.run(rounds, everything)
     print(bench.table(found["results"]))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps(found, indent=1).encode())
+    write_json(out, found)
     print(f"\nwritten to {out}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m analyses.hidden_reasoning demo|train|evaluate`: see where a model keeps its hidden value, train one, test one."""
+"""`python -m analyses.hidden_reasoning demo|train|evaluate`: patch the model that ships, train one, test one."""
 
 import dataclasses
 import tempfile
@@ -12,11 +12,12 @@ import typer
 
 from minimal_mamba import Mamba
 from minimal_mamba.errors import MambascopeError
+from minimal_mamba.files import write_json
 
 from .errors import TaskError, TrainingError
 from .evaluate import accuracy
 from .organism import load_folder, load_settings, organism_folder, write_organism
-from .settings import Settings, read_settings, write_json
+from .settings import Settings, read_settings
 from .task import MaskedTask
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -100,7 +101,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of the pairs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="20 pairs of 3 operations.")] = False,
 ) -> None:
-    """Patch the SSM state over every layer and position, draw the figures, and say in three sentences what they show."""
+    """Patch the SSM state over all layers and positions, draw the figures, and say in three sentences what they show."""
     with _plain_errors():
         from .patching import sweep, write
 

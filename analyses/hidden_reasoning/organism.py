@@ -9,19 +9,18 @@ evaluation.json                  final answers on fresh hidden prompts, by lengt
 
 import dataclasses
 import json
-import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from analyses.provenance import provenance
 from minimal_mamba import Mamba
 from minimal_mamba.errors import nearest
+from minimal_mamba.files import write_json
 
 from .errors import OrganismError
-from .settings import Settings, replace_folder, write_json
+from .settings import Settings, replace_folder
 from .tokenizer import WordTokenizer
 
 MODELS = Path(__file__).parent / "models"
@@ -88,24 +87,13 @@ def write_organism(
         "seconds": last["seconds"],
         "parameters": sum(p.numel() for p in model.parameters()),
         "settings": dataclasses.asdict(settings),
-        "versions": versions(),
+        "provenance": provenance(threads=torch.get_num_threads()),
     }
     write_json(part / "recipe.json", recipe)
     found = {"final answers": "exact, on fresh hidden prompts", "prompts": prompts, "seed": seed}
     write_json(part / "evaluation.json", found | {"accuracy": {str(k): v for k, v in accuracy.items()}})
     replace_folder(part, folder)
     return folder
-
-
-def versions() -> dict[str, Any]:
-    """What the model was trained with."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
-    for package in ("mambascope", "torch", "transformers", "accelerate", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _whole(folder: str | Path) -> Path:

@@ -1,6 +1,5 @@
 """Where the hidden value is: state patching on pairs of hidden prompts that differ in one operation."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 from analyses.provenance import provenance
 from interp import Grid, Set, accuracy, at, heatmap, logit_diff, patch_grid, run
 from minimal_mamba import Mamba
-from minimal_mamba.files import write_whole
+from minimal_mamba.files import write_json
 
 from .task import Pairs, pairs
 
@@ -137,17 +136,17 @@ def sentences(numbers: dict[str, Any]) -> list[str]:
     def place(cell: dict[str, Any]) -> str:
         return f"after '{cell['word']}' (position {cell['position']})"
 
+    right, gap = min(numbers["answered_right"].values()), numbers["gap_nats"]
     return [
         f"In {numbers['pairs']} pairs of hidden prompts of {numbers['num_steps']} steps that differ only in operation "
-        f"{numbers['differing_step']} (answers right in {min(numbers['answered_right'].values()):.1%} or more, "
-        f"{numbers['gap_nats']:.1f} nats apart), the memory of all layers carries the value that no word shows: "
-        f"handed over anywhere from the differing word's echo to the last word but one, SSM state and conv state "
-        f"together move the answer {numbers['whole_memory_least']:.2f} of the way to the donor's (0 is the base run, "
-        f"1 the donor).",
+        f"{numbers['differing_step']} (answers right in {right:.1%} or more, {gap:.1f} nats apart), the memory of all layers "
+        f"carries the value that no word shows: handed over anywhere from the differing word's echo to the last word but "
+        f"one, SSM state and conv state together move the answer {numbers['whole_memory_least']:.2f} of the way to the "
+        f"donor's (0 is the base run, 1 the donor).",
         f"The SSM state of all layers alone moves it between {share(least)} {place(least)}, where the conv state alone "
         f"moves it {share(conv)}, and {share(most)} {place(most)}, where {most['flipped']:.0%} of the answers flip "
-        f"(± 2 standard errors): the value passes back and forth between the two.",
-        f"It also moves through the layers: before the last word the strongest single layer is {before['layers'][0]} "
+        f"(± 2 standard errors): much of the value travels in the conv's short memory.",
+        f"It moves through the layers, too: before the last word the strongest single layer is {before['layers'][0]} "
         f"{place(before)} with {share(before)} ({before['flipped']:.0%} flipped), at the last word layer "
         f"{last['layers'][0]} with {share(last)} ({last['flipped']:.0%} flipped).",
     ]
@@ -167,7 +166,7 @@ def write(folder: Path, model: Mamba, found: StatePatching, command: str, seed: 
         "standard_error": {g.site: g.recovered_error().tolist() for g in grids},
         "provenance": provenance(command=command, seed=seed, backend=found.backend),
     }
-    write_whole(folder / "results.json", json.dumps(result, indent=1).encode())
+    write_json(folder / "results.json", result)
     draw(folder, found)
     return sentences(numbers)
 

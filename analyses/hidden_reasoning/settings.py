@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minimal_mamba import MambaConfig
+from minimal_mamba.files import write_json
 
 try:
     import fcntl
@@ -171,18 +171,6 @@ def only_one(folder: Path) -> Iterator[None]:
         except OSError:
             raise TrainingError(f"another process is training in {folder}; wait for it, or stop it first.") from None
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def replace_folder(part: Path, folder: Path) -> None:

@@ -1,10 +1,11 @@
 """WordTokenizer: one id a word. The newline is a word of its own."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from minimal_mamba.files import write_json
 
 from .errors import TokenizerError
 
@@ -64,10 +65,7 @@ class WordTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` into a folder, whole or not at all."""
-        path = Path(folder) / FILE
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"type": "word", "words": self.words[1:]}, indent=1) + "\n")
-        os.replace(part, path)
+        write_json(Path(folder) / FILE, {"type": "word", "words": self.words[1:]})
 
     @classmethod
     def load(cls, folder: str | Path) -> "WordTokenizer":

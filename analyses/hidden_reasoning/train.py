@@ -27,11 +27,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from minimal_mamba import Mamba, Ops
+from minimal_mamba.files import write_json, write_text
 
 from .callbacks import Bars, CurriculumCallback
 from .errors import TrainingError
 from .loss import weighted_loss
-from .settings import Settings, only_one, open_run, write_json, write_text
+from .settings import Settings, only_one, open_run
 from .task import Batch, draw
 
 STREAM = 1  # keeps the seeds of training apart from those of `evaluate`

@@ -24,7 +24,7 @@ def test_quick_training_leaves_an_organism_that_evaluates(tmp_path):
     assert recipe["command"].endswith(
         "--out runs/masked --seed 3 --steps 60 --max-length 3 --batch-size 32 --d-model 32 --n-layer 2"
     )
-    assert recipe["versions"].keys() >= {"torch", "transformers", "python"}
+    assert recipe["provenance"]["packages"].keys() >= {"torch", "transformers"}
 
     scores = tmp_path / "scores.json"
     folder = str(out / "organism")
