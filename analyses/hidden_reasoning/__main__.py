@@ -101,7 +101,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of the pairs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="20 pairs of 3 operations.")] = False,
 ) -> None:
-    """Patch the SSM state over all layers and positions, draw the figures, and say in three sentences what they show."""
+    """Patch the SSM state over all layers and positions, draw it, and say in three sentences what it shows."""
     with _plain_errors():
         from .patching import sweep, write
 
