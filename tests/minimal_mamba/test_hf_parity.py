@@ -124,7 +124,7 @@ def test_agrees_with_hf_in_float32(seed):
     ours, theirs, ids, weight = pair(seed)
     found, want = measure(ours, ids, weight), measure(theirs, ids, weight)
     assert not disagreements(errors(found, want), torch.float32)
-    # as one vector to 1e-5, or, where HF's own float32 is further than that from float64, to twice HF's own error
+    # as one vector to 1e-5, or, where HF's float32 is further than that from float64, to twice its error
     truth = measure(ours.double(), ids, weight.double())  # which is HF's, by the next test
     ours_flat, hf_flat, true = (
         torch.cat([m[n].flatten() for n in want if n != "logits"]) for m in (found, want, truth)
