@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from minimal_mamba.errors import InputError
+
 from .sweep import Grid
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ def heatmap(
     *,
     ax: "Axes | None" = None,
     tokens: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
     title: str | None = None,
     unit: str | None = None,
     normalise: bool = True,
@@ -25,14 +28,19 @@ def heatmap(
     Args:
         grid: what `patch_grid` returned.
         ax: where to draw; a new figure of column width (3.4 in) if None.
-        tokens: one label a position.
+        tokens: one label for each of the grid's positions. rows: one for each of its layers or groups of layers.
         unit: of the metric; said beside the colour bar when not normalised.
         normalise: draw `recovered()` (0 base, 1 donor) instead of the mean effect in the metric's unit.
         limit: the colour scale is symmetric, -limit to limit, with white at 0; the largest size drawn if None.
+    Raises:
+        InputError: labels that are not as many as what they name.
     Returns:
         The axes. The scale is symmetric and its ends are the data's, or `limit`, where a colour bar's arrow shows that
         values go beyond it.
     """
+    for what, labels, count in (("tokens", tokens, len(grid.positions)), ("rows", rows, len(grid.layers))):
+        if labels is not None and len(labels) != count:
+            raise InputError(f"{what} has {len(labels)} labels for the grid's {count}; give one for each.")
     import matplotlib.pyplot as plt
 
     values = (grid.recovered() if normalise else grid.effect().mean(-1)).detach().cpu().double().numpy()
@@ -42,9 +50,9 @@ def heatmap(
     image = ax.imshow(
         values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower", interpolation="nearest"
     )
-    ax.set_yticks(range(len(grid.layers)), [_layer_name(g) for g in grid.layers])
-    labels = [str(p) for p in grid.positions] if tokens is None else list(tokens)
-    ax.set_xticks(range(len(labels)), labels, rotation=0 if tokens is None else 90)
+    ax.set_yticks(range(len(grid.layers)), [_layer_name(g) for g in grid.layers] if rows is None else rows)
+    columns = [str(p) for p in grid.positions] if tokens is None else tokens
+    ax.set_xticks(range(len(columns)), columns, rotation=0 if tokens is None else 90)
     ax.set_xlabel("position" if tokens is None else "token")
     ax.set_ylabel("layer")
     ax.tick_params(length=0)

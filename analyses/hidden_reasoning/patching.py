@@ -1,7 +1,7 @@
 """Where the hidden value is: state patching on pairs of hidden prompts that differ in one operation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,16 +185,10 @@ def draw(folder: Path, found: StatePatching) -> None:
             2, 1, figsize=(3.4, 2.5), height_ratios=[len(found.grid.layers), 2], sharex=True, constrained_layout=True
         )
         heatmap(found.grid, ax=axes[0], tokens=found.words, title="Patching the SSM state", limit=1.0)
-        both = Grid(
-            torch.cat([found.conv.values, found.ceiling.values]),
-            found.grid.base,
-            found.grid.donor,
-            "",
-            (0, 1),
-            found.grid.positions,
-        )
-        heatmap(both, ax=axes[1], tokens=found.words, limit=1.0, colorbar=False)
-        axes[1].set_yticks([0, 1], ["conv", "state+conv"])
+        values = torch.cat([found.conv.values, found.ceiling.values])
+        both = replace(found.conv, values=values, layers=found.conv.layers + found.ceiling.layers)
+        labels = ["conv", "state+conv"]
+        heatmap(both, ax=axes[1], tokens=found.words, rows=labels, limit=1.0, colorbar=False)
         axes[0].set_xlabel("")
         axes[0].tick_params(labelbottom=False)
         axes[1].set_ylabel("all layers")

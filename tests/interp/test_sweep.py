@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import Grid, Set, at, logit_diff, patch_grid, run
+from interp import Grid, Set, at, heatmap, logit_diff, patch_grid, run
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -94,6 +94,55 @@ def test_padded():
         torch.testing.assert_close(grid.base[r], alone.base, rtol=1e-10, atol=1e-12)
 
 
+def test_negative_positions_count_from_each_rows_own_end():
+    lengths = [6, 3, 5]
+    for backend in ("reference", "torch"):
+        # 1 and -2 are one place in the row of 3 and two in the others
+        grid = patch_grid(
+            MODEL, IDS, DONOR, site="resid_post", metric=metric, positions=[-1, 1, -2], lengths=lengths,
+            backend=backend, progress=False,
+        )  # fmt: skip
+        assert grid.positions == (-1, 1, -2)
+        with torch.no_grad():
+            for layer in range(N):
+                for column, pos in enumerate(grid.positions):
+                    place = at.resid_post(layer=layer, pos=pos)
+                    value = run(MODEL, DONOR, record=[place], lengths=lengths, backend=backend)[place]
+                    out = run(MODEL, IDS, [Set(place, value)], lengths=lengths, backend=backend)
+                    by_hand = logit_diff(out, 3, 5)
+                    torch.testing.assert_close(grid.values[layer, column], by_hand, rtol=1e-10, atol=1e-12)
+        # the last layer's last token is all that the logits are read from
+        torch.testing.assert_close(grid.values[N - 1, 0], grid.donor, rtol=1e-12, atol=1e-12)
+    same = patch_grid(MODEL, IDS, DONOR, site="u", metric=metric, positions=[-1], lengths=[4, 4, 4], progress=False)
+    assert same.positions == (3,)
+
+
+def test_layers_and_positions_as_at_takes_them():
+    def sweep(**kwargs):
+        grid = patch_grid(MODEL, IDS.tolist(), DONOR.tolist(), site="u", metric=metric, progress=False, **kwargs)
+        assert grid.values.shape == (len(grid.layers), len(grid.positions), 3)
+        return grid.layers, grid.positions
+
+    assert sweep(layers=1, positions=1) == ((1,), (1,))
+    assert sweep(layers=-1, positions=-1) == ((2,), (5,))
+    assert sweep(layers=slice(0, 2), positions=slice(-2, None)) == ((0, 1), (4, 5))
+    assert sweep(layers=[slice(0, 2), 2], positions=range(1, 3)) == (((0, 1), 2), (1, 2))
+    assert sweep(layers=0, positions=slice(1, None), lengths=[6, 3, 4]) == ((0,), (1, 2))
+    assert sweep(layers=0, positions=-3, lengths=[6, 3, 4]) == ((0,), (-3,))
+
+
+def test_labels_of_a_heat_map():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    grid = patch_grid(MODEL, IDS, DONOR, site="u", metric=metric, positions=[0, 1], progress=False)
+    ax = heatmap(grid, tokens=["a", "b"], rows=["x", "y", "z"])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["x", "y", "z"]
+    for labels in ({"tokens": ["a"]}, {"tokens": list("abc")}, {"rows": ["x", "y"]}):
+        with pytest.raises(InputError, match=r"labels for the grid's [23]; give one for each"):
+            heatmap(grid, **labels)
+
+
 def test_recovered_and_its_error_by_hand():
     values = torch.tensor([[[1.0, 4.0]], [[0.0, 2.0]]], dtype=torch.float64)  # 2 layers, 1 position, 2 rows
     grid = Grid(values, torch.tensor([0.0, 2.0]).double(), torch.tensor([4.0, 4.0]).double(), "u", (0, 1), (0,))
@@ -134,6 +183,12 @@ def test_errors():
             {"positions": [5], "lengths": [6, 3, 6]},
             r"pos=5 does not exist here: there are indices 0\.\.2",
         ),
+        (
+            AddressError,
+            {"positions": [-4], "lengths": [6, 3, 6]},
+            r"pos=-4 does not exist here: there are indices 0\.\.2",
+        ),
+        (AddressError, {"positions": slice(-2, None), "lengths": [6, 3, 6]}, r"lengths \[6, 3, 6\], so the slice -2:"),
         (MambascopeError, {"metric": lambda x: x[:, -1]}, r"one number a row; this one gave \(3, 32\)"),
     ]
     for error, kwargs, text in cases:
