@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from minimal_mamba.block import wide
 from minimal_mamba.scan import Ops, causal_conv, ssm_step
 from minimal_mamba.tap import NO_TAP, Tap
 
@@ -70,17 +71,17 @@ def conv(
             y, window = causal_conv(x[:, s], weight, bias, window, mask=part, tap=step)
             out.append(y)
             continue
-        padded = torch.cat([window.transpose(1, 2)[:, 1:], x[:, s]], 1)  # (b, k - 1 + stretch, e)
-        m = stop - first
-        y = padded[:, :m] * weight[:, 0] if bias is None else torch.addcmul(bias, padded[:, :m], weight[:, 0])
+        inputs = torch.cat([window.transpose(1, 2), x[:, s]], 1)  # (b, k + stretch, e)
+        windows = inputs.unfold(1, k, 1)[:, 1:]  # (b, stretch, e, k), a view
+        long, taps, m = inputs.to(wide(x.dtype)), weight.to(wide(x.dtype)), stop - first  # rounded once, at the end
+        y = long[:, 1 : 1 + m] * taps[:, 0] if bias is None else torch.addcmul(bias, long[:, 1 : 1 + m], taps[:, 0])
         for i in range(1, k):
-            y = torch.addcmul(y, padded[:, i : i + m], weight[:, i])
-        out.append(y)
-        windows = torch.cat([window.transpose(1, 2), x[:, s]], 1).unfold(1, k, 1)[:, 1:]  # (b, stretch, e, k), a view
+            y = torch.addcmul(y, long[:, 1 + i : 1 + i + m], taps[:, i])
+        out.append(y.to(x.dtype))
         if at := [t for t in recorded if first <= t < stop]:
             tap.record("conv_state", windows[:, [t - first for t in at]], at)
         if part is None:
-            window = windows[:, -1]
+            window = windows[:, -1].clone()  # a view would keep the whole input
         else:
             tokens = part.sum(1)  # of each row in this stretch; padding comes last
             rows = torch.arange(b, device=x.device)

@@ -12,20 +12,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Numbers in one buffer of a block: as many as fit the cache, over few tokens and many channels, since each token
-# costs one call. Measured with b 8 and 16, e 256 and 1536: narrower blocks of more tokens are slower.
-BLOCK = 1 << 18
-TOKENS = 4
+# A block is some rows of the batch, some tokens and, where one row is too large, some channels. It has at least TOKENS
+# tokens, so the states kept for the backward, one a block, are at most a TOKENS-th of all; and at most BLOCK numbers a
+# buffer, which the cache holds. Rows are cut before channels: long contiguous runs of channels are what is fast.
+BLOCK = 1 << 19
+TOKENS = 16
 
 
-def channels_of(b: int, e: int, n: int) -> int:
-    """How many channels a block has."""
-    return max(1, min(e, BLOCK // (TOKENS * b * n)))
-
-
-def tokens_of(b: int, e: int, n: int, l: int) -> int:
-    """How many tokens a block has."""
-    return max(1, min(l, 64, BLOCK // (b * channels_of(b, e, n) * n)))
+def cut(b: int, l: int, e: int, n: int) -> tuple[int, int, int]:
+    """Rows, tokens and channels of a block."""
+    width = max(1, min(e, BLOCK // (TOKENS * n)))
+    rows = max(1, min(b, BLOCK // (TOKENS * width * n)))
+    return rows, max(1, min(l, 64, BLOCK // (rows * width * n))), width
 
 
 def scan(
@@ -69,24 +67,24 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         (b, l, e), n = u.shape, A.shape[1]
         needs = any(ctx.needs_input_grad)
-        step, width = tokens_of(b, e, n, l), channels_of(b, e, n)
-        starts = h.new_empty((-(-l // step) if needs else 1, b, n, e))  # the state before each block of tokens
+        rows, step, width = cut(b, l, e, n)
+        starts = h.new_empty((-(-l // step) if needs else 0, b, n, e))  # the state before each block of tokens
         y, last, kept = torch.empty_like(dt), torch.empty_like(h), h.new_empty((b, len(keep), e, n))
         dtu, A_t = dt * u, A.T.contiguous()  # (b, l, e), (n, e)
-        for c in _pieces(e, width):
-            state = h[:, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (b, n, c), changed in place
-            block = _Block(step, b, n, c.stop - c.start, h)
+        for r, c in _grid(b, rows, e, width):
+            state = h[r, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (r, n, c), changed in place
+            block = _Block(step, len(state), n, c.stop - c.start, h)
             for k, s in enumerate(_pieces(l, step)):
                 if needs:
-                    starts[k, :, :, c] = state
-                states = block.states(s, c, dt, dtu, A_t, B, state, added, added_at)
-                y[:, s, c] = torch.matmul(_time_first(C, s)[:, :, None], states)[:, :, 0].transpose(0, 1)
+                    starts[k, r, :, c] = state
+                states = block.states(r, s, c, dt, dtu, A_t, B, state, added, added_at)
+                y[r, s, c] = torch.matmul(_time_first(C, r, s)[:, :, None], states)[:, :, 0].transpose(0, 1)
                 for i, t in _inside(keep, s):
-                    kept[:, i, c] = states[t - s.start].transpose(1, 2)
+                    kept[r, i, c] = states[t - s.start].transpose(1, 2)
                 state.copy_(states[-1])
-            last[:, c] = state.transpose(1, 2)
+            last[r, c] = state.transpose(1, 2)
         ctx.save_for_backward(u, dt, A, B, C, added, starts)
-        ctx.keep, ctx.added_at, ctx.step, ctx.width = keep, added_at, step, width
+        ctx.keep, ctx.added_at, ctx.cut = keep, added_at, (rows, step, width)
         return y, last, kept
 
     @staticmethod
@@ -94,26 +92,28 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dlast: Tensor, dkept: Tensor) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, added, starts = ctx.saved_tensors
         (b, l, e), n = u.shape, A.shape[1]
+        rows, step, width = ctx.cut
         dtu, A_t = dt * u, A.T.contiguous()
         du, ddt = torch.empty_like(dt), torch.empty_like(dt)
         dA_t, dB, dC = torch.zeros_like(A_t), torch.zeros_like(B), torch.zeros_like(C)
         dh = torch.empty_like(dlast)
         dadded = None if added is None else torch.empty_like(added, memory_format=torch.contiguous_format)
-        for c in _pieces(e, ctx.width):
-            block = _Block(ctx.step, b, n, c.stop - c.start, starts)
+        for r, c in _grid(b, rows, e, width):
+            # dL/dh from what follows the block (r, n, c)
+            flow = dlast[r, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+            block = _Block(step, len(flow), n, c.stop - c.start, starts)
             grads, product = torch.empty_like(block.write), torch.empty_like(block.write)
-            # (b, n, c)  dL/dh from later
-            flow = dlast[:, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)
-            for k, s in reversed(list(enumerate(_pieces(l, ctx.step)))):
-                before = starts[k, :, :, c]
-                states = block.states(s, c, dt, dtu, A_t, B, before, added, ctx.added_at)
+            for k, s in reversed(list(enumerate(_pieces(l, step)))):
+                before = starts[k, r, :, c]
+                states = block.states(r, s, c, dt, dtu, A_t, B, before, added, ctx.added_at)
                 m = len(states)
-                out, dt_s, u_s, dtu_s = (_time_first(x, s)[..., c] for x in (dy, dt, u, dtu))  # (m, b, c) each
-                dC[:, s] += torch.matmul(states, out[..., None])[..., 0].transpose(0, 1)
+                out, dt_s, u_s, dtu_s = (_time_first(x, r, s)[..., c] for x in (dy, dt, u, dtu))  # (m, r, c) each
+                B_s, C_s = _time_first(B, r, s), _time_first(C, r, s)  # (m, r, n)
+                dC[r, s] += torch.matmul(states, out[..., None])[..., 0].transpose(0, 1)
 
-                grad = torch.mul(_time_first(C, s)[..., None], out[:, :, None], out=grads[:m])  # (m, b, n, c)  dL/dh
+                grad = torch.mul(C_s[..., None], out[:, :, None], out=grads[:m])  # (m, r, n, c)  dL/dh
                 for i, t in _inside(ctx.keep, s):
-                    grad[t - s.start] += dkept[:, i, c].transpose(1, 2)
+                    grad[t - s.start] += dkept[r, i, c].transpose(1, 2)
                 each, decays = grad.unbind(0), block.decay[:m].unbind(0)
                 each[-1].add_(flow)
                 for t in range(m - 2, -1, -1):
@@ -121,38 +121,38 @@ class _Scan(torch.autograd.Function):
                 torch.mul(decays[0], each[0], out=flow)
                 for i, t in _inside(ctx.added_at, s):
                     assert dadded is not None
-                    dadded[:, i, c] = each[t - s.start].transpose(1, 2)
+                    dadded[r, i, c] = each[t - s.start].transpose(1, 2)
 
-                ddtu = torch.matmul(_time_first(B, s)[:, :, None], grad)[:, :, 0]  # (m, b, c)
-                dB[:, s] += torch.matmul(grad, dtu_s[..., None])[..., 0].transpose(0, 1)
+                ddtu = torch.matmul(B_s[:, :, None], grad)[:, :, 0]  # (m, r, c)
+                dB[r, s] += torch.matmul(grad, dtu_s[..., None])[..., 0].transpose(0, 1)
                 power = torch.mul(grad, block.decay[:m], out=product[:m])  # becomes dL/d(dt A) = dL/dh decay h_before
                 power[1:] *= states[:-1]
                 power[0] *= before
-                du[:, s, c] = (ddtu * dt_s).transpose(0, 1)
-                ddt[:, s, c] = torch.addcmul(torch.mul(power, A_t[:, c], out=grad).sum(2), ddtu, u_s).transpose(0, 1)
+                du[r, s, c] = (ddtu * dt_s).transpose(0, 1)
+                ddt[r, s, c] = torch.addcmul(torch.mul(power, A_t[:, c], out=grad).sum(2), ddtu, u_s).transpose(0, 1)
                 dA_t[:, c] += power.mul_(dt_s[:, :, None]).sum((0, 1))
-            dh[:, c] = flow.transpose(1, 2)
+            dh[r, c] = flow.transpose(1, 2)
         return du, ddt, dA_t.T, dB, dC, dh, None, dadded, None
 
 
 class _Block:
     """The memory of one block, used again by each."""
 
-    def __init__(self, step: int, b: int, n: int, width: int, like: Tensor):
-        self.decay = like.new_empty((step, b, n, width))
+    def __init__(self, step: int, rows: int, n: int, width: int, like: Tensor):
+        self.decay = like.new_empty((step, rows, n, width))
         self.write = torch.empty_like(self.decay)
 
     def states(
-        self, s: slice, c: slice, dt: Tensor, dtu: Tensor, A_t: Tensor, B: Tensor, state: Tensor,
+        self, r: slice, s: slice, c: slice, dt: Tensor, dtu: Tensor, A_t: Tensor, B: Tensor, state: Tensor,
         added: Tensor | None, added_at: Sequence[int],
     ) -> Tensor:  # fmt: skip
-        """The states (tokens, b, n, channels) of a block, made in place of its writes; the decays stay in `decay`."""
+        """The states (tokens, rows, n, channels) of a block, made in place of its writes; the decays stay in `decay`."""
         m = s.stop - s.start
-        decay = torch.mul(_time_first(dt, s)[:, :, None, c], A_t[:, c], out=self.decay[:m]).exp_()
-        states = torch.mul(_time_first(dtu, s)[:, :, None, c], _time_first(B, s)[..., None], out=self.write[:m])
+        decay = torch.mul(_time_first(dt, r, s)[:, :, None, c], A_t[:, c], out=self.decay[:m]).exp_()
+        states = torch.mul(_time_first(dtu, r, s)[:, :, None, c], _time_first(B, r, s)[..., None], out=self.write[:m])
         for i, t in _inside(added_at, s):
             assert added is not None
-            states[t - s.start] += added[:, i, c].transpose(1, 2)
+            states[t - s.start] += added[r, i, c].transpose(1, 2)
         before = state
         for now, kept in zip(states.unbind(0), decay.unbind(0), strict=True):
             now.addcmul_(kept, before)
@@ -164,8 +164,12 @@ def _pieces(size: int, width: int) -> list[slice]:
     return [slice(first, min(first + width, size)) for first in range(0, size, width)]
 
 
-def _time_first(x: Tensor, s: slice) -> Tensor:
-    return x[:, s].transpose(0, 1)
+def _grid(b: int, rows: int, e: int, width: int) -> list[tuple[slice, slice]]:
+    return [(r, c) for r in _pieces(b, rows) for c in _pieces(e, width)]
+
+
+def _time_first(x: Tensor, r: slice, s: slice) -> Tensor:
+    return x[r, s].transpose(0, 1)
 
 
 def _inside(positions: Sequence[int], s: slice) -> Iterator[tuple[int, int]]:

@@ -54,14 +54,14 @@ def near(got: Tensor, want: Tensor, rtol: float = RTOL) -> None:
 
 @pytest.fixture(params=["one block", "ragged blocks", "one token, one channel"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Blocks as they are, 3 tokens of 2 channels (5 = 2 + 2 + 1), and the smallest."""
+    """Blocks as they are, 3 tokens of 2 channels (5 = 2 + 2 + 1) of each row, and the smallest."""
     if request.param == "ragged blocks":
-        monkeypatch.setattr(torch_scan, "BLOCK", 40)
+        monkeypatch.setattr(torch_scan, "BLOCK", 20)
         monkeypatch.setattr(torch_scan, "TOKENS", 3)
-        assert torch_scan.channels_of(b, e, n) == 2 and torch_scan.tokens_of(b, e, n, 500) == 3
+        assert torch_scan.cut(b, 500, e, n) == (1, 3, 2)
     if request.param == "one token, one channel":
         monkeypatch.setattr(torch_scan, "BLOCK", 1)
-        assert torch_scan.channels_of(b, e, n) == 1 and torch_scan.tokens_of(b, e, n, 500) == 1
+        assert torch_scan.cut(b, 500, e, n) == (1, 1, 1)
     return request.param
 
 
@@ -230,10 +230,17 @@ def test_the_graph_of_the_scan_holds_its_inputs_and_the_starts_of_blocks() -> No
     ours = leaves(inputs(l))
     mine = {t.untyped_storage().data_ptr() for t in ours}
     saved = [t for t in saved_by(lambda: scan(*ours, keep=[3])) if t.untyped_storage().data_ptr() not in mine]
-    blocks = -(-l // torch_scan.tokens_of(b, e, n, l))
+    blocks = -(-l // torch_scan.cut(b, l, e, n)[1])
     assert blocks == 4
     assert sum(t.numel() for t in saved) == blocks * b * e * n
     assert sum(t.numel() for t in saved_by(lambda: loop(*ours))) > b * l * e * n  # control: the loop holds every state
+
+
+@pytest.mark.parametrize("sizes", [(8, 2048, 1536, 16), (64, 20, 192, 16), (2048, 64, 256, 128), (1, 4097, 5120, 16)])
+def test_the_states_kept_for_the_backward_are_a_small_share_of_all(sizes: tuple[int, int, int, int]) -> None:
+    rows, tokens, channels = torch_scan.cut(*sizes)
+    assert tokens >= torch_scan.TOKENS >= 16
+    assert rows * tokens * channels * sizes[3] <= torch_scan.BLOCK
 
 
 def test_without_gradients_nothing_is_held() -> None:
