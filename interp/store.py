@@ -8,8 +8,8 @@ from typing import Any
 
 from safetensors.torch import load, save
 
-from minimal_mamba.address import Address, Selector, Span, at
-from minimal_mamba.edits import KINDS, Apply, Edit, function_name, import_function
+from minimal_mamba.address import Address, Span, at
+from minimal_mamba.edits import KINDS, Apply, Edit, Rows, function_name, import_function
 from minimal_mamba.errors import CheckpointError
 from minimal_mamba.files import write_files
 from minimal_mamba.sites import ADDRESSABLE
@@ -33,7 +33,7 @@ def save_edits(edits: Sequence[Edit], folder: str | Path) -> None:
         row = {
             "kind": type(edit).__name__,
             "address": _address_out(edit.address),
-            "rows": _out(getattr(edit, "rows", None)),
+            "rows": _out(edit.rows),
         }
         rows.append(row | {"fields": fields})
         if edit.value is not None:
@@ -77,13 +77,13 @@ def load_edits(folder: str | Path) -> list[Edit]:
                 fields["fn"] = import_function(fields["fn"])
             if kind.tensor and str(i) in values:
                 fields[kind.tensor] = values[str(i)]
-            edits.append(kind(_address_in(row["address"]), rows=_in(row["rows"]), **fields))  # type: ignore[call-arg]
+            edits.append(kind(_address_in(row["address"]), rows=_in(row["rows"]), **fields))
         except (LookupError, TypeError, ValueError, ImportError, AttributeError) as error:
             raise CheckpointError(f"{folder}: edit {i} cannot be made here: {error!r}.") from None
     return edits
 
 
-def _out(sel: Selector | None) -> Any:
+def _out(sel: Rows) -> Any:
     if isinstance(sel, Span):
         return {"slice": [sel.start, sel.stop, sel.step]}
     return list(sel) if isinstance(sel, tuple) else sel

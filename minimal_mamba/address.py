@@ -35,23 +35,29 @@ EVERYTHING = Span(None, None, None)
 
 
 def selector(value: Any, what: str) -> Selector:
-    """Normalise an int, slice or iterable of ints; anything else raises AddressError."""
+    """Normalise an int, slice or iterable of ints, of torch or numpy too; anything else raises AddressError."""
     if isinstance(value, Span):
         return value
     if isinstance(value, slice):
-        if value.step is not None and operator.index(value.step) < 1:
+        try:
+            ends = [None if v is None else operator.index(v) for v in (value.start, value.stop, value.step)]
+        except TypeError:
+            raise AddressError(f"{what}={value}: a slice is between ints.") from None
+        if ends[2] is not None and ends[2] < 1:
             raise AddressError(f"{what}={value}: a slice's step is positive.")
-        return Span(*(None if v is None else operator.index(v) for v in (value.start, value.stop, value.step)))
-    if isinstance(value, Iterable) and not isinstance(value, str):
+        return Span(*ends)
+    if hasattr(value, "tolist"):  # a tensor or an array: of no axes an int, of one axis a list
+        value = value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
         items = tuple(selector(v, what) for v in value)
         if not items or not all(isinstance(v, int) for v in items):
             raise AddressError(f"{what}={value!r}: a list holds at least one int, and ints only.")
         if len(set(items)) != len(items):
             raise AddressError(f"{what}={value!r} names the same index twice.")
         return items  # type: ignore[return-value]
+    if isinstance(value, bool):
+        raise AddressError(f"{what}={value}: give an int, a slice or a list of ints, not bools; of a mask its indices.")
     try:
-        if isinstance(value, bool):
-            raise TypeError
         return operator.index(value)
     except TypeError:
         raise AddressError(f"{what}={value!r}: give an int, a slice or a list of ints.") from None

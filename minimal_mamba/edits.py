@@ -17,16 +17,46 @@ from .address import Address, Selector, selector
 from .errors import EditError
 from .sites import RECURRENT_STATE
 
+Rows = Selector | Sequence[int] | None
+
 
 def _value(given: Any, what: str) -> Tensor:
     """A private copy that keeps its gradient, free of NaN."""
     with torch.enable_grad():
-        value = given.clone() if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+        try:
+            if isinstance(given, list | tuple) and any(isinstance(v, Tensor) for v in given):
+                given = torch.stack([torch.as_tensor(v) for v in given])  # torch.tensor would drop their gradients
+            if "complex" in str(getattr(given, "dtype", "")):
+                raise TypeError("it is complex")
+            if not isinstance(given, Tensor):
+                given = torch.tensor(given, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise EditError(f"{what}: {given!r:.80} is no real tensor or number ({error}).") from None
+        value: Tensor = given.clone()
     if not value.is_floating_point():
         value = value.to(torch.get_default_dtype())
     if torch.isnan(value).any():
-        raise EditError(f"{what}: the value holds NaN ({int(torch.isnan(value).sum())} of {value.numel()} numbers).")
+        raise EditError(
+            f"{what}: the value holds NaN ({int(torch.isnan(value).sum())} of {value.numel()} numbers). If it was "
+            "recorded: positions that a padded row does not have are recorded as NaN; use nan_to_num() where they are "
+            "never written."
+        )
     return value
+
+
+def cast(source: object, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value in the type of its place.
+
+    Raises:
+        EditError: a finite number is infinite there.
+    """
+    made = value.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(value.dtype).max and bool((made.isinf() & value.isfinite()).any()):
+        raise EditError(
+            f"{source}: a finite value, up to {float(value.detach().abs().max()):.3g}, is infinite in this place's "
+            f"type {dtype}, which ends at {torch.finfo(dtype).max:.3g}."
+        )
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +64,18 @@ class Edit:
     """Base of all edits: where (`address`), and on which rows of the batch (`rows`, all if None)."""
 
     address: Address
+    rows: Rows = field(default=None, kw_only=True)
     tensor: ClassVar[str | None] = None  # the field that holds a tensor
+    optional: ClassVar[bool] = False  # whether that field may be None
     by_element: ClassVar[bool] = True  # whether each number changes by itself
 
     def __post_init__(self) -> None:
         if not isinstance(self.address, Address):
             raise EditError(f"{type(self).__name__}: {self.address!r} is no address; make one with at.<site>(...).")
-        rows = getattr(self, "rows", None)
-        if rows is not None:
-            chosen = selector(rows, "rows")
+        if self.rows is not None:
+            chosen = selector(self.rows, "rows")
             object.__setattr__(self, "rows", (chosen,) if isinstance(chosen, int) else chosen)
-        if self.value is not None and self.tensor:
+        if self.tensor and not (self.optional and self.value is None):
             object.__setattr__(self, self.tensor, _value(self.value, str(self)))
         if self.address.site == RECURRENT_STATE.name and not self.by_element:
             raise EditError(
@@ -80,22 +111,18 @@ class Edit:
         return hash((type(self).__name__, *self._key()))
 
     def _key(self) -> tuple[Any, ...]:
-        return (self.address, getattr(self, "rows", None), *self.describe().items())
+        return (self.address, self.rows, *self.describe().items())
 
     def __str__(self) -> str:
         parts = [str(self.address)]
         if isinstance(self.value, Tensor):
             parts.append(f"value {tuple(self.value.shape)}")
         parts += [f"{k}={v!r}" for k, v in self.describe().items()]
-        rows = getattr(self, "rows", None)
-        if rows is not None:
-            parts.append(f"rows={list(rows) if isinstance(rows, tuple) else rows}")
+        if self.rows is not None:
+            parts.append(f"rows={list(self.rows) if isinstance(self.rows, tuple) else self.rows}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     __repr__ = __str__
-
-
-Rows = Selector | Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,7 +130,6 @@ class Set(Edit):
     """Put `to` in place of what is there."""
 
     to: Tensor
-    rows: Rows = field(default=None, kw_only=True)
     tensor = "to"
 
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
@@ -116,7 +142,6 @@ class Add(Edit):
     """Add `what` to what is there."""
 
     what: Tensor
-    rows: Rows = field(default=None, kw_only=True)
     tensor = "what"
 
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
@@ -129,7 +154,6 @@ class Scale(Edit):
     """Multiply what is there by `factor`."""
 
     factor: Tensor
-    rows: Rows = field(default=None, kw_only=True)
     tensor = "factor"
 
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
@@ -140,8 +164,6 @@ class Scale(Edit):
 @dataclass(frozen=True, eq=False, repr=False)
 class Zero(Edit):
     """Put zeros in place of what is there."""
-
-    rows: Rows = field(default=None, kw_only=True)
 
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
         return torch.zeros_like(old)
@@ -155,8 +177,8 @@ class Mean(Edit):
     """
 
     mean: Tensor | None = None
-    rows: Rows = field(default=None, kw_only=True)
     tensor = "mean"
+    optional = True
 
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
         return (mean() if value is None else value).expand_as(old).clone()
@@ -171,12 +193,13 @@ class Project(Edit):
     """
 
     basis: Tensor
-    keep: bool = False
-    rows: Rows = field(default=None, kw_only=True)
+    keep: bool = field(default=False, kw_only=True)
     tensor = "basis"
     by_element = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.keep, bool):
+            raise EditError(f"Project: keep={self.keep!r} is no bool; True keeps only the subspace, False removes it.")
         super().__post_init__()
         flat = self.basis.detach().flatten(1) if self.basis.dim() > 1 else None
         if flat is None or flat.shape[0] > flat.shape[1] or torch.linalg.matrix_rank(flat.double()) < flat.shape[0]:
@@ -188,7 +211,7 @@ class Project(Edit):
         axes = old.dim() - (value.dim() - 1)
         flat = old.flatten(axes) if value.dim() > 1 else old  # (..., f)
         w = torch.promote_types(old.dtype, torch.float32)
-        q, _ = torch.linalg.qr(directions.T.to(w))  # (f, m)
+        q, _ = torch.linalg.qr(cast(self, directions.T, w))  # (f, m)
         inside = (flat.to(w) @ q @ q.T).reshape(old.shape).to(old.dtype)
         return inside if self.keep else old - inside
 
@@ -198,19 +221,33 @@ class Apply(Edit):
     """Put `fn(value)` in place of what is there.
 
     `fn` sees one layer at a time: (rows, positions, features) along the sequence (an int position drops its axis), and
-    (rows, features), one position after the other, for sites inside the recurrence (`SITES[...].per_position`).
+    (rows, features), one position after the other, for sites inside the recurrence (`SITES[...].per_position`). Where
+    rows have unequal numbers of the positions, it sees one row and its own positions a call, (1, positions, features).
+    So `fn` must treat rows independently; and positions too, for a slice that decoding or a run in pieces may cut. It
+    returns a floating-point tensor of the shape that it was given; NaN is allowed.
     """
 
     fn: Callable[[Tensor], Tensor]
-    rows: Rows = field(default=None, kw_only=True)
     by_element = False
 
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise EditError(f"Apply: {self.fn!r} is no function; give one that maps a tensor to a tensor of its shape.")
+        super().__post_init__()
+
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
+        return self.on(old)
+
+    def on(self, old: Tensor) -> Tensor:
+        """`fn(old)`, checked, in the type of `old`."""
         made = self.fn(old.clone())  # a function that works in place changes its copy: `old` may also be read elsewhere
-        if not isinstance(made, Tensor) or made.shape != old.shape:
-            got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
-            raise EditError(f"{self}: the function must return shape {tuple(old.shape)}, it returned {got}.")
-        return made
+        if not isinstance(made, Tensor) or made.shape != old.shape or not made.is_floating_point():
+            got = f"{tuple(made.shape)} of {made.dtype}" if isinstance(made, Tensor) else type(made).__name__
+            raise EditError(
+                f"{self}: the function must return shape {tuple(old.shape)}, it returned {got}; "
+                "its type must be floating point."
+            )
+        return cast(self, made, old.dtype)
 
 
 KINDS: dict[str, type[Edit]] = {kind.__name__: kind for kind in (Set, Add, Scale, Zero, Mean, Project, Apply)}
@@ -224,8 +261,9 @@ def function_name(fn: Callable[..., Any]) -> str:
             raise EditError
     except (EditError, ImportError, AttributeError):
         raise EditError(
-            f"Apply({name}) cannot be saved: its function cannot be imported by name. "
-            "Move it to the top level of a module."
+            f"Apply({name}) cannot be saved: its function cannot be imported by name. Move it to the top level of a "
+            "module other than __main__. Of a builtin, such as torch.relu, name the Python function, such as "
+            "torch.nn.functional.relu, or wrap it, like a partial or a method, in a function of such a module."
         ) from None
     return name
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .address import Address
-from .edits import Edit, Mean, Project
+from .edits import Apply, Edit, Mean, Project
 from .errors import EditError, ShapeMismatch
 from .sites import SITES
 
@@ -23,7 +23,6 @@ class Probe(Edit):
     """Adds a zero whose gradient is wanted; made by `gradients`, not by users. Every site, `recurrent_state` too."""
 
     zero: Tensor
-    rows = None
     tensor = "zero"
 
     def __post_init__(self) -> None:
@@ -43,7 +42,7 @@ class Item:
     layers: list[int | None]
     rows: Tensor  # (R,) rows that are read
     write: Tensor  # (R,) bool: rows that are changed
-    pos: Tensor  # (R, P) absolute positions, -1 where a row has fewer
+    pos: Tensor  # (R, P) absolute positions, -1 where a row has none
     index: list[list[int]] | None  # chosen channels of each feature axis; None: all
     dropped: tuple[bool, ...]  # which of (position, *features) an int chose
     value: Tensor | None  # (layers, R, P, *features), with 1 where it broadcasts; for Project (m, *features)
@@ -140,8 +139,20 @@ def index_at(item: Item, rows: Tensor, value: Tensor) -> tuple[Tensor, ...] | No
     return tuple(i.to(value.device) for i in at)
 
 
+def row_by_row(item: Item, edit: Apply, old: Tensor) -> Tensor:
+    """What an Apply makes of `old` (R, c, *features) where rows lack some of the c: one row's own positions a call."""
+    new = old.clone()
+    for i, has in enumerate(item.valid):
+        c = has.nonzero()[:, 0].to(old.device)
+        if len(c):
+            own = old[i : i + 1, c]  # (1, its positions, *features)
+            made = edit.on(item.visible(own, 2)).reshape(own.shape)
+            new = new.index_put((torch.full_like(c, i), c), made[0])
+    return new
+
+
 def join(item: Item, layer: int | None) -> Tensor:
-    """One layer's recording (R, P, *features) from its pieces; positions that a row lacks are zero."""
+    """One layer's recording (R, P, *features) from its pieces; positions that a row lacks are NaN."""
     pieces = item.pieces[layer]
     if all(valid is None for _, valid, _ in pieces):
         cols = torch.cat([c for c, _, _ in pieces])
@@ -149,7 +160,7 @@ def join(item: Item, layer: int | None) -> Tensor:
         in_order = bool((cols == torch.arange(len(cols))).all())
         return joined if in_order else joined[:, cols.argsort().to(joined.device)]
     first = pieces[0][2]
-    out = first.new_zeros((len(item.rows), item.pos.shape[1], *first.shape[2:]))
+    out = first.new_full((len(item.rows), item.pos.shape[1], *first.shape[2:]), torch.nan)
     for cols, valid, got in pieces:
         mask = torch.ones(got.shape[:2], dtype=torch.bool) if valid is None else valid
         i, c = mask.nonzero(as_tuple=True)

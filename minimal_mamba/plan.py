@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .address import Address, Span, resolve
 from .config import MambaConfig
-from .edits import Edit, Mean, Project
+from .edits import Apply, Edit, Mean, Project, cast
 from .errors import AddressError, EditError, NotReached
-from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join
+from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join, row_by_row
 from .sites import RECURRENT_STATE
 from .tap import Tap
 
@@ -66,7 +66,7 @@ class Plan(Tap):
         layers: list[int | None] = [None]
         if address.layer is not None:
             layers = list(_named(address, resolve, address.layer, self.config.n_layer, "layer"))
-        chosen = getattr(edit, "rows", None)
+        chosen = edit.rows if edit else None
         wanted = list(range(b)) if chosen is None else _named(source, resolve, chosen, b, "row")
         whole_batch = isinstance(edit, Mean) and edit.mean is None
         if whole_batch and b == 1:
@@ -105,10 +105,13 @@ class Plan(Tap):
         ]
 
     def _positions(self, address: Address, rows: list[int], write: Tensor, source: Edit | Address) -> Tensor:
-        found: list[list[int]] = []
+        """(R, P) positions, -1 where a row has none. A column is one offset from the rows' own ends where a slice
+        starts with a negative number, else one count from the first position that the row has of it.
+        """
+        sel, found = address.pos, []
+        from_end = isinstance(sel, Span) and sel.start is not None and sel.start < 0
         for row, needed in zip(rows, write.tolist(), strict=True):
             first, last, origin = int(self.start[row]), int(self.stop[row]) - 1, int(self.origin[row])
-            sel = address.pos
             if isinstance(sel, Span):
                 ends = [None if v is None else max(v + origin, 0) if v < 0 else v for v in (sel.start, sel.stop)]
                 here = [p for p in range(last + 1)[ends[0] : ends[1] : sel.step] if p >= first]
@@ -127,9 +130,9 @@ class Plan(Tap):
                 )
             if len(set(here)) != len(here):
                 raise AddressError(f"{source} names the same position of row {row} twice.")
-            found.append(here)
-        width = max(map(len, found))
-        return torch.tensor([h + [-1] * (width - len(h)) for h in found], dtype=torch.long)
+            found.append({p - origin if from_end else count: p for count, p in enumerate(here)})
+        columns = sorted({column for row in found for column in row})
+        return torch.tensor([[row.get(column, -1) for column in columns] for row in found], dtype=torch.long)
 
     def shape(self, source: Edit | Address) -> tuple[int, ...]:
         """Shape of what an address of this plan records."""
@@ -180,8 +183,8 @@ class Plan(Tap):
         if share is not None and not isinstance(item.edit, Project) and share.shape[1] > 1:
             share = share[:, item.cols]
         if share is not None:
+            share = share if isinstance(item.edit, Project) else cast(item.edit, item.visible(share, 2), old.dtype)
             share = share.to(old.device)
-            share = share if isinstance(item.edit, Project) else item.visible(share, 2).to(old.dtype)
         seen = item.visible(old, 2)
         valid = item.valid.to(value.device)
 
@@ -189,7 +192,10 @@ class Plan(Tap):
             weight = valid.reshape(valid.shape + (1,) * (old.dim() - 2)).to(old.dtype)
             return item.visible((old * weight).sum(0, keepdim=True) / weight.sum(0, keepdim=True), 2)
 
-        new = item.edit.new(seen, share, mean).to(old.dtype).reshape(old.shape)
+        if isinstance(item.edit, Apply) and not valid.all():
+            new = row_by_row(item, item.edit, old)
+        else:
+            new = item.edit.new(seen, share, mean).to(old.dtype).reshape(old.shape)
         written = item.valid & item.write[:, None]
         item.done += int(written.sum())
         if written.all():
@@ -215,7 +221,7 @@ class Plan(Tap):
                 share = share[i if share.shape[0] > 1 else 0, j if share.shape[1] > 1 else 0]
                 if share.dim() < old.dim():  # both were 1: one value for all rows
                     share = share[None]
-                share = item.visible(share, 1).to(old.dtype)
+                share = cast(item.edit, item.visible(share, 1), old.dtype)
             share = share.to(old.device)
         seen = item.visible(old, 1)
         new = item.edit.new(seen, share, lambda: seen.mean(0, keepdim=True)).to(old.dtype).reshape(old.shape)
@@ -275,14 +281,24 @@ class Plan(Tap):
     # -- after the run --------------------------------------------------------------------------------------------
 
     def results(self) -> dict[Address, Tensor]:
-        """The recordings. Raises NotReached, naming them, if an edit or a recording did not happen everywhere."""
+        """The recordings; NaN at the positions of a ragged slice that a row does not have.
+
+        Raises:
+            NotReached: an edit or a recording, which it names, did not happen everywhere, or happened too often.
+        """
         for item in self._resolved:
-            if item.done != item.expected:
-                what = "edit" if item.edit else "recording"
+            if item.done == item.expected:
+                continue
+            what = f"{'edit' if item.edit else 'recording'} {item.source} happened"
+            if item.done > item.expected:
                 raise NotReached(
-                    f"{what} {item.source} happened at {item.done} of {item.expected} places: the operations in use "
-                    f"passed over {item.site!r}. This is a fault of the backend; run with backend='reference'."
+                    f"{what} more often than expected, {item.done} times at {item.expected} places of {item.site!r}. "
+                    "A Plan serves one run; make a new one for the next."
                 )
+            raise NotReached(
+                f"{what} at {item.done} of {item.expected} places: the operations in use passed over {item.site!r}. "
+                "This is a fault of the backend; run with backend='reference'."
+            )
         return {a: self._assemble(self.of[id(a)]) for a in self.record_at}
 
     def _assemble(self, items: list[Item]) -> Tensor:

@@ -23,7 +23,11 @@ class Tap:
         return value
 
     def edited(self, *sites: str) -> list[int]:
-        """The positions at which an edit touches one of these sites of this layer, ascending."""
+        """The positions that need a readable step for one of these sites of this layer, ascending.
+
+        Those of its edits, and of gradients wanted in it; not of gradients in `ssm_state` and `state_write`, which a
+        scan can take by adding what `probed` gives.
+        """
         return []
 
     def recorded(self, *sites: str) -> list[int]:
@@ -34,7 +38,12 @@ class Tap:
         """Hand over the values (b, len(times), ...) of positions that no edit touches."""
 
     def probed(self, times: Sequence[int]) -> tuple[list[int], Tensor] | None:
-        """Which of these positions take a gradient in `ssm_state`, and the zeros (b, p, e, n) to add there."""
+        """Which of these positions take a gradient in `ssm_state` or `state_write`, and the zeros to add to the state.
+
+        Returns:
+            p positions, ascending, and (b, p, e, n), to be added to the state as a write of these positions: the sum of
+            all probes, whose gradients are asked for later. None where no position takes one.
+        """
         return None
 
     def touches(self, *sites: str) -> bool:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from interp import SITES, Add, Apply, Mean, Project, Scale, Set, Zero, at, generate, run
 from minimal_mamba import Plan
 from minimal_mamba.edits import KINDS
+from minimal_mamba.errors import EditError
 from minimal_mamba.sites import ADDRESSABLE
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -185,7 +186,7 @@ def make(kind, address, shape):
         inside = (flat @ P).reshape(old.shape)
         return inside if keep else old - inside
 
-    return Project(address, basis, keep), project
+    return Project(address, basis, keep=keep), project
 
 
 KIND_NAMES = ["Set", "Add", "Scale", "Zero", "Mean", "Mean given", "Apply", "Project", "Project keep"]
@@ -474,6 +475,60 @@ def test_mean_on_a_padded_batch_is_over_the_rows_that_have_the_position(backend)
     base = run(MODEL, IDS, record=[where("ssm_state")], lengths=lengths, backend=backend)[where("ssm_state")][:, 3]
     got = run(MODEL, IDS, [Mean(inner, rows=[0])], record=[where("ssm_state")], lengths=lengths, backend=backend)
     same(got[where("ssm_state")][0, 3], base[[0, 1]].mean(0), 1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("site", ["u", "ssm_state", "conv_state", "recurrent_state", "logits"])
+@pytest.mark.parametrize(("start", "stop", "step"), [(-4, None, None), (-4, -1, None), (-4, None, 2), (-3, 5, None)])
+def test_a_slice_from_the_end_has_a_column_for_each_offset(site, start, stop, step, backend):
+    place, lengths = where(site, pos=slice(start, stop, step)), [5, L - 2, 3]
+    whole = run(MODEL, IDS, record=[where(site)], lengths=lengths, backend=backend)[where(site)]
+    got = run(MODEL, IDS, record=[place], lengths=lengths, backend=backend)[place]
+    have = [list(range(n))[start:stop:step] for n in lengths]
+    offsets = sorted({p - n for ps, n in zip(have, lengths, strict=True) for p in ps})
+    assert got.shape[1] == len(offsets)
+    for i, n in enumerate(lengths):
+        for c, offset in enumerate(offsets):
+            if n + offset in have[i]:
+                same(got[i, c], whole[i, n + offset], 0)
+            else:
+                assert got[i, c].isnan().all()
+    own = got.nan_to_num()  # and back to where it was recorded
+    again = run(MODEL, IDS, [Set(place, own)], record=[place], lengths=lengths, backend=backend)
+    torch.testing.assert_close(again[place], got, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(EditError, match=r"positions that a padded row does not have are recorded as NaN.*nan_to_num"):
+        Set(place, got)
+
+
+@BOTH
+def test_mean_on_a_slice_from_the_end_pairs_the_same_offsets(backend):
+    place, lengths = where("u", pos=slice(-4, None)), [5, L, 3]
+    base = run(MODEL, IDS, record=[place], lengths=lengths, backend=backend)[place]
+    got = run(MODEL, IDS, [Mean(place)], record=[place], lengths=lengths, backend=backend)[place]
+    for c in range(4):
+        have = [0, 1] if c == 0 else [0, 1, 2]
+        same(got[have, c], base[have, c].mean(0).expand(len(have), -1), 1e-12)
+    assert got[2, 0].isnan().all()
+
+
+@BOTH
+@pytest.mark.parametrize("pos", [slice(None), slice(-4, None), slice(1, None, 2)])
+@pytest.mark.parametrize("e", [slice(None), [3, 8], 5])
+def test_apply_sees_only_the_positions_that_a_row_has(pos, e, backend):
+    place, lengths, seen = where("u", pos=pos, e=e), [5, L, 3], []
+
+    def centred(x):
+        seen.append(tuple(x.shape[:2]))
+        return x - x.mean(1, keepdim=True)
+
+    out = run(MODEL, IDS, [Apply(place, centred)], lengths=lengths, backend=backend)
+    assert seen == [(1, len(list(range(n))[pos])) for n in lengths]
+    for i, n in enumerate(lengths):
+        alone = run(MODEL, IDS[i : i + 1, :n], [Apply(place, centred)], backend=backend)
+        same(out.logits[i, :n], alone.logits[0], 1e-11)
+    seen.clear()
+    run(MODEL, IDS, [Apply(place, centred)], backend=backend)
+    assert seen == [(B, len(list(range(L))[pos]))]
 
 
 def one_by_one(ids, edits, record, backend, pieces=None):

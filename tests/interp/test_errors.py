@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny
@@ -74,6 +75,23 @@ def test_selectors():
     fails(AddressError, r"pos=\[\]: a list holds at least one int", at.u, pos=[])
     fails(AddressError, r"pos=\[1, 1\] names the same index twice", at.u, pos=[1, 1])
     fails(AddressError, r"a slice's step is positive", at.u, pos=slice(None, None, -1))
+    fails(AddressError, r"a slice is between ints", at.u, pos=slice(0.5, None))
+    fails(AddressError, r"e=b'ab': give an int", at.u, e=b"ab")
+
+
+def test_selectors_of_torch_and_numpy():
+    for three in (torch.tensor(3), np.int64(3), np.array(3)):
+        assert at.x(pos=three) == at.x(pos=3)
+        assert at.x(pos=slice(three, None)) == at.x(pos=slice(3, None))
+    for many in (torch.tensor([3, -1]), np.array([3, -1]), [np.int64(3), torch.tensor(-1)]):
+        assert at.x(pos=many, layer=many) == at.x(pos=[3, -1], layer=[3, -1])
+        assert Zero(at.x(), rows=many) == Zero(at.x(), rows=[3, -1])
+    assert at.x(pos=torch.tensor([3])) == at.x(pos=[3])  # a list of one keeps its axis
+    for mask in (True, np.True_, torch.tensor(True), torch.tensor([True, False]), np.array([False, True]), [True]):
+        fails(AddressError, r"pos=\w+: give an int, .* not bools; of a mask its indices", at.x, pos=mask)
+        fails(AddressError, r"rows=\w+: give an int, .* not bools", Zero, at.x(), rows=mask)
+    for other in (torch.tensor(3.0), np.array([1.5]), torch.tensor([[1, 2]])):
+        fails(AddressError, r"pos=.*(give an int|ints only)", at.x, pos=other)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -205,9 +223,30 @@ def test_edits_without_a_meaning():
             [edit],
             lengths=[7, 4, 5],
         )
+    place = at.u(layer=0, pos=1)
+    for kind in (Set, Add, Scale, Project):
+        fails(EditError, rf"{kind.__name__}\(u.*None is no real tensor or number", kind, place, None)
+    for value, why in (
+        ("a", "'a' is no real tensor"),
+        ([torch.ones(2), torch.ones(3)], "stack expects each tensor to be equal size"),
+        ([[1.0], [1.0, 2.0]], "expected sequence of length 1"),
+        (1j, "complex"),
+        (torch.ones(2, dtype=torch.complex64), "it is complex"),
+        (np.ones(2) * 1j, "it is complex"),
+    ):
+        fails(EditError, r"Set\(u(.|\n)*" + why, Set, place, value)
+    for fn in (None, 3):
+        fails(EditError, rf"Apply: {fn} is no function", Apply, place, fn)
+    fails(EditError, r"Project: keep=\[0\] is no bool", lambda: Project(place, torch.eye(1, 24), keep=[0]))
+    with pytest.raises(TypeError, match="positional"):
+        Project(place, torch.eye(1, 24), True)
     ragged = [Mean(at.u(layer=0, pos=5))]
     fails(EditError, r"Mean\(u.*in different calls of the model", generate, MODEL, IDS, 3, ragged, lengths=[7, 4, 5])
-    for made, got in ((lambda x: x[:1], r"\(1, 24\)"), (lambda x: None, "NoneType")):
+    for made, got in (
+        (lambda x: x[:1], r"\(1, 24\)"),
+        (lambda x: None, "NoneType"),
+        (torch.isnan, r".*torch\.bool; its type"),
+    ):
         fails(
             EditError,
             r"Apply\(u.*must return shape \(3, 24\), it returned " + got,
@@ -290,6 +329,28 @@ def test_an_edit_that_happens_at_some_places_only():
     plan = Plan(CONFIG, [Zero(at.u(layer=0))], [], zero, zero + 7)
     MODEL(IDS[:, :4], tap=plan)
     fails(NotReached, r"Zero\(u\(layer=0, pos=:\)\) happened at 12 of 21 places", plan.results)
+
+
+def test_a_plan_that_serves_two_runs():
+    zero = torch.zeros(3, dtype=torch.long)
+    plan = Plan(CONFIG, [Zero(at.u(layer=0, pos=1))], [at.y(layer=1)], zero, zero + 7)
+    for _ in range(2):
+        MODEL(IDS, tap=plan)
+    fails(NotReached, r"Zero\(.* more often than expected, 6 times at 3 places .* serves one run", plan.results)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(("site", "big"), [("u", 1e6), ("logits", 1e6), ("ssm_state", 1e46)])  # the state is float32
+def test_a_value_that_is_finite_until_it_is_cast(site, big, backend):
+    model, place = tiny(dtype=torch.float16), getattr(at, site)(pos=2)
+    says = r"finite value, up to 1e\+\d\d, is infinite in this place's type torch\.float\d\d"
+    for edit in (
+        Set(place, big),
+        Add(place, torch.tensor(-big, dtype=torch.float64)),
+        Apply(place, lambda x: x.double() * 0 + big),
+    ):
+        fails(EditError, says, run, model, IDS, [edit], [], backend)
+    run(model, IDS, [Set(place, float("inf")), Set(place, 6e4), Apply(place, lambda x: x * torch.nan)], [], backend)
 
 
 def test_reading_what_was_not_recorded():

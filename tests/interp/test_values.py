@@ -1,6 +1,7 @@
 """Edits are values: compared by content, printed, copied when made, saved whole and loaded equal."""
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -116,6 +117,14 @@ def test_nan_raises_when_made(kind):
         kind(PLACE, bad)
 
 
+def test_a_list_of_tensors_keeps_their_gradients():
+    leaf = torch.ones(2, requires_grad=True)
+    edit = Set(PLACE, [leaf, leaf * 2])
+    assert edit == Set(PLACE, torch.tensor([[1.0, 1.0], [2.0, 2.0]]))
+    (grad,) = torch.autograd.grad(edit.to.sum(), leaf)
+    assert grad.tolist() == [3, 3]
+
+
 def test_what_is_no_edit_raises_when_made():
     with pytest.raises(EditError, match=r"'u' is no address; make one with at\.<site>"):
         Zero("u")
@@ -157,8 +166,11 @@ def test_functions_without_a_name_raise_when_saved(tmp_path):
     def local(x):
         return x
 
-    for fn in (local, lambda x: x, tiny().forward):
-        with pytest.raises(EditError, match=r"cannot be imported by name\. Move it to the top level"):
+    for fn in (local, lambda x: x, tiny().forward, torch.relu, functools.partial(F.softplus, beta=2.0)):
+        says = (
+            r"cannot be imported by name\. Move it to the top level.*torch\.nn\.functional\.relu, or wrap it.*partial"
+        )
+        with pytest.raises(EditError, match=says):
             save_edits([Apply(PLACE, fn)], tmp_path)
     assert not list(tmp_path.iterdir())
 
