@@ -2,7 +2,7 @@
 
 donor = run(model, clean_ids, record=[state := at.ssm_state(layer=3, pos=7)])
 patched = run(model, corrupt_ids, edits=[Set(state, donor[state])])
-effect = logit_diff(patched.logits[:, -1], answer, foil)  # nats
+effect = logit_diff(patched, answer, foil)  # nats, at each row's own last token
 """
 
 from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale, Set, Zero, at

@@ -2,6 +2,11 @@
 
 Logits are (b, v), or (b, l, v), of which the last position counts; or a `Run`, whose rows' own last tokens count. The
 logits of a padded batch are zero at the end of short rows: pass the run, or `run_.last_logits`.
+
+Logits have a column for each row of the embedding, also for those beyond the vocabulary, which name no token and which
+`generate` never picks. Of a `Run` they are left out. Of a tensor everything given counts: the padding has its share of
+the probability, and can have the highest logit, unless it is cut off, as in `logits[..., :vocab_size]`. `logit_diff` is
+the same either way.
 """
 
 import torch
@@ -16,17 +21,19 @@ Tokens = int | Tensor  # one id for all rows, or (b,)
 
 def _last(logits: Tensor | Run) -> Tensor:
     if isinstance(logits, Run):
-        return logits.last_logits.to(torch.promote_types(logits.logits.dtype, torch.float32))
+        real = logits.last_logits[:, : logits.vocab_size]
+        return real.to(torch.promote_types(real.dtype, torch.float32))
     if logits.dim() not in (2, 3):
         raise InputError(f"logits have shape {tuple(logits.shape)}; a metric takes (b, v) or (b, l, v).")
     last = logits if logits.dim() == 2 else logits[:, -1]
-    if logits.dim() == 3 and logits.shape[1] > 1:
-        blank = ~last.any(-1) & logits.any(-1).any(-1)
-        if blank.any():
-            raise InputError(
-                f"the logits of row {int(blank.nonzero()[0])} are all zero at the last position, as on padding. "
-                "Pass the run, or run_.last_logits."
-            )
+    blank = ~last.any(-1)
+    # zeros alone may be meant (an edit of the last norm); beside other numbers they are padding
+    alive = last.any(-1).any() if logits.dim() == 2 else logits.any(-1).any(-1) | last.any(-1).any()
+    if bool((blank & alive).any()):
+        raise InputError(
+            f"the logits of row {int((blank & alive).nonzero()[0])} are all zero at the last position, as on padding, "
+            "and others are not. Pass the run, which knows where each row ends: logit_diff(run_, ...)."
+        )
     return last.to(torch.promote_types(last.dtype, torch.float32))
 
 
@@ -60,6 +67,11 @@ def prob(logits: Tensor | Run, answer: Tokens) -> Tensor:
 def kl(logits: Tensor | Run, other: Tensor | Run) -> Tensor:
     """KL(p || q) = sum p (log p - log q), p of `logits` and q of `other`, in nats, >= 0, (b,)."""
     p, q = _last(logits).log_softmax(-1), _last(other).log_softmax(-1)
+    if p.shape != q.shape:
+        raise InputError(
+            f"kl compares {tuple(p.shape)} with {tuple(q.shape)}: rows and vocabulary must match. "
+            "Of a run the vocabulary's padding is left out: give two runs, or two tensors."
+        )
     return (p.exp() * (p - q)).sum(-1)
 
 

@@ -17,7 +17,7 @@ Metric = Callable[[Tensor], Tensor]  # logits (b, l, v) -> (b,)
 Lengths = Tensor | Sequence[int] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What a run gave.
 
@@ -27,6 +27,7 @@ class Run:
         lengths: (b,) tokens in each row of `ids`.
         state: the memory after each row's last token, if it was kept.
         backend: the name of the operations that ran.
+        vocab_size: how many of the v columns of `logits` are tokens; the others are padding of the embedding.
     `run_[address]` is a copy of what was recorded there.
     """
 
@@ -35,6 +36,7 @@ class Run:
     lengths: Tensor
     state: MambaState | None
     backend: str
+    vocab_size: int
     records: Mapping[Address, Tensor] = field(repr=False)
 
     def __getitem__(self, address: Address) -> Tensor:
@@ -95,7 +97,7 @@ def _run(
     ids, sizes = model.check(ids, lengths, state)
     plan = Plan(model.config, edits, record, *span(ids, sizes, state))
     out = model(ids, state=state, lengths=lengths, keep_state=keep_state, last_only=last_only, tap=plan, ops=ops)
-    return Run(ids, out.logits, sizes, out.state, ops.name, plan.results())
+    return Run(ids, out.logits, sizes, out.state, ops.name, model.config.vocab_size, plan.results())
 
 
 def span(ids: Tensor, sizes: Tensor, state: MambaState | None) -> tuple[Tensor, Tensor]:
@@ -168,10 +170,10 @@ def generate(
         logits = torch.cat([out.logits, out.logits.new_zeros(b, n_tokens - 1, out.logits.shape[-1])], 1)
         for i, step in enumerate(steps):
             logits[rows, ends - 1 + i] = step
-    return Run(whole, logits, sizes + n_tokens, out.state, ops.name, plan.results())
+    return Run(whole, logits, sizes + n_tokens, out.state, ops.name, model.config.vocab_size, plan.results())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gradients:
     """`gradients_[address]`: dMetric/dSite in the shape that the address records; `values` (b,), the metric."""
 

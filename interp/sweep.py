@@ -17,7 +17,7 @@ from .run import Lengths, Metric, apply_metric, run
 Layers = int | tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """A sweep's numbers, in the unit of its metric.
 

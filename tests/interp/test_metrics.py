@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import accuracy, kl, log_prob, logit_diff, prob, run
+from interp import Add, Zero, accuracy, at, generate, kl, log_prob, logit_diff, prob, run
 from minimal_mamba.errors import InputError
 
 ROWS = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)) + 2.0
@@ -77,13 +77,45 @@ def test_a_run_counts_each_rows_own_last_token():
     answer, foil = torch.tensor([1, 2, 3]), 7
     for metric, one in (
         (logit_diff(padded, answer, foil), lambda i: logit_diff(alone[i], answer[i], foil)),
-        (prob(padded, answer), lambda i: prob(alone[i].logits, int(answer[i]))),
-        (kl(padded, other), lambda i: kl(alone[i].logits, others[i])),
+        (prob(padded, answer), lambda i: prob(alone[i].logits[..., :29], int(answer[i]))),
+        (kl(padded, other), lambda i: kl(alone[i], others[i].logits[..., :29])),
     ):
         torch.testing.assert_close(metric, torch.cat([one(i) for i in range(3)]), rtol=1e-10, atol=1e-12)
-    with pytest.raises(InputError, match=r"row 0 are all zero at the last position, as on padding\. Pass the run"):
-        logit_diff(padded.logits, answer, foil)
+    for short in (padded.logits, padded.logits[:, -1], padded.logits[:, -1:], padded.logits[[0, 0, 2]]):
+        with pytest.raises(InputError, match=r"row 0 are all zero at the last position, as on padding.* Pass the run"):
+            logit_diff(short, answer, foil)
     assert torch.equal(logit_diff(padded.last_logits, answer, foil), logit_diff(padded, answer, foil))
+
+
+def test_zeros_that_are_meant_are_taken():
+    model = tiny()
+    ids = torch.randint(0, 29, (3, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = run(model, ids, [Zero(at.final_norm())], lengths=[2, 6, 4], last_only=True)
+        one = run(model, ids, [Zero(at.final_norm(), rows=[1])])
+    assert not logit_diff(out, 1, 2).any() and not logit_diff(out.logits, 1, 2).any()
+    assert logit_diff(one, 1, 2).ne(0).tolist() == [True, False, True]
+
+
+def test_a_run_has_no_padding_in_its_vocabulary():
+    """A token that does not exist has no probability and is no answer; in a tensor it counts, as documented."""
+    model = tiny()
+    ids = torch.randint(0, 29, (3, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = run(model, ids)
+        out = run(model, ids, [Add(at.logits(v=slice(29, None)), 50.0)])
+    assert out.vocab_size == 29 and out.logits.shape[-1] == 32
+    best = out.last_logits[:, :29].argmax(-1)
+    assert accuracy(out, best).tolist() == [1, 1, 1] and accuracy(out.logits, best).tolist() == [0, 0, 0]
+    near(sum(prob(out, token) for token in range(29)), [1, 1, 1])
+    assert prob(out.logits, best).max() < 1e-9
+    near(kl(plain, out), [0, 0, 0])
+    assert torch.equal(logit_diff(out, 1, 2), logit_diff(out.logits, 1, 2))
+    with pytest.raises(InputError, match=r"token id 29 is outside the logits' 0\.\.28"):
+        prob(out, 29)
+    with pytest.raises(InputError, match=r"kl compares \(3, 29\) with \(3, 32\)"):
+        kl(out, out.logits)
+    assert generate(model, ids, 2).vocab_size == 29
 
 
 @pytest.mark.parametrize(
