@@ -146,7 +146,7 @@ class _Block:
         self, r: slice, s: slice, c: slice, dt: Tensor, dtu: Tensor, A_t: Tensor, B: Tensor, state: Tensor,
         added: Tensor | None, added_at: Sequence[int],
     ) -> Tensor:  # fmt: skip
-        """The states (tokens, rows, n, channels) of a block, made in place of its writes; the decays stay in `decay`."""
+        """The states (tokens, rows, n, channels) of a block, in place of its writes; the decays stay in `decay`."""
         m = s.stop - s.start
         decay = torch.mul(_time_first(dt, r, s)[:, :, None, c], A_t[:, c], out=self.decay[:m]).exp_()
         states = torch.mul(_time_first(dtu, r, s)[:, :, None, c], _time_first(B, r, s)[..., None], out=self.write[:m])

@@ -36,5 +36,21 @@ def cpu(
     print(f"\nwritten to {out}")
 
 
+@app.command()
+def trainer(
+    rounds: Annotated[int, typer.Option(min=1, help="runs of each")] = 3,
+    out: Annotated[Path, typer.Option(help="where the results go")] = RESULTS / "trainer.json",
+) -> None:
+    """What Trainer costs beside a bare loop, a step of the shipped model's training."""
+    from . import trainer as bench
+
+    found = bench.run(rounds)
+    for name, seconds in found["median"].items():
+        print(f"{name:10} {seconds * 1e3:7.1f} ms a step")
+    print(f"overhead   {found['overhead']:7.1%}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, found)
+
+
 if __name__ == "__main__":
     app()

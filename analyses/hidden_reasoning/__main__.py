@@ -97,15 +97,19 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the figures and results.json.")] = Path("runs/demo"),
     n: Annotated[int, typer.Option("--pairs", min=2, help="Pairs of prompts.")] = 200,
     num_steps: Annotated[int, typer.Option(help="Operations of a prompt.")] = 6,
-    differ: Annotated[int, typer.Option(help="The operation in which a pair differs, from 1.")] = 2,
+    differ: Annotated[int, typer.Option(min=1, help="The operation in which a pair differs, from 1.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the pairs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="20 pairs of 3 operations.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; for a model this small more gain little.")] = 1,
 ) -> None:
     """Patch the SSM state over all layers and positions, draw it, and say in three sentences what it shows."""
     with _plain_errors():
         from .patching import sweep, write
 
+        _set_up("cpu", threads)
         n, num_steps = (min(n, 20), min(num_steps, 3)) if quick else (n, num_steps)
+        if differ > num_steps:
+            raise TaskError(f"--differ {differ}: a prompt of {num_steps} operations has operations 1..{num_steps}.")
         organism, _ = load_folder(organism_folder("masked") if model is None else model)
         found = sweep(organism, num_steps=num_steps, which_step=differ - 1, n=n, seed=seed)
         options = f"--pairs {n} --num-steps {num_steps} --differ {differ} --seed {seed}"

@@ -136,13 +136,13 @@ def sentences(numbers: dict[str, Any]) -> list[str]:
     def place(cell: dict[str, Any]) -> str:
         return f"after '{cell['word']}' (position {cell['position']})"
 
-    right, gap = min(numbers["answered_right"].values()), numbers["gap_nats"]
+    right, gap = numbers["answered_right"], numbers["gap_nats"]
     return [
         f"In {numbers['pairs']} pairs of hidden prompts of {numbers['num_steps']} steps that differ only in operation "
-        f"{numbers['differing_step']} (answers right in {right:.1%} or more, {gap:.1f} nats apart), the memory of all "
-        f"layers carries the value that no word shows: handed over anywhere from the differing word's echo to the "
-        f"last word but one, SSM state and conv state together move the answer {numbers['whole_memory_least']:.2f} of "
-        f"the way to the donor's (0 is the base run, 1 the donor).",
+        f"{numbers['differing_step']} (the model answers {right['base']:.1%} and {right['donor']:.1%} of them right, "
+        f"{gap:.1f} nats apart), the memory of all layers carries the value that no word shows: handed over anywhere "
+        f"from the differing word's echo to the last word but one, SSM state and conv state together move the answer "
+        f"{numbers['whole_memory_least']:.2f} of the way to the donor's (0 is the base run, 1 the donor).",
         f"The SSM state of all layers alone moves it between {share(least)} {place(least)}, where the conv state alone "
         f"moves it {share(conv)}, and {share(most)} {place(most)}, where {most['flipped']:.0%} of the answers flip "
         f"(± 2 standard errors): much of the value travels in the conv's short memory.",

@@ -268,7 +268,7 @@ def test_pad_tokens_change_nothing_to_the_bit() -> None:
         run(MODEL, x, edits=edits, record=record, backend="torch", keep_state=True, lengths=sizes)
         for x in (ids, torch.where(real, ids, (ids + 7) % 29))
     )
-    assert torch.equal(a.logits, b.logits) and all(torch.equal(a[r], b[r]) for r in record)
+    assert torch.equal(a.logits, b.logits) and all(torch.equal(a[r].nan_to_num(), b[r].nan_to_num()) for r in record)
     for x, y in zip(a.state.ssm_state + a.state.conv_state, b.state.ssm_state + b.state.conv_state, strict=True):
         assert torch.equal(x, y)
 

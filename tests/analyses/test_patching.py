@@ -1,0 +1,51 @@
+"""The demo: its figures and numbers, on the model that ships."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from analyses.hidden_reasoning.__main__ import app
+from analyses.hidden_reasoning.organism import load_organism
+from analyses.hidden_reasoning.patching import sweep
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def found():
+    return sweep(load_organism("masked")[0], num_steps=3, which_step=1, n=20, progress=False)
+
+
+def test_the_whole_memory_is_a_full_hand_over_once_the_words_agree(found):
+    share = found.ceiling.recovered()[0]
+    assert share[: found.echo].abs().max() < 0.05  # until its echo, the word itself decides
+    assert (share[found.echo : -1] - 1).abs().max() < 1e-4
+
+
+def test_before_the_pair_differs_nothing_moves(found):
+    differs = int(found.pairs.positions[0, 0])
+    assert found.grid.effect()[:, :differs].abs().max() == 0
+    assert found.words[differs] == found.words[found.echo] == "op2*"
+
+
+def test_the_command_writes_figures_and_says_what_they_show(tmp_path):
+    out = tmp_path / "demo"
+    result = RUNNER.invoke(app, ["demo", "--quick", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    written = json.loads((out / "results.json").read_text())
+    assert all(sentence in result.output for sentence in written["sentences"])
+    assert len(written["sentences"]) == 3
+    assert written["provenance"]["command"].endswith("--pairs 20 --num-steps 3 --differ 2 --seed 0")
+    for name in ("state_patching", "state_patching_by_layer"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(
+    ("option", "text"), [(["--differ", "7"], "operations 1..6"), (["--differ", "0"], "greater than or equal to 1")]
+)
+def test_an_operation_that_is_not_there(tmp_path, option, text):
+    result = RUNNER.invoke(app, ["demo", "--out", str(tmp_path), *option])
+    assert result.exit_code == 2
+    assert text in result.output
