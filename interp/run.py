@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -10,11 +10,12 @@ from torch import Tensor
 from kernels_bridge import resolve
 from minimal_mamba import Address, Edit, Mamba, MambaState, Plan
 from minimal_mamba.block import wide
-from minimal_mamba.errors import InputError, MambascopeError, NotRecorded
+from minimal_mamba.errors import EditError, InputError, MambascopeError, NotRecorded
 from minimal_mamba.item import Probe
 
 Metric = Callable[[Tensor], Tensor]  # logits (b, l, v) -> (b,)
 Lengths = Tensor | Sequence[int] | None
+T = TypeVar("T", Edit, Address)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +63,8 @@ class Run:
 def run(
     model: Mamba,
     ids: Tensor,
-    edits: Iterable[Edit] = (),
-    record: Iterable[Address] = (),
+    edits: Edit | Iterable[Edit] = (),
+    record: Address | Iterable[Address] = (),
     backend: str = "auto",
     state: MambaState | None = None,
     keep_state: bool = False,
@@ -74,8 +75,8 @@ def run(
 
     Args:
         ids: (b, l) token ids.
-        edits: applied in the order given wherever they name the same place.
-        record: addresses to keep; values are those after edits.
+        edits: one, or several, applied in the order given wherever they name the same place.
+        record: an address, or several, to keep; values are those after edits.
         backend: "reference", "torch", "fused", or "auto", the fastest available here; `Run.backend` says which.
         state: a memory to go on from; positions then count on from where it stood.
         keep_state: keep the memory after the last token.
@@ -86,7 +87,7 @@ def run(
         NotReached: an edit or recording did not happen.
     Cost: one forward; on `torch` each position that an edit of the recurrence touches costs one readable step.
     """
-    return _run(model, ids, tuple(edits), tuple(record), backend, state, keep_state, lengths, last_only)
+    return _run(model, ids, _each(edits, Edit), _each(record, Address), backend, state, keep_state, lengths, last_only)
 
 
 def _run(
@@ -111,8 +112,8 @@ def generate(
     model: Mamba,
     ids: Tensor,
     n_tokens: int,
-    edits: Iterable[Edit] = (),
-    record: Iterable[Address] = (),
+    edits: Edit | Iterable[Edit] = (),
+    record: Address | Iterable[Address] = (),
     backend: str = "auto",
     lengths: Lengths = None,
     last_only: bool = False,
@@ -134,15 +135,15 @@ def generate(
         it, then zeros. logits (b, l + n_tokens - 1, v). No gradients.
     Cost: one forward of the prompt and n_tokens - 1 steps.
     """
-    if n_tokens < 1:
-        raise InputError(f"n_tokens={n_tokens}: at least 1.")
-    if temperature < 0:
+    if not isinstance(n_tokens, int) or isinstance(n_tokens, bool) or n_tokens < 1:
+        raise InputError(f"n_tokens={n_tokens!r}: at least 1, an int.")
+    if not temperature >= 0:
         raise InputError(f"temperature={temperature}: 0 (the likeliest token) or more.")
     ops = resolve(backend, model.device)
     ids, sizes = model.check(ids, lengths)
     b, l = ids.shape
     start = torch.zeros(b, dtype=torch.long)
-    plan = Plan(model.config, tuple(edits), tuple(record), start, sizes + n_tokens - 1, origin=sizes)
+    plan = Plan(model.config, _each(edits, Edit), _each(record, Address), start, sizes + n_tokens - 1, origin=sizes)
     draw = torch.Generator(model.device).manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
@@ -191,8 +192,8 @@ def gradients(
     model: Mamba,
     ids: Tensor,
     metric: Metric,
-    wrt: Sequence[Address],
-    edits: Iterable[Edit] = (),
+    wrt: Address | Iterable[Address],
+    edits: Edit | Iterable[Edit] = (),
     backend: str = "auto",
     state: MambaState | None = None,
     lengths: Lengths = None,
@@ -204,27 +205,53 @@ def gradients(
 
     Args:
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
-        wrt: addresses. Rows do not see one another, so each row's gradient is that of its own metric.
+        wrt: an address, or several. Rows do not see one another, so each row's gradient is that of its own metric.
     Returns:
         Gradients, zero where the metric does not depend on the site.
+    Raises:
+        MetricError, and what `run` raises; InputError also for weights, a state or edits made under inference mode.
     Cost: memory of what is asked, and on `torch` no readable steps for `ssm_state`, `state_write` and all sites along
         the sequence.
     """
-    ids, sizes = model.check(ids, lengths, state)
-    wrt = list(dict.fromkeys(wrt))
-    shapes = Plan(model.config, (), wrt, *span(ids, sizes, state))
-    with torch.enable_grad():
+    places, changes = list(dict.fromkeys(_each(wrt, Address))), _each(edits, Edit)
+    if not places:
+        raise InputError("wrt is empty: name at least one address, at.<site>(...).")
+    given = [getattr(edit, "value", None) for edit in changes]
+    used = {"the model": [*model.parameters()], "an edit": [v for v in given if v is not None]}
+    if state is not None:
+        used["the state"] = [*state.ssm_state, *state.conv_state]
+    for what, tensors in used.items():
+        if any(t.is_inference() for t in tensors):
+            raise InputError(
+                f"{what} holds tensors made under torch.inference_mode(), through which no gradient flows. "
+                "Make it outside, or under torch.no_grad()."
+            )
+    with torch.inference_mode(False), torch.enable_grad():
+        ids, sizes = model.check(ids, lengths, state)
+        shapes = Plan(model.config, (), places, *span(ids, sizes, state))
         zeros = [
             torch.zeros((), dtype=wide(model.dtype), device=model.device, requires_grad=True).expand(shapes.shape(a))
-            for a in wrt
+            for a in places
         ]
-        probes = [Probe(a, zero) for a, zero in zip(wrt, zeros, strict=True)]
-        done = _run(model, ids, [*edits, *probes], (), backend, state, False, lengths, lengths is not None)
+        probes = [Probe(a, zero) for a, zero in zip(places, zeros, strict=True)]
+        done = _run(model, ids, [*changes, *probes], (), backend, state, False, lengths, lengths is not None)
         values = apply_metric(metric, done.logits)
         if not values.requires_grad:
             raise MetricError("the metric gave numbers without a gradient (an argmax, an accuracy, a detached tensor).")
         found = torch.autograd.grad(values.sum(), zeros, materialize_grads=True)
-    return Gradients(values.detach(), dict(zip(wrt, found, strict=True)))
+    return Gradients(values.detach(), dict(zip(places, found, strict=True)))
+
+
+def _each(given: Iterable[T] | T, kind: type[T]) -> tuple[T, ...]:
+    """One edit or address, or several, as a tuple; raises EditError for one in the place of the other."""
+    several = (given,) if isinstance(given, Edit | Address) else tuple(given)
+    for one in several:
+        if isinstance(one, Edit | Address) and not isinstance(one, kind):
+            what = "edits and not addresses" if kind is Edit else "addresses and not edits"
+            raise EditError(
+                f"{one} is given where {what} are meant; edits= takes Set, Add, ..., record= and wrt= at.<site>(...)."
+            )
+    return several
 
 
 def apply_metric(metric: Metric, logits: Tensor) -> Tensor:

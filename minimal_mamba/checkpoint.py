@@ -93,7 +93,9 @@ def save(model: Mamba, path: str | Path, *, layout: str = "mamba_ssm", safetenso
     leaves the folder as it was.
 
     Args:
-        layout: "mamba_ssm", or "hf" for transformers' `MambaForCausalLM.from_pretrained`.
+        layout: "mamba_ssm", or "hf" for transformers' `MambaForCausalLM.from_pretrained`. Neither keeps every field of
+            the config: "mamba_ssm" leaves out `initializer_range` and `rescale_prenorm_residual`, which matter when
+            weights are drawn; "hf" has no padded vocabulary, so that 29 tokens in 32 rows come back as 32 tokens.
         safetensors: `model.safetensors`, without a tied head; else `pytorch_model.bin`, with it, which is what
             mamba-ssm's own `from_pretrained` reads.
     Raises:
@@ -238,6 +240,8 @@ def _assemble(
     device: torch.device | str | None,
 ) -> Mamba:
     """A model with copies of the tensors, which must be exactly those that the config asks for."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype={dtype!r} is no torch.dtype; pass one, such as torch.float32.")
     if dtype is not None and not dtype.is_floating_point:
         raise CheckpointError(f"dtype={dtype}: weights are floating-point.")
     dropped: tuple[str, ...] = ()

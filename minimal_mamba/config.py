@@ -26,7 +26,7 @@ class MambaConfig:
         initializer_range: standard deviation of the embedding at initialisation.
         rescale_prenorm_residual: divide out_proj by sqrt(n_layer) at initialisation.
     Raises:
-        ConfigError: a size below 1, or an unknown choice.
+        ConfigError: a size below 1, a number out of its range, a flag that is no bool, or an unknown choice.
     """
 
     d_model: int
@@ -59,6 +59,20 @@ class MambaConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={value!r}: a size is an int of at least 1.")
+        for name in ("conv_bias", "bias", "rms_norm", "residual_in_fp32", "tie_embeddings", "rescale_prenorm_residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: a flag is True or False.")
+        for name in ("expand", "norm_eps", "dt_min", "dt_max", "dt_scale", "dt_init_floor", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ConfigError(f"{name}={value!r}: give a finite number.")
+        if self.norm_eps <= 0:
+            raise ConfigError(f"norm_eps={self.norm_eps!r}: an epsilon is above 0.")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ConfigError(f"dt_min={self.dt_min!r}, dt_max={self.dt_max!r}: step sizes have 0 < dt_min <= dt_max.")
+        if self.dt_init_floor < 0 or self.initializer_range < 0:
+            name = "dt_init_floor" if self.dt_init_floor < 0 else "initializer_range"
+            raise ConfigError(f"{name}={getattr(self, name)!r}: 0 or more.")
         if self.expand <= 0 or self.d_inner < 1:
             raise ConfigError(f"expand={self.expand!r} with d_model={self.d_model} leaves no inner channel.")
         if self.dt_init not in ("random", "constant"):
@@ -97,7 +111,11 @@ class MambaConfig:
         return _from_hf(raw) if "model_type" in raw else _from_mamba_ssm(raw)
 
     def to_mamba_ssm(self) -> dict[str, Any]:
-        """The `config.json` of a `state-spaces/*` checkpoint."""
+        """The `config.json` of a `state-spaces/*` checkpoint.
+
+        The layout has no field for `initializer_range` and `rescale_prenorm_residual`, which only say how weights are
+        drawn: what is read back has their defaults, and the same weights.
+        """
         own = dataclasses.asdict(self)
         ssm = {"layer": "Mamba1"} | {k: own[k] for k in _SSM_KEYS}
         top = {k: own[k] for k in _TOP_KEYS}
@@ -107,7 +125,12 @@ class MambaConfig:
         return top
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of an HF `MambaForCausalLM`; its vocabulary is the padded one."""
+        """The `config.json` of an HF `MambaForCausalLM`.
+
+        HF knows no padding of the vocabulary: its `vocab_size` is `padded_vocab`, 32 for 29 tokens in multiples of 8,
+        and what is read back takes ids up to that. `rescale_prenorm_residual`, which only says how weights are drawn,
+        is written as False.
+        """
         if not self.rms_norm:
             raise ConfigError("rms_norm=False: HF's MambaForCausalLM has RMSNorm only. Save the mamba-ssm layout.")
         if self.expand != int(self.expand):

@@ -9,20 +9,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .block import Layer, make_norm, wide
+from .block import Layer, Memory, make_norm, wide
 from .config import MambaConfig
 from .errors import InputError
 from .scan import READABLE, Ops
 from .tap import NO_TAP, Tap
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MambaState:
     """All that a Mamba remembers. A value: a forward never changes the one it is given.
 
     Args:
         ssm_state: (b, e, n) a layer, float32 or wider.
-        conv_state: (b, e, k) a layer: the last k conv inputs, newest last.
+        conv_state: (b, e, k) a layer, in the weights' type: the last k conv inputs, newest last.
         position: (b,) int64, the tokens that each row has seen.
     """
 
@@ -31,7 +31,7 @@ class MambaState:
     position: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MambaOutput:
     """`logits` (b, l, v), or (b, 1, v) with `last_only`; `state` if it was to be kept."""
 
@@ -91,11 +91,15 @@ class Mamba(nn.Module):
         return self.backbone.embedding.weight.device
 
     def initial_state(self, batch: int) -> MambaState:
-        """The memory before the first token: zeros."""
-        c, w = self.config, wide(self.dtype)
-        h = torch.zeros(batch, c.d_inner, c.d_state, dtype=w, device=self.device)
-        window = torch.zeros(batch, c.d_inner, c.d_conv, dtype=self.dtype, device=self.device)
-        return MambaState((h,) * c.n_layer, (window,) * c.n_layer, torch.zeros(batch, dtype=torch.long))
+        """The memory before the first token: zeros, of each layer its own."""
+        h, window = zip(*(self._blank(batch) for _ in self.backbone.layers), strict=True)
+        return MambaState(h, window, torch.zeros(batch, dtype=torch.long))
+
+    def _blank(self, batch: int) -> Memory:
+        """A layer's memory before the first token."""
+        c, at = self.config, self.device
+        h = torch.zeros(batch, c.d_inner, c.d_state, dtype=wide(self.dtype), device=at)
+        return h, torch.zeros(batch, c.d_inner, c.d_conv, dtype=self.dtype, device=at)
 
     def forward(
         self,
@@ -127,15 +131,16 @@ class Mamba(nn.Module):
         mask = None  # (b, l)
         if lengths is not None and bool((sizes < l).any()):
             mask = (torch.arange(l) < sizes[:, None]).to(self.device)
-        before = state or self.initial_state(b)
-        tap.begin(before.position, sizes)
+        start = torch.zeros(b, dtype=torch.long) if state is None else state.position
+        blank = self._blank(b)  # the same for all layers: none writes to what it is given
+        tap.begin(start, sizes)
 
         resid = tap("embed", self.backbone.embedding(ids))  # (b, l, d)
         if self.config.residual_in_fp32:
             resid = resid.to(wide(self.dtype))
         after = []
         for i, layer in enumerate(self.backbone.layers):
-            memory = (before.ssm_state[i], before.conv_state[i])
+            memory = blank if state is None else (state.ssm_state[i], state.conv_state[i])
             resid, memory = layer(resid, memory, mask, tap.at_layer(i), ops)
             if keep_state:
                 after.append(memory)
@@ -152,17 +157,15 @@ class Mamba(nn.Module):
         if not keep_state:
             return MambaOutput(logits, None)
         h, window = zip(*after, strict=True)
-        return MambaOutput(logits, MambaState(h, window, before.position + sizes))
+        return MambaOutput(logits, MambaState(h, window, start + sizes))
 
     def check(
         self, ids: Tensor, lengths: Tensor | Sequence[int] | None = None, state: MambaState | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The ids on the model's device and the length of each row; raises InputError for what cannot run."""
-        ids = torch.as_tensor(ids)
+        """Copies of the ids, on the model's device, and of each row's length; raises InputError for what cannot run."""
+        ids = _integers("ids", ids, "token ids are integers")
         if ids.dim() != 2 or ids.numel() == 0:
             raise InputError(f"ids has shape {tuple(ids.shape)}; it is (batch, length) with at least one token.")
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise InputError(f"ids has type {ids.dtype}; token ids are integers.")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
             rows = self.config.padded_vocab
@@ -171,22 +174,36 @@ class Mamba(nn.Module):
                 + (f" (rows up to {rows - 1} are padding)." if low >= 0 and high < rows else ".")
             )
         b, l = ids.shape
-        sizes = torch.full((b,), l) if lengths is None else torch.as_tensor(lengths).cpu()
-        if sizes.shape != (b,) or sizes.is_floating_point() or int(sizes.min()) < 1 or int(sizes.max()) > l:
-            raise InputError(f"lengths={sizes.tolist()}: give one int of 1..{l} a row, for {b} rows.")
+        rule = f"give one int of 1..{l} a row, for {b} rows"
+        sizes = torch.full((b,), l) if lengths is None else _integers(f"lengths={lengths}", lengths, rule).cpu()
+        if sizes.shape != (b,) or int(sizes.min()) < 1 or int(sizes.max()) > l:
+            raise InputError(f"lengths={sizes.tolist()}: {rule}.")
         if state is not None:
-            c = self.config
-            want = {"ssm_state": (b, c.d_inner, c.d_state), "conv_state": (b, c.d_inner, c.d_conv)}
-            for name, shape in want.items():
-                found = [tuple(s.shape) for s in getattr(state, name)]
-                if found != [shape] * c.n_layer:
+            self._check_state(state, b)
+        return ids.to(self.device, copy=True), sizes.clone()
+
+    def _check_state(self, state: MambaState, b: int) -> None:
+        c = self.config
+        want = {
+            "ssm_state": ((b, c.d_inner, c.d_state), wide(self.dtype)),
+            "conv_state": ((b, c.d_inner, c.d_conv), self.dtype),
+        }
+        for name, (shape, dtype) in want.items():
+            found = [tuple(s.shape) for s in getattr(state, name)]
+            if found != [shape] * c.n_layer:
+                raise InputError(
+                    f"state.{name} has shapes {found[:2]}... in {len(found)} layers; "
+                    f"this run has {shape} in {c.n_layer}."
+                )
+            for i, s in enumerate(getattr(state, name)):
+                if (s.dtype, s.device) != (dtype, self.device):
                     raise InputError(
-                        f"state.{name} has shapes {found[:2]}... in {len(found)} layers; "
-                        f"this run has {shape} in {c.n_layer}."
+                        f"state.{name} of layer {i} is {s.dtype} on {s.device}; this model carries {dtype} on "
+                        f"{self.device}. Take the state from a run of this model, or move it with .to(...)."
                     )
-            if tuple(state.position.shape) != (b,):
-                raise InputError(f"state.position has shape {tuple(state.position.shape)}; this run has {b} rows.")
-        return ids.to(self.device, torch.long), sizes.long()
+        if tuple(state.position.shape) != (b,):
+            raise InputError(f"state.position has shape {tuple(state.position.shape)}; this run has {b} rows.")
+        _integers("state.position", state.position, "positions are integers")
 
     @classmethod
     def from_pretrained(
@@ -211,7 +228,18 @@ class Mamba(nn.Module):
         return from_module(module, n_layer=n_layer)
 
     def save_pretrained(self, path: str | Path, *, layout: str = "mamba_ssm", **options: Any) -> None:
-        """Write a checkpoint folder; see `minimal_mamba.checkpoint.save`."""
+        """Write a checkpoint folder; see `minimal_mamba.checkpoint.save`, also for what a layout does not keep."""
         from .checkpoint import save
 
         save(self, path, layout=layout, **options)
+
+
+def _integers(what: str, given: object, rule: str) -> Tensor:
+    """As an int64 tensor; InputError for what is no array of integers."""
+    try:
+        tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what} is no rectangular array of integers ({error}); {rule}.") from None
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InputError(f"{what} has type {tensor.dtype}; {rule}.")
+    return tensor.long()

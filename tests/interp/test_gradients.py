@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import Add, Scale, Set, accuracy, at, gradients, logit_diff, run
+from interp import Add, Scale, Set, Zero, accuracy, at, gradients, logit_diff, run
 from kernels_bridge import torch_ops
-from minimal_mamba.errors import MambascopeError, NotRecorded
+from minimal_mamba.errors import EditError, InputError, MambascopeError, NotRecorded
 from minimal_mamba.sites import ADDRESSABLE
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -167,6 +167,40 @@ def test_works_under_no_grad_with_frozen_weights_and_leaves_no_gradient():
     copy = found[at.u(layer=1)]
     copy.zero_()
     assert found[at.u(layer=1)].any()
+
+
+@BOTH
+def test_works_under_inference_mode(backend):
+    places = [at.ssm_state(layer=1, pos=3), at.u(layer=0)]
+    value = noise((3, CONFIG.d_inner), 3)
+    edits = [Scale(at.u(layer=2, pos=1), value)]
+    wanted = gradients(MODEL, IDS, spread, places, edits=edits, backend=backend)
+    with torch.inference_mode():
+        found = gradients(MODEL, IDS.clone(), spread, places, edits=edits, backend=backend, lengths=[7, 7, 7])
+        kept = run(MODEL, IDS, keep_state=True, backend=backend)
+        assert torch.is_inference_mode_enabled()
+        made = Scale(at.u(layer=2, pos=1), value.clone())
+    for place in places:
+        assert found[place].shape == wanted[place].shape and not found[place].is_inference()
+        assert found[place].any()
+    for what, kwargs in (("the state", {"state": kept.state}), ("an edit", {"edits": [made]})):
+        with pytest.raises(InputError, match=rf"{what} holds tensors made under torch.inference_mode\(\)"):
+            gradients(MODEL, IDS, spread, places, backend=backend, **kwargs)
+    with torch.inference_mode():
+        model = tiny(seed=4)
+    with pytest.raises(InputError, match=r"the model holds tensors made under torch.inference_mode"):
+        gradients(model, IDS, spread, places, backend=backend)
+
+
+def test_one_address_or_several_but_not_none():
+    place = at.u(layer=1)
+    one = gradients(MODEL, IDS, spread, place, Zero(at.u(layer=0, pos=1)))
+    assert torch.equal(one[place], gradients(MODEL, IDS, spread, [place], [Zero(at.u(layer=0, pos=1))])[place])
+    assert one == one and one != gradients(MODEL, IDS, spread, place) and len({one, one}) == 1
+    with pytest.raises(InputError, match="wrt is empty: name at least one address"):
+        gradients(MODEL, IDS, spread, [])
+    with pytest.raises(EditError, match=r"Zero\(u.* is given where addresses and not edits are meant"):
+        gradients(MODEL, IDS, spread, [Zero(place)])
 
 
 def test_what_has_no_gradient_says_so():

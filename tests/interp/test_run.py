@@ -1,13 +1,15 @@
 """What a run returns, and that nothing done to it changes another run; generation."""
 
+import pickle
+
 import pytest
 import torch
 from helpers import tiny
 
-from interp import Add, Scale, Set, Zero, at, generate, run
+from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, generate, run
 from kernels_bridge import resolve
 from minimal_mamba import MambaState
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import EditError, InputError
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
 MODEL = tiny(seed=9)
@@ -131,6 +133,89 @@ def test_the_fields_of_a_run(backend):
 
 
 @BOTH
+def test_the_ids_and_lengths_of_a_run_are_its_own(backend):
+    ids, lengths = IDS.clone(), torch.tensor([8, 3, 5])
+    with torch.no_grad():
+        out = run(MODEL, ids, lengths=lengths, backend=backend)
+    ids.zero_(), lengths.fill_(1)
+    assert torch.equal(out.ids, IDS) and out.lengths.tolist() == [8, 3, 5]
+
+
+def test_one_edit_or_address_need_be_in_no_list():
+    place, edit = at.u(layer=1, pos=2), Zero(at.u(layer=0, pos=1))
+    with torch.no_grad():
+        one, several = run(MODEL, IDS, edit, place), run(MODEL, IDS, [edit], [place])
+        assert torch.equal(one.logits, several.logits) and torch.equal(one[place], several[place])
+        assert torch.equal(generate(MODEL, IDS, 2, edit, place)[place], one[place])
+        assert one == one and one != several and len({one, several}) == 2
+        for kwargs in ({"edits": place}, {"edits": [edit, place]}, {"record": edit}, {"record": [edit]}):
+            with pytest.raises(EditError, match=r"is given where (edits and not addresses|addresses and not edits)"):
+                run(MODEL, IDS, **kwargs)
+
+
+PLACED = [
+    Add(at.ssm_state(layer=1, pos=2), 0.5),
+    Scale(at.recurrent_state(layer=0, pos=[1, -1]), 0.5),
+    Set(at.u(layer=2, pos=3), torch.ones(CONFIG.d_inner)),
+    Mean(at.z(layer=1, pos=0)),
+    Project(at.resid_post(layer=0, pos=4), torch.eye(2, CONFIG.d_model)),
+    Apply(at.y(layer=1, pos=5), torch.tanh),
+]
+
+
+@BOTH
+def test_with_gradients_without_them_and_in_inference_mode(backend):
+    place = at.ssm_state(layer=2, pos=slice(2, None))
+
+    def go():
+        first = run(MODEL, IDS, PLACED, place, backend=backend, keep_state=True)
+        return run(MODEL, IDS, state=first.state, backend=backend).logits, first.logits, first[place]
+
+    wanted = go()
+    assert wanted[0].requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = go()
+            assert not found[0].requires_grad
+            for a, b in zip(found, wanted, strict=True):
+                close(a, b)
+            generate(MODEL, IDS, 2, PLACED[:1], backend=backend)
+    with torch.inference_mode():
+        kept = run(MODEL, IDS, record=[place], backend=backend, keep_state=True)
+    with torch.no_grad():  # what was made there can be used outside
+        close(run(MODEL, IDS, Set(place, kept[place]), state=None, backend=backend).logits, kept.logits)
+        run(MODEL, IDS, state=kept.state, backend=backend)
+
+
+@BOTH
+def test_a_float16_model_under_edits(backend):
+    model = tiny(seed=9, dtype=torch.float16)
+    place = at.ssm_state(layer=1, pos=2)
+    with torch.no_grad():
+        half = run(model, IDS, PLACED, place, backend=backend, lengths=[8, 6, 7])
+        full = run(MODEL, IDS, PLACED, place, backend=backend, lengths=[8, 6, 7])
+        made = generate(model, IDS, 3, PLACED, backend=backend)
+    assert half.logits.dtype == torch.float16 and half[place].dtype == torch.float32
+    for a, b in ((half.logits, full.logits), (half[place], full[place])):
+        assert (a.double() - b).norm() / b.norm() < 0.01
+    assert made.logits.isfinite().all() and made.logits.dtype == torch.float16
+
+
+def test_edits_and_addresses_go_through_pickle():
+    for edit in PLACED:
+        again = pickle.loads(pickle.dumps(edit))
+        assert again == edit and hash(again) == hash(edit) and again.address == edit.address
+        assert str(again) == str(edit)
+    for place in PLACES:
+        assert pickle.loads(pickle.dumps(place)) == place
+    with torch.no_grad():
+        again = pickle.loads(pickle.dumps(PLACED))
+        assert torch.equal(run(MODEL, IDS, again).logits, run(MODEL, IDS, PLACED).logits)
+        out = run(MODEL, IDS, record=PLACES)
+        assert torch.equal(pickle.loads(pickle.dumps(out))[PLACES[0]], out[PLACES[0]])
+
+
+@BOTH
 def test_the_kept_state_goes_on(backend):
     with torch.no_grad():
         whole = run(MODEL, IDS, backend=backend, keep_state=True)
@@ -243,5 +328,10 @@ def test_sampling_is_seeded_and_follows_the_temperature():
 def test_bad_requests_of_generation():
     with pytest.raises(InputError, match="n_tokens=0: at least 1"):
         generate(MODEL, IDS, 0)
+    for wrong in (2.0, True, "2", None):
+        with pytest.raises(InputError, match=r"n_tokens=.*: at least 1, an int"):
+            generate(MODEL, IDS, wrong)
+    with pytest.raises(InputError, match=r"temperature=nan"):
+        generate(MODEL, IDS, 1, temperature=float("nan"))
     with pytest.raises(InputError, match=r"temperature=-1.0: 0 \(the likeliest token\) or more"):
         generate(MODEL, IDS, 1, temperature=-1.0)
