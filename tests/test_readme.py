@@ -2,12 +2,16 @@
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from analyses.benchmarks.cpu import markdown
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -27,6 +31,22 @@ def test_the_other_examples_run(block):
 
 
 def test_every_file_that_it_names_is_there():
-    root = Path(__file__).parent.parent
     for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (root / target).exists(), target
+        assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_times_is_that_of_the_results():
+    results = json.loads((ROOT / "analyses/benchmarks/results/cpu.json").read_text())["results"]
+    assert markdown(results) in README
+    by_work = {r["work"]: r["speedup"] for r in results}
+    assert by_work["forward S, batch 8, length 256"] >= 3
+    assert by_work["training step S, batch 16, length 256"] >= 3.5
+
+
+def test_the_studys_numbers_are_those_of_its_files():
+    study = ROOT / "analyses/hidden_reasoning"
+    page = (study / "README.md").read_text()
+    for length, share in json.loads((study / "models/masked/evaluation.json").read_text())["accuracy"].items():
+        assert f"| {length} | {share:.2%} |" in page
+    for sentence in json.loads((study / "figures/results.json").read_text())["sentences"]:
+        assert sentence in " ".join(page.split())

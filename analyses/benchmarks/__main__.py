@@ -19,7 +19,7 @@ def main() -> None:
 @app.command()
 def cpu(
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds, after one that warms up")] = 9,
-    everything: Annotated[bool, typer.Option("--all", help="also length 64, and the size M")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="also the size M")] = False,
     quick: Annotated[bool, typer.Option(help="one round of the smallest work, nothing written")] = False,
     out: Annotated[Path, typer.Option(help="where the results go")] = RESULTS / "cpu.json",
 ) -> None:
