@@ -198,6 +198,7 @@ def test_errors():
         sweep(IDS, DONOR[:, :5])
     same = sweep(IDS, IDS)
     assert not same.effect().abs().max() > 1e-12
+    assert same == same and same != sweep(IDS, IDS) and len({same, same}) == 1
     with pytest.raises(InputError, match="the donor's metric does not differ from the base's"):
         same.recovered()
     with pytest.raises(InputError, match="a standard error needs at least 2 rows; this sweep has 1"):
