@@ -76,7 +76,9 @@ def run(
     Args:
         ids: (b, l) token ids.
         edits: one, or several, applied in the order given wherever they name the same place.
-        record: an address, or several, to keep; values are those after edits.
+        record: an address, or several, to keep; values are those after edits. On a padded batch the cells of a slice
+            that a row lacks are NaN. A slice that starts with a negative number has a column for each offset from the
+            rows' own ends; any other is aligned from its start.
         backend: "reference", "torch", "fused", or "auto", the fastest available here; `Run.backend` says which.
         state: a memory to go on from; positions then count on from where it stood.
         keep_state: keep the memory after the last token.
