@@ -1,8 +1,8 @@
 """minimal_mamba: Mamba-1, readable, with every inner quantity open to reading and editing.
 
-Reading order: `sites` (the places), `scan` (the two recurrences), `block` (one layer), `model` (the whole): that is Mamba.
-Then `address` and `edits` (what a run is asked to read and change), `tap` (how the forward offers each site), `plan` and
-`item` (how one run meets its edits), `config`, `checkpoint` and `files` (what comes from disk and goes there).
+Reading order: `sites` (the places), `scan` (the two recurrences), `block` (one layer), `model` (the whole): that is
+Mamba. Then `address` and `edits` (what a run is asked to read and change), `tap` (how the forward offers each site),
+`plan` and `item` (how one run meets its edits), `config`, `checkpoint` and `files` (what comes from and goes to disk).
 
 Axes: `b` batch, `l` position, `d` d_model, `e` d_inner, `n` d_state, `r` dt_rank, `k` d_conv, `v` vocabulary.
 
