@@ -155,10 +155,8 @@ def _in_folder(folder: Path, name: str) -> Path:
 
 
 def _in_hub(repo: str, name: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise CheckpointError(f"{repo} is no folder, and to fetch it takes huggingface_hub: install that.") from error
+    from huggingface_hub import hf_hub_download  # only here: it takes long to import
+
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except Exception as error:  # of the hub, of HTTP and of the disk; the hub's library changes which

@@ -17,6 +17,8 @@ from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join,
 from .sites import RECURRENT_STATE
 from .tap import Tap
 
+ADDED = ("ssm_state", "state_write")  # the sites whose probes a scan can take as something added to the state
+
 
 class Plan(Tap):
     """The edits and recordings of one run, resolved and checked.
@@ -329,8 +331,7 @@ class _LayerTap(Tap):
         return sorted(found)
 
     def edited(self, *sites: str) -> list[int]:
-        linear = ("ssm_state", "state_write")  # a scan can take their probes as something added to the state
-        probed = self._times([s for s in sites if s not in linear], _is_probe)
+        probed = self._times([s for s in sites if s not in ADDED], _is_probe)
         return sorted({*self._times(sites, _is_edit), *probed})
 
     def recorded(self, *sites: str) -> list[int]:
@@ -340,9 +341,7 @@ class _LayerTap(Tap):
         self.plan.record_many(site, self.layer, values, times)
 
     def probed(self, times: Sequence[int]) -> tuple[list[int], Tensor] | None:
-        items = [
-            i for s in ("ssm_state", "state_write") for i in self.plan.items.get((s, self.layer), []) if _is_probe(i)
-        ]
+        items = [item for site in ADDED for item in self.plan.items.get((site, self.layer), []) if _is_probe(item)]
         taken = sorted({t for t in times for item in items if t in item.by_time})
         if not taken:
             return None

@@ -1,4 +1,4 @@
-"""Settings of a training run, and files that are written whole or not at all."""
+"""Settings of a training run, and the folder that one process at a time trains in."""
 
 import dataclasses
 import json
