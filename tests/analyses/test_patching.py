@@ -25,7 +25,8 @@ def test_the_whole_memory_is_a_full_hand_over_once_the_words_agree(found):
 
 def test_before_the_pair_differs_nothing_moves(found):
     differs = int(found.pairs.positions[0, 0])
-    assert found.grid.effect()[:, :differs].abs().max() == 0
+    # the same numbers in other sums: nothing but float32's rounding, 1e-7 of logits of order ten
+    assert found.grid.effect()[:, :differs].abs().max() < 5e-5
     assert found.words[differs] == found.words[found.echo] == "op2*"
 
 

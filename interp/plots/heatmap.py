@@ -1,11 +1,11 @@
-"""Plots of sweeps, fit for a column of a paper. matplotlib loads when the first one is drawn."""
+"""A sweep as a heatmap, fit for a column of a paper. matplotlib loads when the first one is drawn."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from minimal_mamba.errors import InputError
 
-from .sweep import Grid
+from ..sweep import Grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
