@@ -12,6 +12,7 @@ from .plots import heatmap
 from .run import Gradients, Run, generate, gradients, run
 from .store import load_edits, save_edits
 from .sweep import Grid, patch_grid
+from .timescales import decay_bands, half_lives, typical_dt
 
 __all__ = [
     "SITES",
@@ -29,8 +30,10 @@ __all__ = [
     "Zero",
     "accuracy",
     "at",
+    "decay_bands",
     "generate",
     "gradients",
+    "half_lives",
     "heatmap",
     "kl",
     "load_edits",
@@ -40,4 +43,5 @@ __all__ = [
     "prob",
     "run",
     "save_edits",
+    "typical_dt",
 ]
