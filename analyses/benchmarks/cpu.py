@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from analyses.provenance import provenance
 from kernels_bridge import resolve
 from minimal_mamba import Mamba, MambaConfig, Ops
+from minimal_mamba.provenance import provenance
 
 SIZES = {"S": (128, 4), "M": (768, 6)}  # name -> (d_model, n_layer)
 # The backward of a loop that slices (b, l, e, n) position by position costs O(l^2): minutes a step at length 256.

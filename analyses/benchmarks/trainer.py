@@ -11,9 +11,9 @@ import torch
 
 from analyses.hidden_reasoning.settings import Settings
 from analyses.hidden_reasoning.train import Learner, draw_batch, train
-from analyses.provenance import provenance
 from kernels_bridge import resolve
 from minimal_mamba import Mamba
+from minimal_mamba.provenance import provenance
 
 SETTINGS = Settings(start_length=8, max_length=8, save_every=10**6, log_every=10**6)
 WARM, STEPS = 5, 45

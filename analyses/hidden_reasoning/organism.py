@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from analyses.provenance import provenance
 from minimal_mamba import Mamba
 from minimal_mamba.errors import nearest
 from minimal_mamba.files import write_json
+from minimal_mamba.provenance import provenance
 
 from .errors import OrganismError
 from .settings import Settings, replace_folder

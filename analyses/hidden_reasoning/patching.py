@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analyses.provenance import provenance
 from interp import Grid, Set, accuracy, at, heatmap, logit_diff, patch_grid, run
 from minimal_mamba import Mamba
 from minimal_mamba.files import write_json
+from minimal_mamba.provenance import provenance
 
 from .task import Pairs, pairs
 

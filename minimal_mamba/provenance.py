@@ -1,12 +1,18 @@
 """Where a result comes from: versions, machine, commit."""
 
+import contextlib
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mambascope", "torch", "transformers", "accelerate", "mambapy", "numpy", "einops")
+import torch
+
+PACKAGES = (
+    "mambascope", "torch", "triton", "transformers", "accelerate", "mamba-ssm", "causal-conv1d", "mambapy", "numpy",
+    "einops",
+)  # fmt: skip
 
 
 def provenance(**more: Any) -> dict[str, Any]:
@@ -21,9 +27,21 @@ def provenance(**more: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": found,
         "machine": f"{platform.system()} {platform.machine()}, {_cpu()}",
+        **_gpu(),
         "commit": _commit(),
         **more,
     }
+
+
+def _gpu() -> dict[str, str]:
+    """The CUDA device and what runs it; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    found = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found["driver"] = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    return found
 
 
 def _cpu() -> str:
