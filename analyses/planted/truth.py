@@ -1,0 +1,209 @@
+"""What a planted model does, in closed form: which cells, tokens, channels and time scales carry its answer.
+
+A circuit in the state is a sum over a few coordinates (e, n) of one layer,
+
+    answer = sum_c sum_s read_T[c] (prod_{s < t <= T} keep_t[c]) write_s[c]
+
+with keep, write and read looked up in a table by the token and the one before it. A delay line is two hops of the
+convolution. Everything here follows from the tokens by these formulas; nothing runs the model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from interp.run import Metric
+from minimal_mamba import Mamba
+
+Terms = tuple[Tensor, Tensor, Tensor]
+SITES = ("resid_pre", "x", "conv_state", "u", "state_write", "ssm_state", "state_read", "y", "mixer_out")
+NEGLIGIBLE = 1e-6  # of the gap between donor and base; a test sees that no effect lies between this and NOTABLE
+NOTABLE = 0.02
+
+
+@dataclass(frozen=True)
+class Flow:
+    """In this layer the answer needs `source` at `target`: through the "scan", the "conv", or, by B, "selection"."""
+
+    layer: int
+    source: int
+    target: int
+    kind: str
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """All that is known of a planted model.
+
+    Args:
+        layer: where the state carries the quantity; of a delay line, where its first hop is.
+        effects: by site, (layers, l, b): what putting the donor's value into the base run there moves, exactly.
+        coordinates: {(layer, e, n): (l, b)} what it moves to put the donor's h at one state coordinate, by position;
+            all other coordinates move nothing.
+        state: {(layer, e, n): (b, l)} the value of h itself in the base run.
+        flows: from token to token, in the base run; a flow that is not here carries nothing.
+        contributions: (b, l) what each token wrote that is read at the end, in the metric; all zero of a delay line.
+        half_life: {(layer, e, n): tokens} until a kept value is halved.
+        channels: {(layer, e): role} of all channels of the circuit. All others are distractors.
+        feature: (b,) the quantity that the answer is linear in, at the last position.
+    """
+
+    layer: int
+    effects: dict[str, Tensor]
+    coordinates: dict[tuple[int, int, int], Tensor]
+    state: dict[tuple[int, int, int], Tensor]
+    flows: frozenset[Flow]
+    contributions: Tensor
+    half_life: dict[tuple[int, int, int], float]
+    channels: dict[tuple[int, int], str]
+    feature: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A model with a circuit of known form, prompts that use it, and the truth about it.
+
+    Args:
+        ids, donor_ids: (b, l); they differ where it matters and where it does not. metric: (b, l, v) -> (b,).
+        answer: (ids) -> (b,), the metric in closed form, for any prompts of the kind that `sample` draws.
+        sample: (n, seed) -> (n, l) more prompts.
+    """
+
+    name: str
+    seed: int
+    model: Mamba
+    ids: Tensor
+    donor_ids: Tensor
+    metric: Metric
+    answer: Callable[[Tensor], Tensor]
+    sample: Callable[[int, int], Tensor]
+    truth: Truth
+
+    @property
+    def gap(self) -> Tensor:
+        """(b,) the donor's metric less the base's."""
+        return self.answer(self.donor_ids) - self.answer(self.ids)
+
+
+def previous(ids: Tensor) -> Tensor:
+    """The token before each; -1 before the first."""
+    return torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], 1)
+
+
+def scan(keep: Tensor, write: Tensor) -> Tensor:
+    """h_t = keep_t h_{t-1} + write_t, (b, l, c)."""
+    h, out = torch.zeros_like(write[:, 0]), []
+    for t in range(write.shape[1]):
+        h = keep[:, t] * h + write[:, t]
+        out.append(h)
+    return torch.stack(out, 1)
+
+
+def read_out(terms: Terms) -> Tensor:
+    """(b,) the answer."""
+    keep, write, read = terms
+    return (scan(keep, write)[:, -1] * read[:, -1]).sum(-1)
+
+
+def state_truth(
+    ids: Tensor,
+    donor_ids: Tensor,
+    terms: Callable[[Tensor, Tensor], Terms],
+    *,
+    layer: int,
+    n_layer: int,
+    coordinates: list[tuple[int, int]],
+    half_life: float,
+    channels: dict[tuple[int, int], str],
+    binding: bool = False,
+) -> Truth:
+    """The truth of a circuit in the state.
+
+    Args:
+        terms: (tokens, tokens before) -> keep, write, read, each (b, l, c); `read` in the metric's unit.
+        coordinates: (e, n) of each c. binding: whether what a token writes depends on the token before it.
+    """
+    b, l = ids.shape
+    prev, donor_prev = previous(ids), previous(donor_ids)
+    own, other = terms(ids, prev), terms(donor_ids, donor_prev)
+    base, donor = read_out(own), read_out(other)
+    keep, write, read = own
+    h, donor_h = scan(keep, write), scan(other[0], other[1])
+    later = torch.stack([keep[:, p + 1 :].prod(1) for p in range(l)], 1)  # (b, l, c) from h_p to h_T
+    share = read[:, -1:] * later  # (b, l, c)
+
+    def swap(p: int, *, token: bool, before: bool, after: bool) -> Tensor:
+        """The answer's change where token p, the one before it or the one before its successor are the donor's."""
+        cur, past = ids.clone(), prev.clone()
+        if token:
+            cur[:, p] = donor_ids[:, p]
+        if before:
+            past[:, p] = donor_prev[:, p]
+        if after and p + 1 < l:
+            past[:, p + 1] = donor_ids[:, p]
+        return read_out(terms(cur, past)) - base
+
+    nothing = torch.zeros(n_layer, l, b, dtype=torch.float64)
+    effects = {site: nothing.clone() for site in SITES}
+    for p in range(l):
+        effects["resid_pre"][: layer + 1, p] = swap(p, token=True, before=False, after=True)
+        effects["x"][layer, p] = swap(p, token=True, before=False, after=True)
+        effects["conv_state"][layer, p] = swap(p, token=False, before=False, after=True)
+        effects["u"][layer, p] = swap(p, token=True, before=True, after=False)
+        effects["state_write"][layer, p] = ((other[1] - write) * share)[:, p].sum(-1)
+        effects["ssm_state"][layer, p] = ((donor_h - h) * share)[:, p].sum(-1)
+    effects["resid_pre"][layer + 1 :, -1] = donor - base
+    effects["state_read"][layer, -1] = effects["ssm_state"][layer, -1]
+    effects["y"][layer, -1] = effects["mixer_out"][layer, -1] = donor - base
+
+    contributions = (write * share).sum(-1)  # (b, l)
+    least = NEGLIGIBLE * float((donor - base).abs().max())
+    carried = (write * share).abs().amax((0, 2)) > least
+    flows = {Flow(layer, s, l - 1, "scan") for s in range(l) if carried[s]}
+    if binding:
+        flows |= {Flow(layer, s - 1, s, "selection") for s in range(l) if carried[s]}
+    moved = (donor_h - h) * share
+    where = [(layer, e, n) for e, n in coordinates]
+    return Truth(
+        layer,
+        effects,
+        {c: moved[:, :, i].T for i, c in enumerate(where)},
+        {c: h[:, :, i] for i, c in enumerate(where)},
+        frozenset(flows),
+        contributions,
+        dict.fromkeys(where, half_life),
+        channels,
+        base,
+    )
+
+
+def delay_truth(
+    ids: Tensor,
+    donor_ids: Tensor,
+    hops: list[tuple[int, int]],
+    answer: Callable[[Tensor], Tensor],
+    n_layer: int,
+    channels: dict[tuple[int, int], str],
+) -> Truth:
+    """The truth of a delay line of two hops (layer, tokens): the conv, and nothing in the state."""
+    b, l = ids.shape
+    (first, d1), (second, d2) = hops
+    end, middle, source = l - 1, l - 1 - d2, l - 1 - d2 - d1
+    gap = answer(donor_ids) - answer(ids)
+    effects = {site: torch.zeros(n_layer, l, b, dtype=torch.float64) for site in SITES}
+    for site, cells in {
+        "x": [(first, source), (second, middle)],
+        "u": [(first, middle), (second, end)],
+        "mixer_out": [(first, middle), (second, end)],
+        "conv_state": [(first, p) for p in range(source, middle)] + [(second, p) for p in range(middle, end)],
+    }.items():
+        for layer, p in cells:
+            effects[site][layer, p] = gap
+    for layer in range(n_layer):
+        at = source if layer <= first else middle if layer <= second else end
+        effects["resid_pre"][layer, at] = gap
+    flows = {Flow(first, source, middle, "conv"), Flow(second, middle, end, "conv")}
+    nothing = torch.zeros(b, l, dtype=torch.float64)
+    return Truth(first, effects, {}, {}, frozenset(flows), nothing, {}, channels, answer(ids))
