@@ -7,31 +7,53 @@ effect = logit_diff(patched, answer, foil)  # nats, at each row's own last token
 
 from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale, Set, Zero, at
 
+from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
 from .plots import heatmap
 from .run import Gradients, Run, generate, gradients, run
 from .store import load_edits, save_edits
 from .sweep import Grid, patch_grid
-from .timescales import decay_bands, half_lives, typical_dt
+from .timescales import (
+    Flow,
+    Rank,
+    ReceptiveField,
+    decay_bands,
+    effective_rank,
+    gradient_field,
+    half_lives,
+    mean_dt,
+    receptive_field,
+    state_flow,
+    state_rank,
+    typical_dt,
+)
 
 __all__ = [
     "SITES",
     "Add",
     "Address",
     "Apply",
+    "DirectLogit",
     "Edit",
+    "Flow",
     "Gradients",
     "Grid",
     "Mean",
     "Project",
+    "Rank",
+    "ReceptiveField",
     "Run",
     "Scale",
     "Set",
+    "StateLens",
     "Zero",
     "accuracy",
     "at",
     "decay_bands",
+    "direct_logit",
+    "effective_rank",
     "generate",
+    "gradient_field",
     "gradients",
     "half_lives",
     "heatmap",
@@ -39,9 +61,15 @@ __all__ = [
     "load_edits",
     "log_prob",
     "logit_diff",
+    "logit_lens",
+    "mean_dt",
     "patch_grid",
     "prob",
+    "receptive_field",
     "run",
     "save_edits",
+    "state_flow",
+    "state_lens",
+    "state_rank",
     "typical_dt",
 ]

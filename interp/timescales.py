@@ -1,16 +1,21 @@
-"""Time scales: how long each part of the state remembers, how far back a layer looks, what enters, stays and is read."""
+"""Time scales: how long the state remembers, how far back a layer looks, what is written, kept and read."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+from einops import einsum
 from torch import Tensor
 from torch.nn import functional as F
 
-from minimal_mamba import Mamba
+from minimal_mamba import Address, Edit, Mamba, MambaState, at
 from minimal_mamba.address import resolve
 from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError
+
+from .recurrence import local, outside, recurrence, recurrence_sites
+from .run import Lengths, Metric, gradients, run
 
 
 @torch.no_grad()
@@ -22,6 +27,22 @@ def typical_dt(model: Mamba) -> Tensor:
     """
     biases = [layer.mixer.dt_proj.bias.to(wide(model.dtype)) for layer in model.backbone.layers]
     return F.softplus(torch.stack(biases))
+
+
+@torch.no_grad()
+def mean_dt(
+    model: Mamba, ids: Tensor, *, edits: Edit | Iterable[Edit] = (), lengths: Lengths = None,
+    state: MambaState | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """The mean step size of each channel over all tokens of a run.
+
+    Returns:
+        (layers, e), > 0 unless an edit stops time.
+    Cost: one forward; dt of all layers, (layers, b, l, e).
+    """
+    out = run(model, ids, edits, record=[at.dt()], backend=backend, state=state, lengths=lengths, last_only=True)
+    real = torch.arange(ids.shape[1]) < out.lengths[:, None]  # (b, l)
+    return out[at.dt()][:, real.to(model.device)].mean(1)
 
 
 @torch.no_grad()
@@ -55,7 +76,8 @@ def decay_bands(
     """Group a layer's (channel, dimension) pairs by how long they remember, the fastest to forget first.
 
     A band is a set of pairs and not a product of channels and dimensions, so it is a mask: `mask.nonzero()` are its
-    pairs, `set_where(at.ssm_state(layer=...), mask, value)` edits it, `Scale(at.ssm_state(layer=...), ~mask)` zeroes it.
+    pairs, `ablate(at.ssm_state(layer=...), mask=mask)` zeroes it, `set_where(at.ssm_state(layer=...), mask, value)`
+    writes into it.
 
     Args:
         bands: how many bands of equal size (where the pairs do not divide evenly, the sizes differ by one; ties go by
@@ -82,3 +104,180 @@ def decay_bands(
         raise InputError(f"bands={list(bands)}: the half-lives to cut at are above 0 and rise.")
     which = torch.bucketize(life, torch.tensor(cuts, dtype=life.dtype, device=life.device), right=True)
     return [which == i for i in range(len(cuts) + 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class ReceptiveField:
+    """How much of what is read comes from how far back.
+
+    Args:
+        share: (b, l) by distance, 0 is the token itself; 0 beyond a row's first token.
+        before: (b,) share of the memory that the run began with. All shares of a row sum to 1, or are NaN where
+            nothing is read at all.
+    """
+
+    share: Tensor
+    before: Tensor
+
+    def mean_distance(self) -> Tensor:
+        """(b,) the mean distance in tokens, over what came from this run's tokens."""
+        distance = torch.arange(self.share.shape[1], dtype=self.share.dtype, device=self.share.device)
+        return (self.share * distance).sum(1) / self.share.sum(1)
+
+    def width(self, part: float = 0.9) -> Tensor:
+        """(b,) the smallest distance within which at least this part of all that is read lies; inf where none is."""
+        inside = self.share.cumsum(1) >= part - 1e-12
+        first = inside.to(torch.int8).argmax(1).to(self.share.dtype)
+        return torch.where(inside.any(1), first, torch.inf)
+
+
+@torch.no_grad()
+def receptive_field(
+    model: Mamba, ids: Tensor, layer: int, *, pos: int = -1, edits: Edit | Iterable[Edit] = (),
+    lengths: Lengths = None, state: MambaState | None = None, backend: str = "auto",
+) -> ReceptiveField:  # fmt: skip
+    """How far back a layer's scan reads at one position: the sizes of each earlier token's part of y_t.
+
+        share_j ~ sum_e |sum_n C_t[n] prod_{t-j < r <= t} decay_r[e, n] write_{t-j}[e, n]|
+
+    Args:
+        pos: an int, as in `at`; -1 is each row's last token.
+    Returns:
+        ReceptiveField, of distances 0 .. l - 1.
+    Raises:
+        EditError: an edit inside this layer's recurrence, and what `run` raises.
+    Cost: one forward and l steps of (b, e, n); nothing of size (l, l).
+    """
+    index = resolve(layer, model.config.n_layer, "layer")[0]
+    edits = outside(edits, [index], model.config.n_layer)
+    read = at.C(layer=index, pos=pos)
+    out = run(model, ids, edits, [*recurrence_sites(index), read], backend, state, lengths=lengths, last_only=True)
+    r, t = recurrence(model, out, index, state), local(out, pos, state)
+    weight = out[read].to(r.A.dtype)[:, None].expand_as(r.h0)
+    *sizes, before = [share.sum(-1).abs().sum(-1) for _, share in r.sources(weight, t)]
+    size = torch.stack(sizes, 1)  # (b, max(t) + 1)
+    total = size.sum(1) + before
+    share = F.pad(size, (0, ids.shape[1] - size.shape[1])) / total[:, None]
+    return ReceptiveField(share, before / total)
+
+
+def gradient_field(
+    model: Mamba, ids: Tensor, metric: Metric, *, site: Address | None = None,
+    edits: Edit | Iterable[Edit] = (), lengths: Lengths = None, state: MambaState | None = None, backend: str = "auto",
+) -> ReceptiveField:  # fmt: skip
+    """How far back a metric looks through all layers: the norms of its gradient in each token's embedding.
+
+        share_j ~ |d metric / d embed_{t-j}|, t each row's last token
+
+    Args:
+        metric: logits (b, l, v) -> (b,), as for `gradients`. site: another site along the sequence, all its positions.
+    Returns:
+        ReceptiveField; `before` is 0: the gradient in a carried state is not a token's.
+    Raises:
+        InputError: a site that is not one vector a position, and what `gradients` raises.
+    Cost: one forward and one backward.
+    Source: the effective receptive field of Luo et al. 2016 (arXiv:1701.04128), with norms for central pixels' values.
+    """
+    site = at.embed() if site is None else site
+    sizes = model.check(ids, lengths, state)[1]
+    found = gradients(model, ids, metric, wrt=[site], edits=edits, lengths=lengths, state=state, backend=backend)[site]
+    if found.shape[:2] != ids.shape or found.dim() != 3:
+        raise InputError(f"site={site}: name a site with one vector a position, of one layer, and all positions.")
+    norms = found.nan_to_num(nan=0.0).norm(dim=-1)  # (b, l)
+    back = (sizes[:, None] - 1 - torch.arange(ids.shape[1])).to(norms.device)  # the position at each distance
+    size = norms.gather(1, back.clamp(min=0)) * (back >= 0)
+    return ReceptiveField(size / size.sum(1, keepdim=True), torch.zeros_like(size[:, 0]))
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """What a layer's state takes in, keeps and gives, by position and channel, each (b, l, e); 0 on padding.
+
+    Args:
+        write, keep, state: norms over n of dt B u, of decay h_{t-1}, and of their sum h_t.
+        from_write, from_keep: what C reads of either; their sum is y.
+    """
+
+    write: Tensor
+    keep: Tensor
+    state: Tensor
+    from_write: Tensor
+    from_keep: Tensor
+
+
+@torch.no_grad()
+def state_flow(
+    model: Mamba, ids: Tensor, layer: int, *, edits: Edit | Iterable[Edit] = (),
+    lengths: Lengths = None, state: MambaState | None = None, backend: str = "auto",
+) -> Flow:  # fmt: skip
+    """Split each state, and what is read of it, into what this token wrote and what was kept of the past.
+
+        h_t = write_t + keep_t, keep_t = decay_t h_{t-1}        y_t = C_t write_t + C_t keep_t
+
+
+    Raises:
+        EditError: an edit inside this layer's recurrence, and what `run` raises.
+    Cost: one forward and l steps of (b, e, n).
+    """
+    index = resolve(layer, model.config.n_layer, "layer")[0]
+    edits = outside(edits, [index], model.config.n_layer)
+    out = run(model, ids, edits, recurrence_sites(index), backend, state, lengths=lengths, last_only=True)
+    r = recurrence(model, out, index, state)
+    h, steps = r.h0, []
+    for dt, u, B, C in zip(r.dt.unbind(1), r.u.unbind(1), r.B.unbind(1), r.C.unbind(1), strict=True):
+        write = einsum(dt * u, B, "b e, b n -> b e n")
+        keep = torch.exp(dt[:, :, None] * r.A) * h
+        h = write + keep
+        norms = [part.norm(dim=-1) for part in (write, keep, h)]
+        steps.append(torch.stack([*norms, *(einsum(part, C, "b e n, b n -> b e") for part in (write, keep))]))
+    real = (torch.arange(ids.shape[1]) < out.lengths[:, None]).to(h.device)
+    return Flow(*(torch.stack(steps, 2) * real[:, :, None]).unbind(0))
+
+
+@dataclass(frozen=True, eq=False)
+class Rank:
+    """How many directions the samples fill.
+
+    Args:
+        participation: (...) participation ratio (sum s^2)^2 / sum s^4, 1 to the number of directions; 0 if all is 0.
+        above: (...) how many singular values are above the threshold times the largest.
+        spectrum: (..., min(m, f)) singular values s, falling.
+    """
+
+    participation: Tensor
+    above: Tensor
+    spectrum: Tensor
+
+
+@torch.no_grad()
+def effective_rank(samples: Tensor, *, centre: bool = True, threshold: float = 0.01) -> Rank:
+    """The effective rank of m samples of f numbers, (..., m, f), in float32 or wider.
+
+    Args:
+        centre: take the samples' mean off first; of a state matrix (e, n) itself, as in
+            `effective_rank(run_[at.ssm_state(layer=3, pos=7)], centre=False)`, leave it.
+        threshold: of `above`, relative to the largest singular value.
+    Cost: one singular value decomposition, m f min(m, f).
+    Source: participation ratio as in Gao et al. 2017 (doi:10.1101/214262), of the covariance's eigenvalues s^2.
+    """
+    samples = samples.to(wide(samples.dtype))
+    spectrum = torch.linalg.svdvals(samples - samples.mean(-2, keepdim=True) if centre else samples)
+    share = (spectrum / spectrum[..., :1]).nan_to_num(nan=0.0) ** 2
+    participation = (share.sum(-1) ** 2 / (share**2).sum(-1)).nan_to_num(nan=0.0)
+    return Rank(participation, (spectrum > threshold * spectrum[..., :1]).sum(-1), spectrum)
+
+
+@torch.no_grad()
+def state_rank(
+    model: Mamba, ids: Tensor, layer: int, *, pos: int | slice | Sequence[int] = slice(None), threshold: float = 0.01,
+    edits: Edit | Iterable[Edit] = (), lengths: Lengths = None, state: MambaState | None = None, backend: str = "auto",
+) -> Rank:  # fmt: skip
+    """The effective rank of a layer's states: a sample is the e n numbers of h at one position of one row, centred.
+
+    Cost: one forward, the states (b, positions, e, n) and their decomposition; name fewer positions where that is much.
+    """
+    place = at.ssm_state(layer=layer, pos=pos)
+    out = run(model, ids, edits, record=[place], backend=backend, state=state, lengths=lengths, last_only=True)
+    states = out[place].flatten(-2)
+    samples = states.reshape(-1, states.shape[-1])
+    return effective_rank(samples[~samples.isnan().all(1)], threshold=threshold)

@@ -1,0 +1,250 @@
+"""Lenses: their parts sum to the logit, and each part is what goes when the model runs without it."""
+
+import copy
+
+import pytest
+import torch
+from helpers import tiny
+from torch.testing import assert_close
+
+from interp import Add, Set, Zero, at, run
+from interp.lens import direct_logit, logit_lens, state_lens
+from minimal_mamba.errors import AddressError, EditError, InputError
+
+BACKENDS = ["reference", "torch"]
+ANSWER, FOIL = torch.tensor([3, 7]), torch.tensor([11, 2])
+
+
+def ids(l, b=2, seed=0):
+    return torch.randint(29, (b, l), generator=torch.Generator().manual_seed(seed))
+
+
+def norms(model, tokens, edits=(), pos=-1):
+    """What the last norm divides by, (b,)."""
+    place = at.resid_post(layer=-1, pos=pos)
+    return (run(model, tokens, edits, [place])[place].square().mean(-1) + model.config.norm_eps).sqrt()
+
+
+def without(model, tokens, removed, layer, pos=-1):
+    """The logit difference at `pos` when something is removed, later layers and the last norm's denominator held."""
+    later = [at.mixer_out(layer=i, pos=pos) for i in range(layer + 1, model.config.n_layer)]
+    clean = run(model, tokens, record=later)
+    edits = [removed, *(Set(a, clean[a]) for a in later)]
+    logits = run(model, tokens, edits).logits[:, pos]
+    rows = torch.arange(len(tokens))
+    diff = logits[rows, ANSWER] - logits[rows, FOIL]
+    return diff * norms(model, tokens, edits, pos) / norms(model, tokens, pos=pos)
+
+
+# -- logit lens -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_lens_at_a_layer_is_the_model_cut_there(backend):
+    model, tokens = tiny(), ids(7)
+    lens = logit_lens(model, tokens, backend=backend)
+    assert lens.shape == (4, 2, 7, 32)
+    assert_close(lens[-1], run(model, tokens).logits, rtol=1e-12, atol=1e-12)
+    for i in range(3):
+        cut = copy.deepcopy(model)
+        cut.backbone.layers = cut.backbone.layers[:i]
+        assert_close(lens[i], cut(tokens).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_the_lens_keeps_chosen_tokens_and_positions():
+    model, tokens = tiny(), ids(7)
+    full = logit_lens(model, tokens)
+    assert_close(logit_lens(model, tokens, [4, 9], pos=3), full[:, :, 3][..., [4, 9]])
+    pairs = torch.stack([ANSWER, FOIL], 1)  # (b, 2): each row its own
+    mine = logit_lens(model, tokens, pairs, pos=slice(2, 5))
+    assert mine.shape == (4, 2, 3, 2)
+    for b in range(2):
+        assert_close(mine[:, b], full[:, b, 2:5][..., pairs[b]])
+    probs = logit_lens(model, tokens, log_probs=True)
+    assert_close(probs, full[..., :29].log_softmax(-1))  # the embedding's padding is no token
+
+
+def test_the_lens_of_a_padded_row_is_the_row_alone():
+    model, tokens = tiny(), ids(7)
+    lens = logit_lens(model, tokens, lengths=[7, 4])
+    assert_close(lens[:, 1:, :4], logit_lens(model, tokens[1:, :4]), rtol=1e-12, atol=1e-12)
+    assert lens[:, 1, 4:].isnan().all()
+    assert_close(logit_lens(model, tokens, lengths=[7, 4], pos=-1)[:, 1], lens[:, 1, 3])
+
+
+def test_the_lens_sees_edits_of_the_stream_and_refuses_those_behind_it():
+    model, tokens = tiny(), ids(7)
+    edit = Add(at.resid_pre(layer=1, pos=3), torch.ones(12, dtype=torch.float64))
+    seen = logit_lens(model, tokens, edits=edit)
+    assert_close(seen[-1], run(model, tokens, edit).logits)
+    assert torch.equal(seen[0], logit_lens(model, tokens)[0]) and (seen[1, :, 3] != seen[0, :, 3]).all()
+    for place in (at.final_norm(), at.logits()):
+        with pytest.raises(EditError, match="Leave it out"):
+            logit_lens(model, tokens, edits=[Zero(place)])
+
+
+# -- direct logit attribution -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pos", [-1, 3])
+def test_a_part_is_what_goes_when_the_model_runs_without_it(pos, backend):
+    model, tokens = tiny(bias=True), ids(7)
+    found = direct_logit(model, tokens, ANSWER, FOIL, pos=pos, backend=backend)
+    for i in range(3):
+        for part, site in ((found.read, at.y), (found.skip, at.skip)):
+            gone = without(model, tokens, Zero(site(layer=i, pos=pos)), i, pos)
+            assert_close(part[i], found.logit - gone, rtol=1e-9, atol=1e-10)
+        gone = without(model, tokens, Zero(at.mixer_out(layer=i, pos=pos)), i, pos)
+        assert_close((found.read + found.skip + found.bias)[i], found.logit - gone, rtol=1e-9, atol=1e-10)
+    nothing = [Set(at.mixer_out(layer=i, pos=pos), run(model, tokens, record=[a])[a]) for i in range(3)
+               for a in [at.mixer_out(layer=i, pos=pos)]]  # fmt: skip
+    edits = [*nothing, Zero(at.embed(pos=pos))]
+    logits, rows = run(model, tokens, edits).logits[:, pos], torch.arange(2)
+    gone = (
+        (logits[rows, ANSWER] - logits[rows, FOIL]) * norms(model, tokens, edits, pos) / norms(model, tokens, pos=pos)
+    )
+    assert_close(found.embed, found.logit - gone, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"bias": True}, {"rms_norm": False}, {"rms_norm": False, "bias": True}])
+@pytest.mark.parametrize("l", [1, 2, 7, 63])
+def test_the_parts_sum_to_the_logit_and_nothing_is_left_over(l, sizes):
+    model, tokens = tiny(**sizes), ids(l)
+    found = direct_logit(model, tokens, ANSWER)
+    assert_close(found.logit, run(model, tokens).logits[torch.arange(2), -1, ANSWER], rtol=0, atol=1e-12)
+    assert_close(found.total(), found.logit, rtol=0, atol=1e-10)
+    assert found.rest.abs().max() < 1e-10  # the remainder is rounding alone
+    assert bool(found.bias.any()) == ("bias" in sizes) and bool(found.norm_bias.any()) == ("rms_norm" in sizes)
+    assert found.read.abs().min() > 1e-4
+
+
+def test_a_direction_in_vocabulary_is_a_target_too():
+    model, tokens = tiny(), ids(7)
+    direction = torch.zeros(2, 32, dtype=torch.float64)
+    direction[torch.arange(2), ANSWER] += 1
+    direction[torch.arange(2), FOIL] -= 1
+    one, two = direct_logit(model, tokens, direction), direct_logit(model, tokens, ANSWER, FOIL)
+    assert_close(one.read, two.read)
+    assert_close(one.logit, two.logit)
+    a, f = direct_logit(model, tokens, 3), direct_logit(model, tokens, 11)
+    both = direct_logit(model, tokens, 3, 11)
+    assert_close(a.skip - f.skip, both.skip)
+    assert_close(direct_logit(model, tokens, direction[0]).logit[0], two.logit[0])
+
+
+def test_what_an_edit_adds_to_the_stream_is_the_remainder():
+    model, tokens = tiny(), ids(7)
+    push = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    edit = Add(at.resid_post(layer=1, pos=-1), push)
+    found = direct_logit(model, tokens, ANSWER, FOIL, edits=edit)
+    head = (model.lm_head.weight[ANSWER] - model.lm_head.weight[FOIL]) * model.backbone.norm_f.weight
+    assert_close(found.rest, head @ push / norms(model, tokens, [edit]), rtol=1e-9, atol=1e-10)
+    assert_close(found.logit, direct_logit(model, tokens, ANSWER, FOIL, edits=[edit]).total())
+
+
+# -- state lens -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pos", [-1, 4])
+def test_a_state_part_is_what_goes_when_its_write_is_zeroed(pos, backend):
+    model, tokens = tiny(), ids(7)
+    lens = state_lens(model, tokens, ANSWER, FOIL, by=("pos", "e", "n"), pos=pos, backend=backend)
+    assert lens.values.shape == (3, 2, 7, 24, 5)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        layer, s, e, n = (int(torch.randint(high, (1,), generator=rng)) for high in (3, 5, 24, 5))
+        gone = without(model, tokens, Zero(at.state_write(layer=layer, pos=s, e=e, n=n)), layer, pos)
+        assert_close(lens.values[layer, :, s, e, n], lens.logit - gone, rtol=1e-7, atol=1e-10)
+    if pos == 4:
+        assert not lens.values[:, :, 5:].any()
+    assert_close(lens.total(), lens.logit, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("l", [1, 2, 7, 63])
+def test_parts_and_remainder_sum_to_the_logit_however_they_are_told_apart(l):
+    model, tokens = tiny(rms_norm=False, bias=True), ids(l)
+    full = state_lens(model, tokens, ANSWER, FOIL, by=("n", "pos", "e"))
+    assert full.by == ("pos", "e", "n")
+    for by in ("n", ("e",), ("pos",), ("pos", "n"), ("e", "n"), ("e", "pos"), ()):
+        lens = state_lens(model, tokens, ANSWER, FOIL, by=by)
+        named = (by,) if isinstance(by, str) else by
+        summed = [2 + i for i, a in enumerate(("pos", "e", "n")) if a not in named]
+        assert_close(lens.values, full.values.sum(summed) if summed else full.values, rtol=0, atol=1e-11)
+        assert_close(lens.total(), lens.logit, rtol=0, atol=1e-10)
+    read = full.values.sum((2, 3, 4))
+    assert_close(read, full.direct.read, rtol=0, atol=1e-11)  # two ways to the same number: y, and the writes
+    assert not full.initial.any() and read.abs().min() > 1e-4
+
+
+def test_a_carried_state_is_a_term_of_its_own():
+    model, tokens = tiny(), ids(9)
+    whole = state_lens(model, tokens, ANSWER, FOIL, by=("pos", "e", "n"))
+    before = run(model, tokens[:, :4], keep_state=True).state
+    for pos in (-1, 8):  # positions go on counting from where the state stood
+        rest = state_lens(model, tokens[:, 4:], ANSWER, FOIL, by=("pos", "e", "n"), state=before, pos=pos)
+        assert_close(rest.values, whole.values[:, :, 4:], rtol=1e-9, atol=1e-12)
+        assert_close(rest.initial, whole.values[:, :, :4].sum(2), rtol=1e-9, atol=1e-12)
+        assert_close(rest.total(), whole.logit, rtol=0, atol=1e-10)
+    with pytest.raises(AddressError):
+        state_lens(model, tokens[:, 4:], ANSWER, state=before, pos=2)
+
+
+@pytest.mark.parametrize("pos", [-1, -3, 2])
+def test_a_padded_row_has_the_parts_that_it_has_alone(pos):
+    model, tokens = tiny(), ids(7)
+    both = state_lens(model, tokens, ANSWER, FOIL, by=("pos", "n"), lengths=[7, 4], pos=pos)
+    alone = state_lens(model, tokens[1:, :4], ANSWER[1:], FOIL[1:], by=("pos", "n"), pos=pos)
+    assert_close(both.values[:, 1:, :4], alone.values, rtol=0, atol=1e-12)
+    assert not both.values[:, 1, 4:].any()
+    assert_close(both.rest[1:], alone.rest, rtol=0, atol=1e-12)
+    assert_close(both.total(), both.logit, rtol=0, atol=1e-10)
+    first = direct_logit(model, tokens, ANSWER, FOIL, lengths=[7, 4], pos=pos)
+    assert_close(first.read, both.values.sum((2, 3)), rtol=0, atol=1e-11)
+
+
+def test_layers_are_chosen_and_the_others_are_in_the_remainder():
+    model, tokens = tiny(), ids(7)
+    full = state_lens(model, tokens, ANSWER, by="e")
+    some = state_lens(model, tokens, ANSWER, by="e", layers=[-1, 0])
+    assert some.layers == (2, 0) and torch.equal(some.values, full.values[[2, 0]])
+    assert_close(some.rest, full.rest + full.direct.read[1])
+    assert_close(some.total(), some.logit, rtol=0, atol=1e-10)
+
+
+def test_edits_before_the_recurrence_count_and_those_inside_are_refused():
+    model, tokens = tiny(), ids(7)
+    stopped = state_lens(model, tokens, ANSWER, by=("pos",), edits=Set(at.dt(layer=1, pos=2), 0.0))
+    assert not stopped.values[1, :, 2].any() and stopped.values[1, :, 1].all()
+    assert_close(stopped.total(), stopped.logit, rtol=0, atol=1e-10)
+    inside = Zero(at.ssm_state(layer=1, pos=2))
+    for edit in (inside, Zero(at.y(layer=1)), Zero(at.decay()), Zero(at.recurrent_state(layer=[0, -2], pos=1))):
+        with pytest.raises(EditError, match="take other layers"):
+            state_lens(model, tokens, ANSWER, edits=[edit])
+    others = state_lens(model, tokens, ANSWER, edits=[inside], layers=[0, 2])
+    assert_close(others.total(), others.logit, rtol=0, atol=1e-10)
+
+
+def test_a_float32_model_has_the_same_parts_to_its_precision():
+    exact = state_lens(tiny(), ids(63), ANSWER, FOIL, by=("pos", "n"))
+    found = state_lens(tiny(dtype=torch.float32), ids(63), ANSWER, FOIL, by=("pos", "n"))
+    assert found.values.dtype == torch.float32
+    assert_close(found.values.double(), exact.values, rtol=1e-3, atol=1e-4)
+    assert_close(found.total(), found.logit, rtol=0, atol=1e-4)
+
+
+def test_what_cannot_be_asked_says_so():
+    model, tokens = tiny(), ids(7)
+    for wrong in (29, -1, torch.tensor([1, 2, 3]), torch.ones(31), torch.tensor([True, False])):
+        with pytest.raises(InputError):
+            direct_logit(model, tokens, wrong)
+    with pytest.raises(InputError, match="has no foil"):
+        direct_logit(model, tokens, torch.ones(32), 3)
+    for by in (("l",), ("n", "n"), "en"):
+        with pytest.raises(InputError, match="by="):
+            state_lens(model, tokens, 1, by=by)
+    with pytest.raises(InputError, match="tokens"):
+        logit_lens(model, tokens, [40])
+    with pytest.raises(AddressError):
+        direct_logit(model, tokens, 1, pos=7)
