@@ -165,7 +165,8 @@ def _recall(seed: int) -> Planted:
     roles = dict.fromkeys(e, "value") | dict.fromkeys(bound, "B, by the conv") | dict.fromkeys(asked, "C")
     truth = state_truth(
         ids, donor, terms, layer=layer, n_layer=model.config.n_layer,
-        coordinates=[(e[j], n[i]) for j, i in coordinates], half_life=math.log(2) / rate, channels={(layer, c): r for c, r in roles.items()}, binding=True,
+        coordinates=[(e[j], n[i]) for j, i in coordinates], half_life=math.log(2) / rate,
+        channels={(layer, c): r for c, r in roles.items()}, binding=True,
     )  # fmt: skip
     return Planted("recall", seed, model, ids, donor, metric, lambda x: read_out(terms(x, previous(x))), sample, truth)
 

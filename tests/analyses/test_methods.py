@@ -1,0 +1,79 @@
+"""The gallery: every method has a section, an example that runs, a figure that is there, and a proof that exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from analyses.methods import __main__ as gallery
+
+FOLDER = Path(gallery.__file__).parent
+ROOT = FOLDER.parents[1]
+PAGE = (FOLDER / "README.md").read_text()
+SHARED, *SECTIONS = PAGE.split("\n## ")
+LARGEST = 150_000  # bytes of a figure
+
+
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    space: dict = {}
+    exec(compile(blocks(SHARED)[0], "README.md", "exec"), space)
+    return space
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.splitlines()[0])
+def test_the_example_of_a_method_runs(section, shared):
+    (example,) = blocks(section)
+    assert 3 <= len(example.strip().splitlines()) <= 8
+    exec(compile(example, section.splitlines()[0], "exec"), dict(shared))
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.splitlines()[0])
+def test_a_section_says_what_it_costs_where_it_is_from_and_what_proves_it(section):
+    for word in ("**Cost.**", "**Source.**", "**Proof.**"):
+        assert word in section
+    proofs = re.findall(r"`(tests/[\w/]+\.py)`", section)
+    assert proofs and all((ROOT / proof).exists() for proof in proofs)
+
+
+def test_every_file_that_the_page_names_is_there_and_every_method_has_its_section():
+    links = re.findall(r"\]\(([^)#]+)\)", PAGE)
+    for target in links:
+        assert (FOLDER / target).exists(), target
+    for name in gallery.methods():
+        assert f"({name}.py)" in PAGE, f"{name} has no section"
+        assert any(target.startswith(f"figures/{name}") for target in links), f"{name} shows no figure"
+    shown = {FOLDER / target for target in links if target.startswith("figures/")}
+    assert set((FOLDER / "figures").glob("*.png")) == shown
+    for path in shown:
+        assert path.stat().st_size < LARGEST, path.name
+
+
+@pytest.mark.parametrize("name", gallery.methods())
+def test_a_method_says_what_it_is_and_draws(name):
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    assert ast.get_docstring(tree)
+    assert any(isinstance(node, ast.FunctionDef) and node.name == "figure" for node in tree.body)
+
+
+def test_the_command_draws_what_it_is_asked_for(tmp_path, monkeypatch):
+    def figure(folder):
+        (folder / "drawn.png").write_bytes(b"")
+        return [folder / "drawn.png"]
+
+    monkeypatch.setattr(gallery, "figure_of", lambda name: figure)
+    found = CliRunner().invoke(gallery.app, ["some", "--out", str(tmp_path / "new")])
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "new" / "drawn.png").exists()
+
+
+def test_an_unknown_method_is_an_error_in_a_sentence(tmp_path):
+    found = CliRunner().invoke(gallery.app, ["nonesuch", "--out", str(tmp_path)])
+    assert found.exit_code == 2
+    assert "no method 'nonesuch'" in found.output
