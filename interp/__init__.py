@@ -7,6 +7,7 @@ effect = logit_diff(patched, answer, foil)  # nats, at each row's own last token
 
 from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale, Set, Zero, at
 
+from .hooked import HookedMamba
 from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
 from .plots import heatmap
@@ -38,6 +39,7 @@ __all__ = [
     "Flow",
     "Gradients",
     "Grid",
+    "HookedMamba",
     "Mean",
     "Project",
     "Rank",
