@@ -8,6 +8,7 @@ effect = logit_diff(patched, answer, foil)  # nats, at each row's own last token
 from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale, Set, Zero, at
 
 from .hooked import HookedMamba
+from .knockout import Knockout, KnockoutGrid, knockout, knockout_grid, leak
 from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
 from .plots import heatmap
@@ -40,6 +41,8 @@ __all__ = [
     "Gradients",
     "Grid",
     "HookedMamba",
+    "Knockout",
+    "KnockoutGrid",
     "Mean",
     "Project",
     "Rank",
@@ -60,6 +63,9 @@ __all__ = [
     "half_lives",
     "heatmap",
     "kl",
+    "knockout",
+    "knockout_grid",
+    "leak",
     "load_edits",
     "log_prob",
     "logit_diff",

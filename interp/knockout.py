@@ -1,0 +1,350 @@
+r"""Token-to-token knockout: cut what one token gives to another inside chosen layers, route by route.
+
+A source s reaches the output of a target t >= s in one layer by these routes. With x' the conv inputs in which the
+sources' `mixer_in` is the baseline, S the sources that are cut from t, and conv_r = bias + sum_i w[:, i] x_{r-k+1+i}:
+
+    scan       t does not read what s wrote: the entry (t, s) of the matrix form is 0
+    conv       no other token takes s into its content:     u_r  from x_r and x'_q of the tokens q < r, for all r <= t
+    selection  no token takes s into dt, B and C:           dt'_r, B'_r, C'_r  from x', for all r <= t
+    all        s is not there:                              u', dt', B', C', and for s = t the gate, from the baseline
+
+    out_t = out_proj(gate_t (D u_t + sum_{r<=t} C_t prod_{r<q<=t} exp(dt_q A) dt_r B_r u_r)), no r that the scan cuts
+
+Each route alters the `mixer_out` of the targets and nothing else in the layer: what later tokens read is as it was.
+`conv` and `selection` act only through the k - 1 tokens after s (and, for dt and B, s itself), `scan` through what s
+wrote, in which the tokens before it have a share by the conv. So `scan` alone, the usual knockout, leaks: s lives on in
+the next tokens. `scan`, `conv` and `selection` together cut s from every t > s, and so does `all`, which leaves at s a
+token whose input is the baseline. Only the layer's mixer is cut: the residual stream of t, and what other layers bring,
+are not.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels_bridge import resolve as resolve_backend
+from minimal_mamba import Address, Apply, Edit, Mamba, Plan, at
+from minimal_mamba.address import resolve, selector
+from minimal_mamba.errors import AddressError, EditError, InputError, nearest
+
+from .cutter import Cutter, LayerCuts, layer_cuts
+from .run import Lengths, Metric, Run, _each, apply_metric, run, span
+
+ROUTES = ("scan", "conv", "selection", "all")
+Baseline = str | Tensor
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """Cut every source from every target that is not before it, in every one of the layers.
+
+    Args:
+        source, target: positions: an int, a slice or a list, as in `at`; negative ones count from a row's own end.
+        layer: likewise.
+        through: a route, or several: "scan", "conv", "selection", "all".
+        rows: of the batch; all if None.
+    A value: it prints, compares and hashes by content. Source = target cuts what a token gives to itself; through the
+    conv that is nothing, as a token's own tap is no route between tokens. Nor has the conv a tap of a token k or more
+    before, which then changes nothing.
+    """
+
+    source: Any
+    target: Any
+    layer: Any
+    through: Any = "all"
+    rows: Any = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        routes = (self.through,) if isinstance(self.through, str) else tuple(self.through)
+        for name in routes:
+            if name not in ROUTES:
+                raise EditError(f"through={name!r} is no route.{nearest(str(name), ROUTES)} All: {', '.join(ROUTES)}.")
+        if not routes:
+            raise EditError(f"through={self.through!r}: name at least one of {', '.join(ROUTES)}.")
+        normal: dict[str, object] = {f: selector(getattr(self, f), f) for f in ("source", "target", "layer")}
+        normal["through"] = tuple(r for r in ROUTES if r in routes)
+        if self.rows is not None:
+            chosen = selector(self.rows, "rows")
+            normal["rows"] = (chosen,) if isinstance(chosen, int) else chosen
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
+
+    def pairs(self, length: int) -> dict[int, list[int]]:
+        """The sources that are cut from each target, in a row of this length.
+
+        Raises:
+            AddressError: a position that the row has not, or one that is in no pair: a target before every source.
+        """
+        try:
+            sources, targets = (
+                resolve(sel, length, what) for sel, what in ((self.source, "source"), (self.target, "target"))
+            )
+        except AddressError as error:
+            raise AddressError(f"{self}: {error}") from None
+        least = 1 if self.through == ("conv",) else 0
+        found = {t: [s for s in sources if s <= t - least] for t in targets}
+        idle = [t for t, mine in found.items() if not mine] or sorted({*sources}.difference(*found.values()))
+        if idle:
+            what = "target" if idle[0] in found and not found[idle[0]] else "source"
+            rule = "a target comes after its source" + ("" if least else ", or is its source")
+            raise AddressError(
+                f"{self}: {what} {idle[0]} is in no pair, of sources {sources}, targets {targets}: {rule}."
+            )
+        return found
+
+    def __str__(self) -> str:
+        parts = [f"{name}={_show(getattr(self, name))}" for name in ("source", "target", "layer")]
+        parts.append(f"through={(self.through[0] if len(self.through) == 1 else list(self.through))!r}")
+        return f"Knockout({', '.join(parts + ([] if self.rows is None else [f'rows={_show(self.rows)}']))})"
+
+    __repr__ = __str__
+
+
+def knockout(
+    model: Mamba,
+    ids: Tensor,
+    cuts: Knockout | Iterable[Knockout],
+    *,
+    record: Address | Iterable[Address] = (),
+    edits: Edit | Iterable[Edit] = (),
+    baseline: Baseline = "zero",
+    lengths: Lengths = None,
+    backend: str = "auto",
+    last_only: bool = False,
+) -> Run:
+    """Run a model once with tokens cut from one another.
+
+    Knockouts of one target add up, each source by its own routes; targets of one layer can have different sources.
+    The cuts of a layer see the cuts of the layers below.
+
+    Args:
+        ids: (b, l) token ids.
+        record: addresses to keep, with the knockouts done. edits: done wherever they name a place, also where the cut
+            outputs are made.
+        baseline: of the sources' `mixer_in`, for all routes but the scan. "zero"; "mean", of each layer over all tokens
+            of the run without knockouts; or a tensor (d,), (n_layer, d), or (n_layer, b, l, d), such as a donor's
+            recording of `at.mixer_in()`.
+        lengths, backend, last_only: as in `run`.
+    Returns:
+        Run. With "all" no value of `mixer_in` at a source of that layer changes a bit of `mixer_out` at its targets.
+    Raises:
+        AddressError, EditError, InputError: before anything runs.
+    Cost: one forward of b (1 + m) rows, m the most sets of sources that targets of one row and layer are cut from;
+        one more for each set with "selection", or with "conv" beside "all". On `torch` no readable steps.
+    Source: Geva et al. 2023 (arXiv:2304.14767) for attention; for the scan of Mamba, Endy et al. 2025 (mamba-knockout).
+        Differs: other routes, any pairs, one forward; there (and in romba) sources are cut from all targets jointly.
+    """
+    found = (cuts,) if isinstance(cuts, Knockout) else tuple(cuts)
+    if not found or not all(isinstance(cut, Knockout) for cut in found):
+        raise EditError(f"cuts={found!r}: give at least one Knockout(source, target, layer), and Knockouts only.")
+    ops = resolve_backend(backend, model.device)
+    ids, sizes = model.check(ids, lengths)
+    b, l = ids.shape
+    layers = _layers(model, found, sizes, l)
+    blocks = 1 + max(len(layer.slots) for layer in layers.values())
+    changes, places = _each(edits, Edit), _each(record, Address)
+    start, stop = span(ids, sizes, None)
+    plans = [Plan(model.config, changes, (), start, stop) for _ in range(blocks)]
+    kept = Plan(model.config, (), places, start, stop)
+    values = _baseline(model, ids, baseline, changes, lengths, backend)
+    tap = Cutter(model, plans, kept, layers, values)
+    sized = None if lengths is None else sizes.repeat(blocks)
+    out = model(ids.repeat(blocks, 1), lengths=sized, last_only=last_only, tap=tap, ops=ops)
+    for plan in plans:
+        plan.results()  # raises for an edit that did not happen
+    return Run(ids, out.logits[:b], sizes, None, ops.name, model.config.vocab_size, kept.results())
+
+
+@torch.no_grad()
+def leak(
+    model: Mamba,
+    ids: Tensor,
+    cuts: Knockout | Iterable[Knockout],
+    *,
+    baseline: Baseline = "zero",
+    lengths: Lengths = None,
+    backend: str = "auto",
+    scale: float = 100.0,
+    seed: int = 0,
+) -> list[float]:
+    """How far the targets' `mixer_out` moves when the sources' `mixer_in` of that layer is replaced by noise.
+
+    Args:
+        scale: standard deviation of the noise; `mixer_in` itself is of order one.
+    Returns:
+        Of each knockout the largest change, over its layers, targets and channels: 0.0 where nothing leaks. "all" gives
+        0.0 exactly, and so do "scan", "conv" and "selection" together where no target is a source.
+    Cost: one `knockout`, and one more a knockout and layer.
+    """
+    found = (cuts,) if isinstance(cuts, Knockout) else tuple(cuts)
+    everything = at.mixer_out()
+    fixed = _baseline(model, model.check(ids, lengths)[0], baseline, (), lengths, backend)
+
+    def outputs(edits: Sequence[Edit]) -> Tensor:
+        return knockout(
+            model, ids, found, record=everything, edits=edits, baseline=fixed, lengths=lengths, backend=backend
+        )[everything]
+
+    before, sizes = outputs(()), model.check(ids, lengths)[1]
+    draw = torch.Generator(model.device).manual_seed(seed)
+
+    def noise(old: Tensor) -> Tensor:
+        return scale * torch.randn(old.shape, generator=draw, dtype=old.dtype, device=old.device)
+
+    changes = []
+    for cut in found:
+        largest = 0.0
+        for layer in resolve(cut.layer, model.config.n_layer, "layer"):
+            place = at.mixer_in(layer=layer, pos=cut.source)
+            moved = (outputs([Apply(place, noise, rows=cut.rows)])[layer] - before[layer]).abs()  # (b, l, d)
+            rows = range(len(ids)) if cut.rows is None else resolve(cut.rows, len(ids), "row")
+            targets = [(row, t) for row in rows for t in cut.pairs(int(sizes[row]))]
+            largest = max(largest, *(float(moved[row, t].max()) for row, t in targets))
+        changes.append(largest)
+    return changes
+
+
+@dataclass(frozen=True, eq=False)
+class KnockoutGrid:
+    """What cutting each source from one target, in each window of layers, does to a metric.
+
+    Args:
+        values: (windows, sources, b) the metric under one knockout, raw, in its unit.
+        base: (b,) the metric of the run without one.
+        layers: of each window. sources: positions. target: position. through: the routes that were cut.
+    """
+
+    values: Tensor
+    base: Tensor
+    layers: tuple[tuple[int, ...], ...]
+    sources: tuple[int, ...]
+    target: int
+    through: tuple[str, ...]
+
+    def effect(self) -> Tensor:
+        """values - base, (windows, sources, b)."""
+        return self.values - self.base
+
+    def error(self) -> Tensor:
+        """(windows, sources): one standard error of the mean effect, over the rows of the batch."""
+        if len(self.base) < 2:
+            raise InputError(f"a standard error needs at least 2 rows; this grid has {len(self.base)}.")
+        return self.effect().std(-1) / len(self.base) ** 0.5
+
+
+@torch.no_grad()
+def knockout_grid(
+    model: Mamba,
+    ids: Tensor,
+    metric: Metric,
+    *,
+    target: int = -1,
+    sources: int | slice | Sequence[int] | None = None,
+    layers: Sequence[int | Sequence[int]] | None = None,
+    window: int = 1,
+    through: str | Sequence[str] = "all",
+    baseline: Baseline = "zero",
+    lengths: Lengths = None,
+    backend: str = "auto",
+    batch: int = 256,
+    progress: bool = True,
+) -> KnockoutGrid:
+    """Cut one source at a time from one target, in one window of layers at a time.
+
+    Args:
+        metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
+        target: the position that reads. sources: all that are at or before it in every row, if None.
+        layers: the windows, each a layer or several. None: every `window` successive layers.
+        through, baseline: as in `knockout`.
+        batch: rows at a time, of which each cell takes b.
+    Returns:
+        KnockoutGrid; every cell equals one `knockout`.
+    Cost: 1 + windows * sources * (1 + m) forwards of b rows, m as in `knockout`, run `batch` rows at a time.
+    """
+    ids, sizes = model.check(ids, lengths)
+    b, n_layer = len(ids), model.config.n_layer
+    if layers is None:
+        if not 1 <= window <= n_layer:
+            raise InputError(f"window={window}: 1 to {n_layer} layers.")
+        layers = [range(i, i + window) for i in range(n_layer - window + 1)]
+    groups = [tuple(resolve(selector(group, "layer"), n_layer, "layer")) for group in layers]
+    places = [resolve(target, int(size), "target")[0] for size in sizes]
+    if sources is None:
+        probe = Knockout(0, target, 0, through)
+        sources = range(min(places) + (0 if probe.through == ("conv",) else 1))
+    columns = resolve(selector(sources, "source"), int(sizes.min()), "source")
+    cells = [(group, source) for group in groups for source in columns]
+    last_only = lengths is not None
+    fixed = _baseline(model, ids, baseline, (), lengths, backend)
+    base = apply_metric(metric, run(model, ids, lengths=lengths, backend=backend, last_only=last_only).logits)
+    values = []
+    step = max(1, batch // b)
+    with tqdm(total=len(cells), desc=f"knockout {through}", disable=not progress) as bar:
+        for first in range(0, len(cells), step):
+            some = cells[first : first + step]
+            cuts = [
+                Knockout(source, target, group, through, rows=range(i * b, (i + 1) * b))
+                for i, (group, source) in enumerate(some)
+            ]
+            out = knockout(
+                model, ids.repeat(len(some), 1), cuts, lengths=sizes.repeat(len(some)) if last_only else None,
+                baseline=fixed if fixed.shape[1] == 1 else fixed.repeat(1, len(some), 1, 1), backend=backend,
+                last_only=last_only,
+            )  # fmt: skip
+            values += [apply_metric(metric, logits) for logits in out.logits.split(b)]
+            bar.update(len(some))
+    grid = torch.stack(values).unflatten(0, (len(groups), len(columns)))
+    return KnockoutGrid(grid, base, tuple(groups), tuple(columns), target, Knockout(0, 0, 0, through).through)
+
+
+def _layers(model: Mamba, cuts: Sequence[Knockout], sizes: Tensor, length: int) -> dict[int, LayerCuts]:
+    """What is cut in each layer."""
+    wanted: dict[int, list[dict[int, dict[str, set[int]]]]] = {}  # layer -> a row -> target -> route -> sources
+    for cut in cuts:
+        try:
+            layers = resolve(cut.layer, model.config.n_layer, "layer")
+            rows = range(len(sizes)) if cut.rows is None else resolve(cut.rows, len(sizes), "row")
+        except AddressError as error:
+            raise AddressError(f"{cut}: {error}") from None
+        for row in rows:
+            for target, sources in cut.pairs(int(sizes[row])).items():
+                for layer in layers:
+                    here = wanted.setdefault(layer, [{} for _ in sizes])[row].setdefault(target, {})
+                    for route in cut.through:
+                        here.setdefault(route, set()).update(sources)
+    return {
+        layer: layer_cuts(
+            [{t: {route: frozenset(s) for route, s in mine.items()} for t, mine in row.items()} for row in rows],
+            length, model.device,
+        )
+        for layer, rows in wanted.items()
+    }  # fmt: skip
+
+
+def _baseline(
+    model: Mamba, ids: Tensor, given: Baseline, edits: Sequence[Edit], lengths: Lengths, backend: str
+) -> Tensor:
+    """The baseline as (n_layer, b or 1, l or 1, d)."""
+    n_layer, d, (b, l) = model.config.n_layer, model.config.d_model, ids.shape
+    if isinstance(given, str):
+        if given == "zero":
+            return torch.zeros(n_layer, 1, 1, d, dtype=model.dtype, device=model.device)
+        if given != "mean":
+            raise InputError(f'baseline={given!r}: "zero", "mean" or a tensor.{nearest(given, ("zero", "mean"))}')
+        place = at.mixer_in()
+        with torch.no_grad():
+            seen = run(model, ids, edits, place, backend, lengths=lengths, last_only=True)[place]
+        return seen.nanmean((1, 2), keepdim=True)  # NaN on padding
+    value = torch.as_tensor(given).to(model.device)
+    fits = [(d,), (n_layer, d), (n_layer, b, l, d), (n_layer, 1, 1, d)]
+    if tuple(value.shape) not in fits:
+        raise InputError(f"baseline has shape {tuple(value.shape)}; it is one of {', '.join(map(str, fits[:3]))}.")
+    return value if value.dim() == 4 else value.expand(n_layer, d)[:, None, None]
+
+
+def _show(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
