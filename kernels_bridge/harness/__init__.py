@@ -1,0 +1,16 @@
+"""The equivalence harness: `python -m kernels_bridge check` and `bisect`.
+
+`bounds` holds every bound and where it comes from, `draw` what the check runs on, `watch` how an implementation is seen
+(ours by taps, other people's by hooks), `targets` those known by name, `operations` the conv and the scan alone,
+`check` the whole, `bisect` the first site at which any two implementations part.
+"""
+
+from .bisect import Bisection, bisect
+from .check import KINDS, Blind, Report, check, localise
+from .targets import reference, target
+from .watch import Implementation, Ours, Theirs
+
+__all__ = [
+    "KINDS", "Bisection", "Blind", "Implementation", "Ours", "Report", "Theirs",
+    "bisect", "check", "localise", "reference", "target",
+]  # fmt: skip

@@ -1,0 +1,143 @@
+"""Bisect: the first site at which two implementations of the same weights part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from minimal_mamba import Mamba
+
+from .check import First, first_to_part
+from .draw import draw_ids
+from .rows import Row, compare, relative
+from .targets import imported, readable, reference, same_weights, target
+from .watch import Implementation, Key, Theirs
+
+
+@dataclass(frozen=True)
+class Part:
+    """One quantity: how far the two are from each other, and each from the readable model in float64."""
+
+    stage: str
+    quantity: str
+    layer: int | None
+    apart: float
+    a_off: float
+    b_off: float
+    bound: float
+
+    @property
+    def parted(self) -> bool:
+        """Whether they are further apart than rounding explains."""
+        return not self.apart <= self.bound
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """What `bisect` found. `first` is the first site, in the forward's order, with every layer fed the same input."""
+
+    a: str
+    b: str
+    parts: list[Part]
+    first: First | None
+
+    @property
+    def parted(self) -> bool:
+        """Whether any quantity parts."""
+        return any(p.parted for p in self.parts)
+
+    def __str__(self) -> str:
+        head = f"{'stage':<10} {'quantity':<28} {'layer':>5} {'apart':>8} {'bound':>8} {'a off':>8} {'b off':>8}"
+        lines = [f"a = {self.a}, b = {self.b}; off: relative error against the readable model in float64", head]
+        for p in self.parts:
+            layer = "" if p.layer is None else str(p.layer)
+            mark = "  PARTS" if p.parted else ""
+            lines.append(
+                f"{p.stage:<10} {p.quantity:<28} {layer:>5} {p.apart:8.1e} {p.bound:8.1e} "
+                f"{p.a_off:8.1e} {p.b_off:8.1e}{mark}"
+            )
+        lines.append(self.verdict())
+        return "\n".join(lines)
+
+    def verdict(self) -> str:
+        """One sentence."""
+        if not self.parted:
+            return f"{self.a} and {self.b} agree in all {len(self.parts)} quantities."
+        start = next(p for p in self.parts if p.parted)
+        off = self.b if start.b_off >= start.a_off else self.a
+        if self.first is None:
+            where = start.quantity if start.layer is None else f"{start.quantity} of layer {start.layer}"
+            first = f"in {start.stage} at {where}; every site of the forward agrees"
+        else:
+            first = f"at {self.first}"
+        return f"They part first {first}. {off} is the one that is off."
+
+
+def bisect(
+    a: str | nn.Module,
+    b: str | nn.Module,
+    *,
+    model: Mamba | None = None,
+    length: int = 17,
+    batch: int = 4,
+    seed: int = 0,
+) -> Bisection:
+    """Compare two implementations of the same weights, quantity by quantity.
+
+    Args:
+        a, b: each a target's name, `module:function` that returns a module, or a module.
+        model: the weights where neither is a module.
+    Raises:
+        CheckpointError: modules whose weights differ, or that are no Mamba.
+        InputError: names without weights, or what cannot be imported.
+    Cost: two forwards, a backward and `length` decoding steps of each, and of the readable model in two types.
+    """
+    modules = [imported(x) if isinstance(x, str) and ":" in x else x for x in (a, b)]
+    live = [m for m in modules if isinstance(m, nn.Module)]
+    if len(live) == 2:
+        same_weights(*live)
+    if live:
+        model = live[0] if isinstance(live[0], Mamba) else Mamba.from_module(live[0])
+    assert model is not None, "two names need weights: model="
+    one, two = (_implementation(m, x, model) for m, x in zip(modules, (a, b), strict=True))
+    true, same = reference(model), readable(model)
+    ids = draw_ids(model.config, batch, length, seed).to(model.device)
+    feed = {i: true.forward(ids)["resid_pre", i] for i in range(model.config.n_layer)}
+    everywhere = list(range(length))
+    parts: list[Part] = []
+
+    def stage(name: str, seen: Sequence[dict[Key, Tensor]]) -> list[Row]:
+        found_a, found_b, found_same, want = seen
+        rows = compare("", name, found_b, found_same, want, model.dtype)
+        for row in rows:
+            key = (row.quantity, row.layer)
+            if key in found_a:
+                off, _ = relative(found_a[key], want[key])
+                apart, _ = relative(found_b[key], found_a[key])
+                parts.append(Part(name, *key, apart, off, row.error, 2 * row.bound))
+        return rows
+
+    everyone: tuple[Implementation, ...] = (one, two, same, true)
+    fed = [each.forward(ids, feed=feed, at_positions=everywhere) for each in everyone]
+    stage("layers", fed)
+    apart = compare(
+        "", "layers", fed[1], {k: v for k, v in fed[0].items() if k in fed[1]} | fed[2], fed[0], model.dtype
+    )
+    bounds = {(p.quantity, p.layer): p.bound for p in parts}
+    failed = [r for r in apart if (r.quantity, r.layer) in bounds and not r.error <= bounds[r.quantity, r.layer]]
+    failed = [Row(**{**r.__dict__, "passed": False, "bound": bounds[r.quantity, r.layer]}) for r in failed]
+    first = first_to_part(failed, fed[1], fed[0])
+    stage("model", [each.forward(ids, inside=False) for each in everyone])
+    stage("gradients", [each.gradients(ids) for each in everyone])
+    stage("decoding", [each.decode(ids) for each in everyone])
+    return Bisection(one.name, two.name, parts, first)
+
+
+def _implementation(module: object, name: object, model: Mamba) -> Implementation:
+    if isinstance(module, Mamba):
+        made: Implementation = readable(module)
+        made.name = str(name) if isinstance(name, str) else "a Mamba"
+        return made
+    if isinstance(module, nn.Module):
+        return Theirs(module, name if isinstance(name, str) else type(module).__name__)
+    return target(str(module), model)

@@ -1,0 +1,323 @@
+"""The check: a target against the readable model in float64, quantity by quantity, clean and under edits."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minimal_mamba import Mamba, Set, Zero, at
+from minimal_mamba.errors import InputError
+from minimal_mamba.files import write_json
+from minimal_mamba.provenance import provenance
+
+from . import bounds
+from .draw import draw_edits, draw_ids, draw_lengths
+from .operations import operations
+from .rows import Row, compare
+from .targets import readable, reference
+from .watch import Implementation, Ours
+
+LENGTHS = (1, 2, 3, 4, 5, 17, 127, 128, 129, 255, 372, 1023, 1134, 2047, 2048, 2049, 4097)
+SHORT = (1, 2, 3, 4, 5, 17, 63, 129)  # on a CPU
+KINDS = ("operations", "layers", "model", "edits", "gradients", "decoding", "padding")
+TOKENS = 128  # of a batch at least
+DECODED = 33  # tokens fed one by one at most
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to compare: a kind, and the batch, length and seed of what it runs on."""
+
+    kind: str
+    b: int
+    l: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, batch {self.b}, length {self.l}, seed {self.seed}"
+
+
+class Blind(InputError):
+    """Weights under which a fault in the scan hardly shows, so that no verdict can be given."""
+
+
+def controls(model: Mamba, ids: Tensor) -> dict[str, float]:
+    """Relative change of the logits in float64 under each negative control: what a check would see of it."""
+    exact = reference(model)
+    layers = range(model.config.n_layer)
+    seen = exact.forward(ids)
+    first = [Set(at.B(layer=0), seen["C", 0]), Set(at.C(layer=0), seen["B", 0])]
+    faults = {
+        "the scan zeroed": [Zero(at.y(layer=list(layers)))],
+        "no recurrence (decay 0)": [Zero(at.decay(layer=list(layers)))],
+        "B and C of one layer exchanged": first,
+    }
+    true = seen["logits", None]
+    return {
+        name: float((exact.forward(ids, edits=edits, inside=False)["logits", None] - true).norm() / true.norm())
+        for name, edits in faults.items()
+    }
+
+
+def refuse_blind(model: Mamba, seed: int) -> dict[str, float]:
+    """The controls' figures.
+
+    Raises:
+        Blind: one of them moves the logits less than `bounds.SEEN` says.
+    """
+    found = controls(model, draw_ids(model.config, 2, 33, seed).to(model.device))
+    weak = {name: share for name, share in found.items() if not share >= bounds.SEEN[name]}
+    if weak:
+        told = "; ".join(
+            f"{name} moves them {share:.2%}, needed {bounds.SEEN[name]:.0%}" for name, share in weak.items()
+        )
+        raise Blind(
+            f"no verdict: with these weights a fault would hardly show in the logits ({told}). Check other weights: "
+            "without --model the check draws some under which the scan carries the logits."
+        )
+    return found
+
+
+def cases(kinds: Sequence[str], lengths: Sequence[int], b: int, seed: int) -> list[Case]:
+    """Every case of these kinds and lengths; short sequences get more rows, so that rounding averages."""
+    return [Case(kind, max(b, TOKENS // l), l, seed + i) for kind in kinds for i, l in enumerate(lengths)]
+
+
+def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
+    """Compare target, readable and reference on one case."""
+    true, same = reference(model), readable(model)
+    ids = draw_ids(model.config, case.b, case.l, case.seed).to(model.device)
+    positions = sorted({0, 1, case.l // 2, case.l - 2, case.l - 1} & set(range(case.l)))
+
+    def rows(ask: Callable[[Implementation], dict[Any, Tensor]]) -> list[Row]:
+        return compare(case.name, case.kind, ask(target), ask(same), ask(true), model.dtype)
+
+    if case.kind == "operations":
+        assert isinstance(target, Ours)
+        return operations(case.name, target.ops, true, model, ids, positions)
+    if case.kind == "layers":
+        feed = _feed(true, ids)
+        return rows(lambda one: one.forward(ids, feed=feed, at_positions=positions))
+    if case.kind == "model":
+        return rows(lambda one: one.forward(ids, inside=False))
+    if case.kind == "edits":
+        edits = draw_edits(model.config, case.b, case.l, case.seed)
+        found = rows(lambda one: one.forward(ids, edits=edits, at_positions=positions))
+        return found + rows(lambda one: one.gradients(ids, edits))
+    if case.kind == "gradients":
+        return rows(lambda one: one.gradients(ids))
+    if case.kind == "decoding":
+        return rows(lambda one: one.decode(ids[:, :DECODED]))
+    if case.kind == "padding":
+        lengths = draw_lengths(case.b, case.l, case.seed)
+        return rows(lambda one: one.forward(ids, lengths=lengths, inside=False))
+    raise InputError(f"no kind of case {case.kind!r}; there are {', '.join(KINDS)}.")
+
+
+def _feed(true: Ours, ids: Tensor) -> dict[int, Tensor]:
+    """The reference's input of each layer, in the type that the stream has there."""
+    seen = true.forward(ids)
+    return {i: seen["resid_pre", i] for i in range(true.config.n_layer)}
+
+
+@dataclass(frozen=True)
+class First:
+    """The first place, in the forward's order, where a target leaves its bound when it is fed the reference's input."""
+
+    site: str
+    layer: int | None
+    row: int | None
+    position: int | None
+    channel: tuple[int, ...]
+    error: float
+
+    def __str__(self) -> str:
+        where = "" if self.layer is None else f" of layer {self.layer}"
+        if self.position is None:
+            return f"{self.site}{where} (relative error {self.error:.2g})"
+        return (
+            f"{self.site}{where}, row {self.row}, position {self.position}, channel {self.channel} ({self.error:.2g})"
+        )
+
+
+def localise(target: Implementation, model: Mamba, ids: Tensor) -> First | None:
+    """The first site that parts from the reference, each layer fed with the reference's input; None if none does."""
+    true = reference(model)
+    feed, l = _feed(true, ids), ids.shape[1]
+    everyone = (target, readable(model), true)
+    found, same, want = (one.forward(ids, feed=feed, at_positions=range(l)) for one in everyone)
+    return first_to_part(compare("", "layers", found, same, want, model.dtype), found, want)
+
+
+def first_to_part(rows: Sequence[Row], found: dict[Any, Tensor], want: dict[Any, Tensor]) -> First | None:
+    """Of the rows that failed the first in the forward's order, and where in it the error begins."""
+    from .watch import ORDER
+
+    rank = {site: i for i, site in enumerate(ORDER)}
+    failed = [r for r in rows if not r.passed and r.quantity in rank]
+    if not failed:
+        return None
+    row = min(failed, key=lambda r: (math.inf if r.layer is None else r.layer, rank[r.quantity]))
+    key = (row.quantity, row.layer)
+    gap = (found[key].double() - want[key].double()).abs().nan_to_num(nan=math.inf)
+    size = want[key].double().pow(2).mean().sqrt()
+    by_position = gap.flatten(2).pow(2).mean(-1).sqrt() / size  # (b, l)
+    beyond = (by_position > row.bound).any(0).nonzero()[:, 0]
+    position = int(beyond[0]) if len(beyond) else int(by_position.amax(0).argmax())
+    batch = int(by_position[:, position].argmax())
+    flat = int(gap[batch, position].flatten().argmax())
+    channel = torch.unravel_index(torch.tensor(flat), gap.shape[2:])
+    return First(
+        row.quantity, row.layer, batch, position, tuple(int(c) for c in channel), float(by_position[batch, position])
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found."""
+
+    target: str
+    rows: list[Row]
+    first: First | None
+    controls: dict[str, float]
+    unseen: list[str]
+    settings: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is a row and every row is within its bound."""
+        return bool(self.rows) and all(r.passed for r in self.rows)
+
+
+def check(
+    target: Implementation,
+    model: Mamba,
+    *,
+    kinds: Sequence[str] | None = None,
+    lengths: Sequence[int] | None = None,
+    batch: int = 2,
+    seed: int = 0,
+    path: Path | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Hold a target against the readable model in float64.
+
+    Args:
+        target: of `targets.target`, or an `Ours` or `Theirs` of your own, on the weights of `model`.
+        kinds: which of `KINDS`; all that the target can take if None.
+        lengths: of the sequences; `LENGTHS` on a GPU, `SHORT` on a CPU, if None.
+        path: a JSON file that is written after every case; a check of the same settings goes on from it unless `fresh`.
+    Raises:
+        Blind: no verdict can be given under these weights.
+        InputError: `path` holds another check.
+    """
+    can = KINDS if isinstance(target, Ours) else tuple(k for k in KINDS if k not in ("operations", "edits"))
+    if not isinstance(target, Ours) and not getattr(target, "hf", False):
+        can = tuple(k for k in can if k != "padding")
+    kinds = list(can if kinds is None else kinds)
+    for kind in kinds:
+        if kind not in can:
+            raise InputError(f"target {target.name!r} has no cases {kind!r}; it has {', '.join(can)}.")
+    lengths = list(lengths or (LENGTHS if model.device.type == "cuda" else SHORT))
+    settings = {
+        "version": VERSION, "target": target.name, "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type, "config": asdict(model.config), "weights": fingerprint(model),
+        "kinds": kinds, "lengths": lengths, "batch": batch, "seed": seed,
+        "float32": precision(),
+    }  # fmt: skip
+    shares = refuse_blind(model, seed)
+    done: dict[str, list[Row]] = {} if path is None or fresh else _resume(path, settings)
+    wanted = cases(kinds, lengths, batch, seed)
+    for case in tqdm(wanted, desc=f"check {target.name}", disable=not progress):
+        if case.name not in done:
+            done[case.name] = run_case(case, target, model)
+            if path is not None:
+                _write(path, settings, shares, done, None, len(done) == len(wanted))
+    rows = [row for case in wanted for row in done[case.name]]
+    first = None
+    if not all(r.passed for r in rows):
+        l = min(max(r_l for r_l in lengths), 65)
+        first = localise(target, model, draw_ids(model.config, batch, l, seed).to(model.device))
+    ids = draw_ids(model.config, 1, 3, seed).to(model.device)
+    unseen = sorted({k[0] for k in reference(model).forward(ids)} - {k[0] for k in target.forward(ids)})
+    report = Report(target.name, rows, first, shares, unseen, settings)
+    if path is not None:
+        _write(path, settings, shares, done, report, True)
+    return report
+
+
+def precision() -> dict[str, str]:
+    """The switches of torch and Triton that change a float32 product, as they stand."""
+    import os
+
+    return {
+        "cuda.matmul.allow_tf32": str(torch.backends.cuda.matmul.allow_tf32),
+        "cudnn.allow_tf32": str(torch.backends.cudnn.allow_tf32),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "TRITON_F32_DEFAULT": os.environ.get("TRITON_F32_DEFAULT", "unset"),
+    }
+
+
+def exact_products() -> None:
+    """Switch TF32 off, in torch and in Triton, so that float32 means float32."""
+    import os
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+
+
+def fingerprint(model: Mamba) -> str:
+    """A digest of the weights."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _resume(path: Path, settings: dict[str, Any]) -> dict[str, list[Row]]:
+    import json
+
+    if not path.exists():
+        return {}
+    try:
+        held = json.loads(path.read_text())
+        if held["settings"] != json.loads(json.dumps(settings)):
+            other = [k for k, v in json.loads(json.dumps(settings)).items() if held["settings"].get(k) != v]
+            raise InputError(f"{path} holds a check with another {', '.join(other)}. Give another file, or --fresh.")
+        return {name: [Row(**row) for row in rows] for name, rows in held["cases"].items()}
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path} holds no check that can be gone on with ({error!r}). Give another file, or --fresh."
+        ) from None
+
+
+def _write(
+    path: Path, settings: dict[str, Any], shares: dict[str, float], done: dict[str, list[Row]], report: Report | None,
+    complete: bool,
+) -> None:  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    verdict = None if report is None else ("pass" if report.passed else "fail")
+    write_json(path, {
+        "verdict": verdict if complete else None,
+        "first_to_part": None if report is None or report.first is None else asdict(report.first),
+        "not_seen": None if report is None else report.unseen,
+        "controls": shares,
+        "settings": settings,
+        "provenance": provenance(),
+        "cases": {name: [asdict(r) for r in rows] for name, rows in done.items()},
+    })  # fmt: skip

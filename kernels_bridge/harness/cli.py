@@ -1,0 +1,112 @@
+"""The commands `check` and `bisect`. Exit status: 0 all within their bounds, 1 something is not, 2 no verdict."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from minimal_mamba import Mamba
+from minimal_mamba.errors import InputError, MambascopeError
+
+from .bisect import bisect as bisect_two
+from .check import KINDS, exact_products, precision
+from .check import check as check_target
+from .draw import LARGE, SMALL, draw_model
+from .rows import table
+from .targets import NAMES
+from .targets import target as make
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Weights = Annotated[Path | None, typer.Option("--model", help="a checkpoint folder; without it weights are drawn")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one, if not given")]
+Type = Annotated[str, typer.Option(help=f"one of {', '.join(DTYPES)}")]
+Size = Annotated[
+    str, typer.Option(help="of drawn weights: small (2 layers, d_model 64) or 130m (24 layers, d_model 768)")
+]
+Seed = Annotated[int, typer.Option(help="of drawn weights, tokens and edits")]
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no CUDA device here. Use --device cpu.")
+    return device
+
+
+def _weights(path: Path | None, size: str, seed: int, dtype: str, device: str) -> Mamba:
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype} is none of {', '.join(DTYPES)}.")
+    if size not in ("small", "130m"):
+        raise InputError(f"--size {size} is neither small nor 130m.")
+    model = Mamba.from_pretrained(path) if path else draw_model(SMALL if size == "small" else LARGE, seed)
+    return model.to(_device(device), DTYPES[dtype])
+
+
+def check(
+    target: Annotated[str, typer.Option(help=f"what to check: {', '.join(NAMES)}")],
+    model: Weights = None,
+    device: Device = "",
+    dtype: Type = "float32",
+    size: Size = "small",
+    lengths: Annotated[str, typer.Option(help="of the sequences, as 1,17,128; else a list that suits the device")] = "",
+    kinds: Annotated[str, typer.Option(help=f"of {', '.join(KINDS)}; else all that the target can take")] = "",
+    batch: Annotated[int, typer.Option(help="rows at least")] = 2,
+    seed: Seed = 0,
+    json: Annotated[
+        Path | None, typer.Option(help="keep everything here, after every case; goes on from what is there")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="begin again, whatever --json holds")] = False,
+) -> None:
+    """Hold an implementation against the readable model in float64, quantity by quantity, clean and under edits."""
+    try:
+        exact_products()
+        weights = _weights(model, size, seed, dtype, device)
+        chosen = [int(part) for part in lengths.split(",")] if lengths else None
+        if chosen is None and size == "130m":
+            chosen = [128, 2048] if weights.device.type == "cuda" else [16, 33]
+        report = check_target(
+            make(target, weights), weights, kinds=[k.strip() for k in kinds.split(",")] if kinds else None,
+            lengths=chosen, batch=batch, seed=seed, path=json, fresh=fresh,
+        )  # fmt: skip
+    except (MambascopeError, ValueError) as error:
+        typer.echo(f"no verdict: {error}" if "no verdict" not in str(error) else str(error), err=True)
+        raise typer.Exit(2) from None
+    typer.echo(table(report.rows))
+    typer.echo("precision: " + ", ".join(f"{k}={v}" for k, v in precision().items()))
+    typer.echo("controls, change of the logits: " + ", ".join(f"{k} {v:.0%}" for k, v in report.controls.items()))
+    if report.unseen:
+        typer.echo(f"not seen from outside this target: {', '.join(report.unseen)}")
+    failed = sum(not r.passed for r in report.rows)
+    if report.passed:
+        typer.echo(f"PASS: {target} agrees with the readable model in all {len(report.rows)} rows.")
+        return
+    if report.first is None:
+        typer.echo(
+            f"FAIL: {failed} of {len(report.rows)} rows; every layer by itself agrees, fed the reference's input."
+        )
+    else:
+        typer.echo(f"FAIL: {failed} of {len(report.rows)} rows. The first site to part is {report.first}.")
+    raise typer.Exit(1)
+
+
+def bisect(
+    a: Annotated[str, typer.Argument(help=f"{', '.join(NAMES)}, or module:function that returns a module")],
+    b: Annotated[str, typer.Argument(help="the other")],
+    model: Weights = None,
+    device: Device = "",
+    dtype: Type = "float32",
+    size: Size = "small",
+    length: Annotated[int, typer.Option(min=1, help="tokens in a row")] = 17,
+    seed: Seed = 0,
+) -> None:
+    """Compare any two implementations of the same weights and name the first site at which they part."""
+    try:
+        exact_products()
+        found = bisect_two(a, b, model=_weights(model, size, seed, dtype, device), length=length, seed=seed)
+    except MambascopeError as error:
+        typer.echo(f"no verdict: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(str(found))
+    if found.parted:
+        raise typer.Exit(1)

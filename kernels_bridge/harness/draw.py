@@ -1,0 +1,78 @@
+"""What the check runs on: seeded models, tokens, and edits that nobody chose."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minimal_mamba import Add, Edit, Mamba, MambaConfig, Mean, Plan, Project, Scale, Set, Zero, at
+from minimal_mamba.sites import SITES
+
+from ..lively import lively
+
+SMALL = MambaConfig(d_model=64, n_layer=2, vocab_size=96, d_state=16, d_conv=4, pad_vocab_size_multiple=1)
+LARGE = MambaConfig(d_model=768, n_layer=24, vocab_size=50277)  # mamba-130m
+
+
+def draw_model(config: MambaConfig, seed: int) -> Mamba:
+    """A float64 model under whose weights the scan carries the logits."""
+    with torch.random.fork_rng(devices=[]):
+        return lively(Mamba(config).double(), seed)
+
+
+def draw_ids(config: MambaConfig, b: int, l: int, seed: int) -> Tensor:
+    """(b, l) tokens."""
+    return torch.randint(0, config.vocab_size, (b, l), generator=torch.Generator().manual_seed(seed))
+
+
+def draw_lengths(b: int, l: int, seed: int) -> list[int]:
+    """Lengths of b rows, of which one is l and, where l allows it, one is 1."""
+    r = random.Random(seed)
+    return [l, 1, *(r.randint(1, l) for _ in range(b - 2))][:b]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How many edits, and at most how many positions of the recurrence each of them touches."""
+
+    edits: int = 6
+    positions: int = 3
+
+
+def draw_edits(config: MambaConfig, b: int, l: int, seed: int, draw: Draw = Draw()) -> list[Edit]:
+    """Edits of any kind at any site, layer, position, channel and row; values of the size of the lively model's own.
+
+    The first is a Set of `ssm_state`, so that a check with edits is never one without an edit of the state.
+    """
+    r, rng = random.Random(seed), torch.Generator().manual_seed(seed)
+    made: list[Edit] = []
+    for i in range(draw.edits):
+        site = "ssm_state" if i == 0 else r.choice([s for s in SITES if s not in ("logits", "final_norm")])
+        spec = SITES[site]
+        positions = sorted(r.sample(range(l), min(l, r.randint(1, draw.positions))))
+        fields: dict[str, object] = {"pos": positions}
+        if spec.layered:
+            fields["layer"] = r.randrange(config.n_layer)
+        if r.random() < 0.3:
+            axis = r.choice(spec.features)
+            fields[axis] = sorted(r.sample(range(config.size(axis)), max(1, config.size(axis) // 2)))
+        place = getattr(at, site)(**fields)
+        rows = [r.randrange(b)] if r.random() < 0.3 else None
+        zero = torch.zeros(b, dtype=torch.long)
+        shape = list(Plan(config, [bare := Zero(place, rows=rows)], [], zero, zero + l).shape(bare))
+        value = 0.5 * torch.randn(shape, generator=rng, dtype=torch.float64)
+        if site in ("dt", "decay"):
+            value = value.abs().clamp(max=1.0)  # below zero, or kept more than wholly, states explode
+        kinds = ["Set", "Add", "Scale", "Zero", "Mean", "Project"] if i else ["Set"]
+        kind = r.choice(kinds)
+        if kind == "Project":
+            basis = torch.randn([1, *shape[2:]], generator=rng, dtype=torch.float64)
+            made.append(Project(place, basis, rows=rows))
+        elif kind == "Mean":
+            made.append(Mean(place, value.mean((0, 1)), rows=rows))
+        elif kind == "Zero":
+            made.append(Zero(place, rows=rows))
+        else:
+            made.append({"Set": Set, "Add": Add, "Scale": Scale}[kind](place, value, rows=rows))
+    return made

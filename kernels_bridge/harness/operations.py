@@ -1,0 +1,102 @@
+"""The operations of a backend, each fed with what the reference computed: conv and scan, forward and backward."""
+
+import torch
+from torch import Tensor
+
+from minimal_mamba import Mamba, Ops
+from minimal_mamba.block import wide
+from minimal_mamba.scan import READABLE
+from minimal_mamba.tap import Tap
+
+from .bounds import OPERATION, UPSTREAM, within
+from .rows import Row, relative
+from .watch import Ours
+
+
+class _States(Tap):
+    """Records `ssm_state` at some positions, on whichever path the operation takes."""
+
+    def __init__(self, positions: list[int]):
+        self.positions = positions
+        self.held: dict[int, Tensor] = {}
+
+    def recorded(self, *sites: str) -> list[int]:
+        return self.positions if "ssm_state" in sites and len(sites) == 1 else []
+
+    def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
+        if site == "ssm_state" and t in self.positions:
+            self.held[t] = value
+        return value
+
+    def record(self, site: str, values: Tensor, times: "list[int]") -> None:  # type: ignore[override]
+        if site == "ssm_state":
+            self.held |= {t: values[:, i] for i, t in enumerate(times)}
+
+
+def operations(case: str, ops: Ops, true: Ours, model: Mamba, ids: Tensor, positions: list[int]) -> list[Row]:
+    """Rows of every layer's conv and scan, their outputs and the gradient of every input.
+
+    The inputs are the reference's, rounded to the type in which the operation gets them in a model of this type; the
+    operation in float64 on those rounded inputs is the truth, so that only the operation's own error is seen. The
+    state before the first token is drawn, and the last state takes part in the loss.
+    """
+    seen = true.forward(ids)
+    rows = []
+    for i, layer in enumerate(model.backbone.layers):
+        rng = torch.Generator().manual_seed(i)
+        m, dtype, w = layer.mixer, model.dtype, wide(model.dtype)
+
+        def drawn(*shape: int, like: torch.dtype, rng: torch.Generator = rng) -> Tensor:
+            return torch.randn(shape, generator=rng, dtype=torch.float64).to(like).to(ids.device)
+
+        b, e, n, k = len(ids), model.config.d_inner, model.config.d_state, model.config.d_conv
+        bias = () if m.conv1d.bias is None else (m.conv1d.bias.detach(),)
+        conv = (seen["x", i].to(dtype), m.conv1d.weight.detach().squeeze(1), *bias, drawn(b, e, k, like=dtype))
+        A = -torch.exp(m.A_log.detach().to(w))
+        scan = tuple(seen[site, i].to(t) for site, t in (("u", dtype), ("dt", w)))
+        scan = (*scan, A, seen["B", i].to(dtype), seen["C", i].to(dtype), drawn(b, e, n, like=w))
+        names = ("x", "weight", *("bias",) * len(bias), "window")
+        rows += _one(case, "conv", i, ops, conv, names, positions, dtype)
+        rows += _one(case, "scan", i, ops, scan, ("u", "dt", "A", "B", "C", "h"), positions, dtype)
+    return rows
+
+
+def _one(
+    case: str, name: str, layer: int, ops: Ops, inputs: tuple[Tensor, ...], names: tuple[str, ...],
+    positions: list[int], dtype: torch.dtype,
+) -> list[Row]:  # fmt: skip
+    found = _call(name, ops, inputs, names, positions)
+    true = _call(name, READABLE, tuple(x.double() for x in inputs), names, positions)
+    rows = []
+    for quantity, want in true.items():
+        got = found[quantity]
+        error, largest = relative(got, want)
+        bound = OPERATION[got.dtype]  # a state is float32 in a 16-bit model too, and so is its bound
+        rule = UPSTREAM["gradient" if quantity.startswith("d ") else name].get(dtype)
+        fits = rule is None or within(got.double(), want, *rule)
+        note = "" if fits else f"outside the kernels' own tolerance {rule}"
+        rows.append(Row(case, "operations", f"{name}: {quantity}", layer, error, largest, None, bound,
+                        error <= bound and fits, note))  # fmt: skip
+    return rows
+
+
+def _call(
+    name: str, ops: Ops, inputs: tuple[Tensor, ...], names: tuple[str, ...], positions: list[int]
+) -> dict[str, Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    tap = _States(positions)
+    if name == "conv":
+        x, weight, *bias, window = leaves
+        out, last = ops.conv(x, weight, bias[0] if bias else None, window, mask=None, tap=tap)
+        found = {"out": out, "last window": last}
+    else:
+        out, last = ops.scan(*leaves, tap=tap)
+        found = {"y": out, "last state": last}
+        found["states"] = torch.stack([tap.held[t] for t in positions], 1)
+    rng = torch.Generator().manual_seed(7)
+    loss = torch.zeros((), dtype=torch.float64, device=out.device)
+    for value in found.values():
+        weights = torch.randn(value.shape, generator=rng, dtype=torch.float64).to(value.device)
+        loss = loss + (value.double() * weights).sum() / value.numel() ** 0.5
+    grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    return {k: v.detach() for k, v in found.items()} | {f"d {n}": g for n, g in zip(names, grads, strict=True)}

@@ -1,0 +1,118 @@
+"""The targets that the check knows by name, each made from one `Mamba` so that all have the same weights."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from minimal_mamba import Mamba, Ops
+from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError, nearest
+from minimal_mamba.scan import READABLE
+
+from ..backends import BACKENDS, resolve
+from .watch import Implementation, Ours, Theirs
+
+
+def transformers_model(model: Mamba) -> nn.Module:
+    """HF's `MambaForCausalLM` with the same weights, in its own sequential path on a CPU.
+
+    Raises:
+        BackendUnavailable: transformers is missing, or would take mamba_ssm's functions in the place of its own.
+    """
+    if importlib.util.find_spec("mamba_ssm") and model.device.type == "cpu":
+        raise BackendUnavailable(
+            "target 'hf' on a CPU where mamba_ssm is installed: transformers binds mamba_ssm's functions when it is "
+            "imported and then cannot run on a CPU. Use an environment without mamba_ssm."
+        )
+    transformers = _package("transformers", "pip install 'mambascope[train]'")
+    raw = {k: v for k, v in model.config.to_hf().items() if k not in ("architectures", "model_type")}
+    theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**raw, use_mambapy=False))
+    state = {k.replace("embedding.", "embeddings."): v for k, v in model.state_dict().items()}
+    theirs.load_state_dict(state)
+    return theirs.to(model.device, model.dtype)
+
+
+def mamba_ssm_model(model: Mamba) -> nn.Module:
+    """mamba-ssm's `MambaLMHeadModel` with the same weights.
+
+    Raises:
+        BackendUnavailable: mamba_ssm is missing.
+    """
+    lm = _package("mamba_ssm.models.mixer_seq_simple", "pip install 'mambascope[cuda]' --no-build-isolation")
+    config = _package("mamba_ssm.models.config_mamba", "pip install 'mambascope[cuda]' --no-build-isolation")
+    theirs = lm.MambaLMHeadModel(config.MambaConfig(**model.config.to_mamba_ssm()), device=model.device)
+    theirs.load_state_dict(model.state_dict())
+    return theirs.to(model.dtype)
+
+
+def _package(name: str, remedy: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BackendUnavailable(f"this target needs {name} ({error}); {remedy}.") from None
+
+
+MODULES: dict[str, Callable[[Mamba], nn.Module]] = {"hf": transformers_model, "mamba_ssm": mamba_ssm_model}
+NAMES = [*BACKENDS, *MODULES]
+
+
+def target(name: str, model: Mamba) -> Implementation:
+    """The implementation of this name, on the model's weights, device and type.
+
+    Raises:
+        BackendUnavailable: an unknown name, or one that cannot run here.
+    """
+    if name in MODULES:
+        return Theirs(MODULES[name](model), name)
+    if name not in BACKENDS:
+        raise BackendUnavailable(f"no target {name!r}.{nearest(name, NAMES)} There are {', '.join(NAMES)}.")
+    return Ours(model, resolve(name, model.device))
+
+
+def reference(model: Mamba) -> Ours:
+    """The readable model in float64, with the weights rounded as `model` has them: what everything is held against."""
+    exact = Mamba(model.config).to(model.device, torch.float64)
+    exact.load_state_dict(model.state_dict())
+    return Ours(exact, READABLE, "reference float64")
+
+
+def readable(model: Mamba) -> Ours:
+    """The readable model in the model's own type: how much rounding the type alone costs."""
+    return Ours(model, Ops("reference", READABLE.conv, READABLE.scan))
+
+
+def imported(name: str) -> nn.Module:
+    """What `module:function` returns: a live module of transformers' or mamba-ssm's layout, or one of ours.
+
+    Raises:
+        InputError: it cannot be imported, or returns no module.
+    """
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{name!r} cannot be called: {error!r}. Give module:function, importable from here, a function without "
+            f"arguments that returns a module; or a name: {', '.join(NAMES)}."
+        ) from None
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{name} returned a {type(made).__name__}; it returns a torch module.")
+    return made
+
+
+def same_weights(one: nn.Module, two: nn.Module) -> None:
+    """Raise CheckpointError, which names a parameter, where two modules' weights differ."""
+    a, b = (m if isinstance(m, Mamba) else Mamba.from_module(m) for m in (one, two))
+    if a.config != b.config:
+        raise CheckpointError(f"the two have other configurations: {a.config} and {b.config}.")
+    theirs = b.state_dict()
+    for name, value in a.state_dict().items():
+        other = theirs[name].to(value)
+        if not torch.equal(value, other):
+            gap = float((value - other).abs().max())
+            raise CheckpointError(
+                f"{name} differs between the two, by up to {gap:.3g}; implementations are compared on the same weights."
+            )

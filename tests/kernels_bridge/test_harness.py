@@ -1,0 +1,304 @@
+"""The harness finds every fault that is planted, names where, and lets what is right pass."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kernels_bridge import resolve
+from kernels_bridge.__main__ import app
+from kernels_bridge.harness import Blind, Ours, Theirs, bisect, check, target
+from kernels_bridge.harness.draw import SMALL, draw_edits, draw_model
+from kernels_bridge.harness.rows import table
+from kernels_bridge.harness.targets import transformers_model
+from minimal_mamba import Mamba, MambaConfig, Ops
+from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError
+from minimal_mamba.scan import causal_conv, selective_scan, ssm_step
+from minimal_mamba.sites import SITES
+from minimal_mamba.tap import NO_TAP
+
+RUNNER = CliRunner()
+CONFIG = MambaConfig(d_model=12, n_layer=2, vocab_size=29, d_state=5, d_conv=3, dt_rank=4, pad_vocab_size_multiple=1)
+
+
+def model(dtype=torch.float32, seed=0):
+    return draw_model(CONFIG, seed).to(dtype)
+
+
+def faulty(**ops):
+    """`torch`, with one operation exchanged for a faulty one."""
+    good = resolve("torch")
+    return Ours(model(), Ops("faulty", ops.get("conv", good.conv), ops.get("scan", good.scan)))
+
+
+def failed(report):
+    return {r.quantity for r in report.rows if not r.passed}
+
+
+def ask(implementation, weights=None, **how):
+    return check(implementation, weights or model(), lengths=[5, 17], progress=False, **how)
+
+
+# -- what is right passes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_torch_backend_passes(dtype):
+    weights = draw_model(SMALL, 0).to(dtype)  # wide enough for 16-bit rounding to average
+    report = ask(target("torch", weights), weights)
+    assert report.passed and report.first is None, table(report.rows)
+    assert {r.kind for r in report.rows} == set(report.settings["kinds"])
+    named = {"conv", "u", "dt", "B", "C", "y", "ssm_state", "resid_post", "logits", "loss", "d embed"}
+    assert named <= {r.quantity for r in report.rows}
+    assert report.unseen == []
+
+
+def test_transformers_passes_but_for_its_padding():
+    """The state goes on over pad tokens there (transformers #48256); the logits of real tokens are right."""
+    weights = model()
+    theirs = target("hf", weights)
+    assert ask(theirs, weights, kinds=["layers", "model", "gradients", "decoding"]).passed
+    padded = ask(theirs, weights, kinds=["padding"])
+    assert failed(padded) == {"last ssm_state", "last conv_state"}
+    assert padded.first is None and "conv" in padded.unseen
+
+
+# -- planted faults ---------------------------------------------------------------------------------------------------
+
+
+def conv_off_by_one(x, weight, bias, window, *, mask=None, tap=NO_TAP):
+    return causal_conv(x, weight.roll(1, 1), bias, window, mask=mask, tap=tap)
+
+
+def padding_forgotten(x, weight, bias, window, *, mask=None, tap=NO_TAP):
+    return causal_conv(x, weight, bias, window, mask=None, tap=tap)
+
+
+def pad_tokens_written(u, dt, A, B, C, h, *, tap=NO_TAP):
+    return selective_scan(u, dt.clamp(min=1e-3), A, B, C, h, tap=tap)
+
+
+def bfloat16_state(u, dt, A, B, C, h, *, tap=NO_TAP):
+    ys = []
+    for t in range(u.shape[1]):
+        h, y = ssm_step(h, u[:, t], dt[:, t], A, B[:, t], C[:, t], tap=tap, t=t)
+        h = h.to(torch.bfloat16).to(h.dtype)
+        ys.append(y)
+    return torch.stack(ys, 1), h
+
+
+def swapped(u, dt, A, B, C, h, *, tap=NO_TAP):
+    return selective_scan(u, dt, A, C, B, h, tap=tap)
+
+
+def last_state_without_gradient(u, dt, A, B, C, h, *, tap=NO_TAP):
+    y, h = resolve("torch").scan(u, dt, A, B, C, h, tap=tap)
+    return y, h.detach()
+
+
+class _NoJacobianOfDecay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dt):
+        return dt.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 0.5
+
+
+def jacobian_missing(u, dt, A, B, C, h, *, tap=NO_TAP):
+    return resolve("torch").scan(u, _NoJacobianOfDecay.apply(dt), A, B, C, h, tap=tap)
+
+
+@pytest.mark.parametrize(
+    ("fault", "quantity", "site"),
+    [
+        ({"conv": conv_off_by_one}, "conv: out", "conv"),
+        ({"scan": bfloat16_state}, "scan: states", "ssm_state"),
+        ({"scan": swapped}, "scan: y", "ssm_state"),
+        ({"scan": jacobian_missing}, "scan: d dt", None),
+        ({"scan": last_state_without_gradient}, "scan: d h", None),
+    ],
+)
+def test_a_fault_in_an_operation_is_found_and_named(fault, quantity, site):
+    report = ask(faulty(**fault))
+    assert not report.passed and quantity in failed(report)
+    assert (report.first.site if report.first else None) == site
+    if site:
+        assert report.first.layer == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "quantity"),
+    [({"conv": padding_forgotten}, "last conv_state"), ({"scan": pad_tokens_written}, "last ssm_state")],
+)
+def test_padding_that_reaches_the_memory_is_found(fault, quantity):
+    weights = model()
+    report = ask(faulty(**fault), weights, kinds=["padding"])
+    assert quantity in failed(report)
+    assert ask(faulty(**fault), weights, kinds=["model"]).passed  # and without padding there is no fault
+
+
+def tf32(x):
+    """Round to the ten bits that a TF32 product reads."""
+    short = (x.detach().view(torch.int32) + 0x1000).bitwise_and(~0x1FFF).view(torch.float32)
+    return x + (short - x).detach()
+
+
+def with_tf32():
+    theirs = transformers_model(model())
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, args: (tf32(args[0].contiguous()),))
+    return theirs
+
+
+def with_a_slip():
+    """One number wrong: layer 1, position 4, the third channel of B."""
+    theirs = transformers_model(model())
+
+    def slip(module, args, out):
+        if out.shape[1] > 4:  # not in decoding
+            out = out.clone()
+            out[2, 4, CONFIG.rank + 2] += 0.1
+        return out
+
+    theirs.backbone.layers[1].mixer.x_proj.register_forward_hook(slip)
+    return theirs
+
+
+def plain():
+    return transformers_model(model())
+
+
+def other_weights():
+    return transformers_model(model(seed=1))
+
+
+def nothing():
+    return 3
+
+
+def test_tf32_left_on_is_found():
+    report = ask(Theirs(with_tf32(), "fork"), kinds=["layers", "model", "gradients"])
+    assert (report.first.site, report.first.layer) == ("x", 0)
+    assert {"logits", "d embed"} <= failed(report)
+    assert max(r.error for r in report.rows) < 3e-2  # small enough that a looser bound would let it pass
+
+
+def test_softplus_missing_is_found(monkeypatch):
+    import transformers.models.mamba.modeling_mamba as modeling
+
+    good = modeling.mamba_selective_scan
+    monkeypatch.setattr(modeling, "mamba_selective_scan", lambda *a, **k: good(*a, **{**k, "delta_softplus": False}))
+    report = ask(Theirs(plain(), "fork"), kinds=["layers", "model"])
+    assert (report.first.site, report.first.layer) == ("gated", 0)
+
+
+def test_the_first_place_is_named_to_the_channel():
+    found = bisect("torch", "test_harness:with_a_slip", length=9)
+    assert (found.first.site, found.first.layer, found.first.row, found.first.position) == ("B", 1, 2, 4)
+    assert found.first.channel == (2,)
+    assert "test_harness:with_a_slip is the one that is off" in found.verdict()
+
+
+def test_blind_weights_get_no_verdict():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blind = Mamba(MambaConfig(d_model=32, n_layer=2, vocab_size=29))
+    with pytest.raises(Blind, match=r"no verdict.*scan zeroed"):
+        ask(target("torch", blind), blind)
+
+
+# -- bisect -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_right_implementations_agree():
+    found = bisect(plain(), "test_harness:plain")
+    assert not found.parted and found.first is None
+    assert "agree in all" in str(found) and {p.stage for p in found.parts} >= {
+        "layers",
+        "model",
+        "gradients",
+        "decoding",
+    }
+
+
+@pytest.mark.parametrize(
+    ("b", "error", "text"),
+    [
+        ("test_harness:other_weights", CheckpointError, "differs between the two"),
+        ("test_harness:nothing", InputError, "returned a int"),
+        ("test_harness:missing", InputError, "cannot be called"),
+        ("no_such_module:f", InputError, "cannot be called"),
+        ("torhc", BackendUnavailable, "Did you mean 'torch'"),
+        (torch.nn.Linear(2, 2), CheckpointError, "Linear"),
+    ],
+)
+def test_what_cannot_be_compared(b, error, text):
+    with pytest.raises(error, match=text):
+        bisect(plain(), b)
+
+
+# -- the draw, the file, the command ----------------------------------------------------------------------------------
+
+
+def test_the_drawn_edits_reach_every_site_and_the_state_always():
+    sites, kinds = set(), set()
+    for seed in range(60):
+        edits = draw_edits(SMALL, 2, 9, seed)
+        assert edits[0].address.site == "ssm_state"
+        sites |= {e.address.site for e in edits}
+        kinds |= {type(e).__name__ for e in edits}
+    assert sites == set(SITES) - {"logits", "final_norm"}
+    assert kinds == {"Set", "Add", "Scale", "Zero", "Mean", "Project"}
+
+
+def test_a_check_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    path, weights = tmp_path / "check.json", model()
+    module = importlib.import_module("kernels_bridge.harness.check")  # the attribute of this name is the function
+    real, ran = module.run_case, []
+
+    def stopping(case, *rest):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(case.name)
+        return real(case, *rest)
+
+    monkeypatch.setattr(module, "run_case", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        ask(target("torch", weights), weights, path=path)
+    held = json.loads(path.read_text())
+    assert held["verdict"] is None and list(held["cases"]) == ran
+
+    again = []
+    monkeypatch.setattr(module, "run_case", lambda case, *rest: again.append(case.name) or real(case, *rest))
+    report = ask(target("torch", weights), weights, path=path)
+    assert report.passed and not set(again) & set(ran)
+    whole = json.loads(path.read_text())
+    assert whole["verdict"] == "pass" and whole["provenance"]["packages"]["torch"] and len(whole["cases"]) == 14
+    with pytest.raises(InputError, match="another weights"):
+        ask(target("torch", model(seed=1)), model(seed=1), path=path)
+    path.write_text("{")
+    with pytest.raises(InputError, match="no check that can be gone on with"):
+        ask(target("torch", weights), weights, path=path)
+
+
+def test_the_commands(tmp_path):
+    path = tmp_path / "c.json"
+    told = RUNNER.invoke(
+        app, ["check", "--target", "torch", "--lengths", "1,9", "--kinds", "layers,edits", "--json", str(path)]
+    )
+    assert told.exit_code == 0, told.output
+    assert "PASS" in told.output and json.loads(path.read_text())["verdict"] == "pass"
+    told = RUNNER.invoke(app, ["check", "--target", "hf", "--lengths", "9", "--kinds", "padding"])
+    assert told.exit_code == 1 and "FAIL" in told.output
+    told = RUNNER.invoke(app, ["check", "--target", "thorch"])
+    assert told.exit_code == 2 and "Did you mean 'torch'" in told.output
+    told = RUNNER.invoke(app, ["check", "--target", "torch", "--kinds", "sums"])
+    assert told.exit_code == 2 and "no cases 'sums'" in told.output
+    told = RUNNER.invoke(app, ["bisect", "reference", "torch", "--length", "5"])
+    assert told.exit_code == 0 and "agree in all" in told.output
+    assert "torch" in RUNNER.invoke(app, ["backends"]).output
