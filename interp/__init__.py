@@ -7,12 +7,14 @@ effect = logit_diff(patched, answer, foil)  # nats, at each row's own last token
 
 from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale, Set, Zero, at
 
+from .ablation import ablate, derangement, forget, freeze, mean_of, set_where
 from .hooked import HookedMamba
 from .knockout import Knockout, KnockoutGrid, knockout, knockout_grid, leak
 from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
 from .plots import heatmap
 from .run import Gradients, Run, generate, gradients, run
+from .steering import Direction, SteeringCurve, contrast, steering_curve
 from .store import load_edits, save_edits
 from .sweep import Grid, patch_grid
 from .timescales import (
@@ -36,6 +38,7 @@ __all__ = [
     "Address",
     "Apply",
     "DirectLogit",
+    "Direction",
     "Edit",
     "Flow",
     "Gradients",
@@ -51,12 +54,18 @@ __all__ = [
     "Scale",
     "Set",
     "StateLens",
+    "SteeringCurve",
     "Zero",
+    "ablate",
     "accuracy",
     "at",
+    "contrast",
     "decay_bands",
+    "derangement",
     "direct_logit",
     "effective_rank",
+    "forget",
+    "freeze",
     "generate",
     "gradient_field",
     "gradients",
@@ -71,13 +80,16 @@ __all__ = [
     "logit_diff",
     "logit_lens",
     "mean_dt",
+    "mean_of",
     "patch_grid",
     "prob",
     "receptive_field",
     "run",
     "save_edits",
+    "set_where",
     "state_flow",
     "state_lens",
     "state_rank",
+    "steering_curve",
     "typical_dt",
 ]
