@@ -8,6 +8,7 @@ effect = logit_diff(patched, answer, foil)  # nats, at each row's own last token
 from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale, Set, Zero, at
 
 from .ablation import ablate, derangement, forget, freeze, mean_of, set_where
+from .attribution import attribution_grid
 from .hooked import HookedMamba
 from .knockout import Knockout, KnockoutGrid, knockout, knockout_grid, leak
 from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
@@ -59,6 +60,7 @@ __all__ = [
     "ablate",
     "accuracy",
     "at",
+    "attribution_grid",
     "contrast",
     "decay_bands",
     "derangement",

@@ -12,6 +12,7 @@ from minimal_mamba import Address, Edit, Mamba, MambaState, Plan
 from minimal_mamba.block import wide
 from minimal_mamba.errors import EditError, InputError, MambascopeError, NotRecorded
 from minimal_mamba.item import Probe
+from minimal_mamba.tap import Toward
 
 Metric = Callable[[Tensor], Tensor]  # logits (b, l, v) -> (b,)
 Lengths = Tensor | Sequence[int] | None
@@ -95,10 +96,11 @@ def run(
 def _run(
     model: Mamba, ids: Tensor, edits: Sequence[Edit], record: Sequence[Address], backend: str,
     state: MambaState | None, keep_state: bool, lengths: Lengths, last_only: bool,
+    moves: Mapping[int, Toward] | None = None,
 ) -> Run:  # fmt: skip
     ops = resolve(backend, model.device)
     ids, sizes = model.check(ids, lengths, state)
-    plan = Plan(model.config, edits, record, *span(ids, sizes, state))
+    plan = Plan(model.config, edits, record, *span(ids, sizes, state), moves=moves)
     out = model(ids, state=state, lengths=lengths, keep_state=keep_state, last_only=last_only, tap=plan, ops=ops)
     return Run(ids, out.logits, sizes, out.state, ops.name, model.config.vocab_size, plan.results())
 
@@ -218,6 +220,15 @@ def gradients(
     places, changes = list(dict.fromkeys(_each(wrt, Address))), _each(edits, Edit)
     if not places:
         raise InputError("wrt is empty: name at least one address, at.<site>(...).")
+    return differentiate(model, ids, metric, places, changes, backend, state, lengths)[0]
+
+
+def differentiate(
+    model: Mamba, ids: Tensor, metric: Metric, places: Sequence[Address], changes: Sequence[Edit], backend: str,
+    state: MambaState | None, lengths: Lengths, moves: Mapping[int, Toward] | None = None,
+) -> tuple[Gradients, list[Tensor]]:  # fmt: skip
+    """`gradients`, and the gradient in the size of each layer's move."""
+    moves = moves or {}
     given = [getattr(edit, "value", None) for edit in changes]
     used = {"the model": [*model.parameters()], "an edit": [v for v in given if v is not None]}
     if state is not None:
@@ -236,12 +247,14 @@ def gradients(
             for a in places
         ]
         probes = [Probe(a, zero) for a, zero in zip(places, zeros, strict=True)]
-        done = _run(model, ids, [*changes, *probes], (), backend, state, False, lengths, lengths is not None)
+        last = lengths is not None
+        done = _run(model, ids, [*changes, *probes], (), backend, state, False, lengths, last, moves)
         values = apply_metric(metric, done.logits)
         if not values.requires_grad:
             raise MetricError("the metric gave numbers without a gradient (an argmax, an accuracy, a detached tensor).")
-        found = torch.autograd.grad(values.sum(), zeros, materialize_grads=True)
-    return Gradients(values.detach(), dict(zip(places, found, strict=True)))
+        leaves = [move.size for move in moves.values()]
+        found = torch.autograd.grad(values.sum(), [*zeros, *leaves], materialize_grads=True)
+    return Gradients(values.detach(), dict(zip(places, found, strict=False))), list(found[len(places) :])
 
 
 def _each(given: Iterable[T] | T, kind: type[T]) -> tuple[T, ...]:

@@ -1,13 +1,14 @@
 """The `torch` backend: fast stretches where nothing is touched, the readable step where an edit is (law 4)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from minimal_mamba.block import wide
 from minimal_mamba.scan import Ops, causal_conv, ssm_step
-from minimal_mamba.tap import NO_TAP, Tap
+from minimal_mamba.tap import NO_TAP, ScanInputs, Tap, Toward
 
 from .torch_scan import scan
 
@@ -30,10 +31,13 @@ def selective_scan(
     l = u.shape[1]
     ys = []
     recorded = {site: tap.recorded(site) for site in ("decay", "state_write", "ssm_state", "state_read")}
+    move = tap.toward()
     for first, stop, touched in stretches(l, tap.edited(*recorded)):
         if touched:
-            h, y = ssm_step(h, u[:, first], dt[:, first], A, B[:, first], C[:, first], tap=tap, t=first)
+            step = tap if move is None else _Moved(tap, move, A, first)
+            h, y = ssm_step(h, u[:, first], dt[:, first], A, B[:, first], C[:, first], tap=step, t=first)
             ys.append(y[:, None])
+            move = step.rest if isinstance(step, _Moved) else move
             continue
         s = slice(first, stop)
         wanted = {site: [t for t in times if first <= t < stop] for site, times in recorded.items()}
@@ -42,8 +46,13 @@ def selective_scan(
         y, h, kept = scan(
             u[:, s], dt[:, s], A, B[:, s], C[:, s], h,
             keep=[t - first for t in keep], added=added, added_at=[t - first for t in added_at],
+            move=None if move is None else _during(move, s),
         )  # fmt: skip
         ys.append(y)
+        if move is not None and stop < l:  # an edited position follows
+            with torch.no_grad():
+                ends = [scan(run.u[:, s], run.dt[:, s], A, run.B[:, s], C[:, s], run.h)[1] for run in move.runs]
+            move = _gone_on(move, ends)
         for site in ("ssm_state", "state_read"):
             if wanted[site]:
                 tap.record(
@@ -87,6 +96,53 @@ def conv(
             rows = torch.arange(b, device=x.device)
             window = torch.where((tokens > 0)[:, None, None], windows[rows, (tokens - 1).clamp(min=0)], window)
     return (out[0] if len(out) == 1 else torch.cat(out, 1)), window
+
+
+def _during(move: Toward, s: slice) -> Toward:
+    """The move at some of the positions."""
+    runs = tuple(ScanInputs(run.u[:, s], run.dt[:, s], run.B[:, s], run.h) for run in move.runs)
+    return replace(move, size=move.size[:, s], runs=runs)
+
+
+def _gone_on(move: Toward, states: list[Tensor]) -> Toward:
+    """The move with its runs at later states."""
+    return replace(move, runs=tuple(replace(run, h=h) for run, h in zip(move.runs, states, strict=True)))
+
+
+class _Moved(Tap):
+    """A tap for the readable step at t, after which it makes the move; `rest` is the move after this token."""
+
+    def __init__(self, tap: Tap, move: Toward, A: Tensor, t: int):
+        self.tap, self.move = tap, move
+        taps = [_Seen(move.site) for _ in move.runs]
+        after = []
+        with torch.no_grad():
+            for run, see in zip(move.runs, taps, strict=True):
+                B = run.B[:, t]
+                after.append(ssm_step(run.h, run.u[:, t], run.dt[:, t], A, B, B, tap=see)[0])
+        self.seen = [see.value for see in taps]
+        self.rest = _gone_on(move, after)
+
+    def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
+        value, move = self.tap(site, value, t), self.move
+        if site != move.site:
+            return value
+        donor, base = self.seen if len(self.seen) == 2 else (self.seen[0], value.detach())
+        return value + move.size[:, t] * (donor - base)
+
+
+class _Seen(Tap):
+    """A tap that keeps the last value of one site."""
+
+    value: Tensor
+
+    def __init__(self, site: str):
+        self.site = site
+
+    def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
+        if site == self.site:
+            self.value = value
+        return value
 
 
 class _At(Tap):

@@ -6,17 +6,21 @@ remade from the state at its start.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from minimal_mamba.tap import Toward
 
 # A block is some rows of the batch, some tokens and, where one row is too large, some channels. It has at least TOKENS
 # tokens, so the states kept for the backward, one a block, are at most a TOKENS-th of all; and at most BLOCK numbers a
 # buffer, which the cache holds. Rows are cut before channels: long contiguous runs of channels are what is fast.
 BLOCK = 1 << 19
 TOKENS = 16
+
+STATES = ("ssm_state", "state_read")  # the sites of a move that need the states of its runs
 
 
 def cut(b: int, l: int, e: int, n: int) -> tuple[int, int, int]:
@@ -37,6 +41,7 @@ def scan(
     keep: Sequence[int] = (),
     added: Tensor | None = None,
     added_at: Sequence[int] = (),
+    move: Toward | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The selective scan of a stretch that no edit touches.
 
@@ -46,15 +51,27 @@ def scan(
         u, dt: (b, l, e). A: (e, n). B, C: (b, l, n). h: (b, e, n) the state before the first token. float32 or float64.
         keep: positions whose states are returned, ascending.
         added: (b, p, e, n) added to the state at the positions `added_at`, ascending.
+        move: a site's move toward another run, over these tokens; its size takes its gradient and is taken as zero.
     Returns:
         y (b, l, e); the last state (b, e, n); the kept states (b, len(keep), e, n). All are differentiable, once.
     Cost: l multiply-adds of (b, e, n); memory beyond the result: some blocks, and for the backward the state at the
-        start of each block of tokens.
+        start of each block of tokens. A move costs one more run over the states of its donor, forward and backward,
+        and their states at the start of each block.
     Source: mirrors mamba_ssm.ops.selective_scan_interface.selective_scan_fn @ e9594ce. Differs: an initial state,
         states at chosen positions, and the gradient of every state that is returned.
     """
     w = h.dtype
-    return _Scan.apply(u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at))
+    size = None if move is None else move.size
+    return _Scan.apply(u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at), size, move)
+
+
+class _Inputs(NamedTuple):
+    """What the states of a run are made from."""
+
+    dt: Tensor  # (b, l, e)
+    dtu: Tensor  # (b, l, e)
+    B: Tensor  # (b, l, n)
+    A_t: Tensor  # (n, e)
 
 
 class _Scan(torch.autograd.Function):
@@ -64,20 +81,22 @@ class _Scan(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
         keep: tuple[int, ...], added: Tensor | None, added_at: tuple[int, ...],
+        size: Tensor | None, move: Toward | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         (b, l, e), n = u.shape, A.shape[1]
         needs = any(ctx.needs_input_grad)
         rows, step, width = cut(b, l, e, n)
         starts = h.new_empty((-(-l // step) if needs else 0, b, n, e))  # the state before each block of tokens
         y, last, kept = torch.empty_like(dt), torch.empty_like(h), h.new_empty((b, len(keep), e, n))
-        dtu, A_t = dt * u, A.T.contiguous()  # (b, l, e), (n, e)
+        own = _Inputs(dt, dt * u, B, A.T.contiguous())
+        ctx.move = _Move(move, own.A_t, (b, l, e, n), (rows, step, width)) if move is not None and needs else None
         for r, c in _grid(b, rows, e, width):
             state = h[r, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (r, n, c), changed in place
             block = _Block(step, len(state), n, c.stop - c.start, h)
             for k, s in enumerate(_pieces(l, step)):
                 if needs:
                     starts[k, r, :, c] = state
-                states = block.states(r, s, c, dt, dtu, A_t, B, state, added, added_at)
+                states = block.states(r, s, c, own, state, added, added_at)
                 y[r, s, c] = torch.matmul(_time_first(C, r, s)[:, :, None], states)[:, :, 0].transpose(0, 1)
                 for i, t in _inside(keep, s):
                     kept[r, i, c] = states[t - s.start].transpose(1, 2)
@@ -93,7 +112,8 @@ class _Scan(torch.autograd.Function):
         u, dt, A, B, C, added, starts = ctx.saved_tensors
         (b, l, e), n = u.shape, A.shape[1]
         rows, step, width = ctx.cut
-        dtu, A_t = dt * u, A.T.contiguous()
+        own = _Inputs(dt, dt * u, B, A.T.contiguous())
+        dtu, A_t, move = own.dtu, own.A_t, ctx.move
         du, ddt = torch.empty_like(dt), torch.empty_like(dt)
         dA_t, dB, dC = torch.zeros_like(A_t), torch.zeros_like(B), torch.zeros_like(C)
         dh = torch.empty_like(dlast)
@@ -105,7 +125,7 @@ class _Scan(torch.autograd.Function):
             grads, product = torch.empty_like(block.write), torch.empty_like(block.write)
             for k, s in reversed(list(enumerate(_pieces(l, step)))):
                 before = starts[k, r, :, c]
-                states = block.states(r, s, c, dt, dtu, A_t, B, before, added, ctx.added_at)
+                states = block.states(r, s, c, own, before, added, ctx.added_at)
                 m = len(states)
                 out, dt_s, u_s, dtu_s = (_time_first(x, r, s)[..., c] for x in (dy, dt, u, dtu))  # (m, r, c) each
                 B_s, C_s = _time_first(B, r, s), _time_first(C, r, s)  # (m, r, n)
@@ -125,14 +145,65 @@ class _Scan(torch.autograd.Function):
 
                 ddtu = torch.matmul(B_s[:, :, None], grad)[:, :, 0]  # (m, r, c)
                 dB[r, s] += torch.matmul(grad, dtu_s[..., None])[..., 0].transpose(0, 1)
-                power = torch.mul(grad, block.decay[:m], out=product[:m])  # becomes dL/d(dt A) = dL/dh decay h_before
-                power[1:] *= states[:-1]
-                power[0] *= before
+                power = product[:m]  # dL/d decay = dL/dh h_before
+                torch.mul(grad[1:], states[:-1], out=power[1:])
+                torch.mul(grad[0], before, out=power[0])
+                if move is not None:
+                    reads = C_s[..., None] * out[:, :, None] if move.site == "state_read" else grad
+                    move.contract(k, r, s, c, own, block, power if move.site == "decay" else reads)
+                power *= block.decay[:m]  # dL/d(dt A)
                 du[r, s, c] = (ddtu * dt_s).transpose(0, 1)
                 ddt[r, s, c] = torch.addcmul(torch.mul(power, A_t[:, c], out=grad).sum(2), ddtu, u_s).transpose(0, 1)
                 dA_t[:, c] += power.mul_(dt_s[:, :, None]).sum((0, 1))
             dh[r, c] = flow.transpose(1, 2)
-        return du, ddt, dA_t.T, dB, dC, dh, None, dadded, None
+        dsize = None if move is None else move.dsize
+        return du, ddt, dA_t.T, dB, dC, dh, None, dadded, None, dsize, None
+
+
+class _Move:
+    """A move inside the blocks: its runs are remade as the scan's own, and what each block gives goes into `dsize`."""
+
+    def __init__(self, move: Toward, A_t: Tensor, sizes: tuple[int, ...], cut: tuple[int, int, int]):
+        (b, l, e, n), (rows, step, width) = sizes, cut
+        self.site, self.step = move.site, step
+        self.dsize = torch.zeros_like(move.size, memory_format=torch.contiguous_format)  # (b, l, e or 1, n or 1)
+        self.runs: list[tuple[_Inputs, Tensor]] = []
+        self.spare: list[_Block] = []
+        for run in move.runs:
+            w = run.h.dtype
+            made = _Inputs(run.dt, run.dt * run.u.to(w), run.B.to(w), A_t)
+            starts = run.h.new_empty((-(-l // step), b, n, e) if self.site in STATES else 0)
+            for r, c in _grid(b, rows, e, width) if len(starts) else ():
+                state = run.h[r, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+                block = _Block(step, len(state), n, c.stop - c.start, run.h)
+                for k, s in enumerate(_pieces(l, step)):
+                    starts[k, r, :, c] = state
+                    state.copy_(block.states(r, s, c, made, state)[-1])
+            self.runs.append((made, starts))
+
+    def contract(self, k: int, r: slice, s: slice, c: slice, present: _Inputs, block: "_Block", grad: Tensor) -> None:
+        """Take in a block: grad (m, r, n, c) is dL/dsite, `block` holds the states and decays of the present run."""
+        m, *sizes = grad.shape
+        if not self.spare or self.spare[0].decay.shape[1:] != grad.shape[1:]:
+            count = 1 if len(self.runs) == 1 and self.site in STATES else 2
+            self.spare = [_Block(self.step, sizes[0], sizes[1], sizes[2], grad) for _ in range(count)]
+        before = [starts[k, r, :, c] if len(starts) else None for _, starts in self.runs]
+        found = [self._values(spare, r, s, c, run, h)
+                 for spare, (run, _), h in zip(self.spare, self.runs, before, strict=False)]  # fmt: skip
+        if len(found) == 1:
+            states = block.write[:m] if self.site in STATES else None
+            found.append(self._values(self.spare[1], r, s, c, present, None) if states is None else states)
+        moved = found[0].sub_(found[1]).mul_(grad)
+        kept = self.dsize.shape[2] > 1, self.dsize.shape[3] > 1
+        part = moved.sum_to_size(m, sizes[0], sizes[1] if kept[1] else 1, sizes[2] if kept[0] else 1)
+        self.dsize[r, s, c if kept[0] else slice(None)] += part.permute(1, 0, 3, 2)
+
+    def _values(self, block: "_Block", r: slice, s: slice, c: slice, run: _Inputs, before: Tensor | None) -> Tensor:
+        """The site of a run over a block."""
+        if before is not None:
+            return block.states(r, s, c, run, before)
+        decay, write = block.inputs(r, s, c, run)
+        return decay if self.site == "decay" else write
 
 
 class _Block:
@@ -142,14 +213,19 @@ class _Block:
         self.decay = like.new_empty((step, rows, n, width))
         self.write = torch.empty_like(self.decay)
 
+    def inputs(self, r: slice, s: slice, c: slice, run: _Inputs) -> tuple[Tensor, Tensor]:
+        """The decays and the writes (tokens, rows, n, channels) of a block."""
+        dt, dtu, B = (_time_first(x, r, s) for x in (run.dt, run.dtu, run.B))
+        m = len(dt)
+        decay = torch.mul(dt[:, :, None, c], run.A_t[:, c], out=self.decay[:m]).exp_()
+        return decay, torch.mul(dtu[:, :, None, c], B[..., None], out=self.write[:m])
+
     def states(
-        self, r: slice, s: slice, c: slice, dt: Tensor, dtu: Tensor, A_t: Tensor, B: Tensor, state: Tensor,
-        added: Tensor | None, added_at: Sequence[int],
+        self, r: slice, s: slice, c: slice, run: _Inputs, state: Tensor,
+        added: Tensor | None = None, added_at: Sequence[int] = (),
     ) -> Tensor:  # fmt: skip
         """The states (tokens, rows, n, channels) of a block, in place of its writes; the decays stay in `decay`."""
-        m = s.stop - s.start
-        decay = torch.mul(_time_first(dt, r, s)[:, :, None, c], A_t[:, c], out=self.decay[:m]).exp_()
-        states = torch.mul(_time_first(dtu, r, s)[:, :, None, c], _time_first(B, r, s)[..., None], out=self.write[:m])
+        decay, states = self.inputs(r, s, c, run)
         for i, t in _inside(added_at, s):
             assert added is not None
             states[t - s.start] += added[r, i, c].transpose(1, 2)

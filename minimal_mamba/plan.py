@@ -4,7 +4,7 @@ It changes and copies what they name, and afterwards can say that each of them h
 without running is checked when the plan is made.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .edits import Apply, Edit, Mean, Project, cast
 from .errors import AddressError, EditError, NotReached
 from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join, row_by_row
 from .sites import RECURRENT_STATE
-from .tap import Tap
+from .tap import Tap, Toward
 
 ADDED = ("ssm_state", "state_write")  # the sites whose probes a scan can take as something added to the state
 
@@ -28,6 +28,7 @@ class Plan(Tap):
         edits, record: edits in their order; addresses to record.
         start, stop: (b,) first position of each row, and one past its last.
         origin: (b,) the end that negative positions count from; `stop` if None.
+        moves: of a layer, the move whose gradient is wanted.
     Raises:
         AddressError, ShapeMismatch, EditError: an edit or address that this run cannot honour.
     """
@@ -40,7 +41,9 @@ class Plan(Tap):
         start: Tensor,
         stop: Tensor,
         origin: Tensor | None = None,
+        moves: Mapping[int, Toward] | None = None,
     ):
+        self.moves, self.moved = dict(moves or {}), set[int]()  # the latter: layers whose scan asked
         self.config, self.start, self.stop = config, start.cpu(), stop.cpu()
         self.origin = self.stop if origin is None else origin.cpu()
         self.record_at = list(dict.fromkeys(record))
@@ -301,6 +304,11 @@ class Plan(Tap):
                 f"{what} at {item.done} of {item.expected} places: the operations in use passed over {item.site!r}. "
                 "This is a fault of the backend; run with backend='reference'."
             )
+        if missed := set(self.moves) - self.moved:
+            raise NotReached(
+                f"the scan of layers {sorted(missed)} passed over the move of {self.moves[min(missed)].site!r}: the "
+                "operations in use cannot contract its gradient. Use backend='torch'."
+            )
         return {a: self._assemble(self.of[id(a)]) for a in self.record_at}
 
     def _assemble(self, items: list[Item]) -> Tensor:
@@ -339,6 +347,12 @@ class _LayerTap(Tap):
 
     def record(self, site: str, values: Tensor, times: Sequence[int]) -> None:
         self.plan.record_many(site, self.layer, values, times)
+
+    def toward(self) -> Toward | None:
+        move = self.plan.moves.get(self.layer)
+        if move is not None:
+            self.plan.moved.add(self.layer)
+        return move
 
     def probed(self, times: Sequence[int]) -> tuple[list[int], Tensor] | None:
         items = [item for site in ADDED for item in self.plan.items.get((site, self.layer), []) if _is_probe(item)]

@@ -1,8 +1,39 @@
 """The tap: the argument that the forward calls at every site, as in `x = tap("x", x)`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScanInputs:
+    """What a run's scan is remade from: u, dt (b, l, e) and B (b, l, n) of a layer, h (b, e, n) before the first."""
+
+    u: Tensor
+    dt: Tensor
+    B: Tensor
+    h: Tensor
+
+
+@dataclass(frozen=True)
+class Toward:
+    """A move of one site of the scan from one run toward another, at every position at once.
+
+        site_t + size_t (donor_t - base_t)
+
+    The size is zero and changes nothing; its gradient is dL/dsite times (donor - base), summed over the axes along
+    which the size is 1. A scan can give it block by block, so that no site is held for all positions.
+
+    Args:
+        site: decay, state_write, ssm_state or state_read.
+        size: (b, l, e or 1, n or 1) zeros.
+        runs: of the run to move to and of the one to move from; of the former alone: from the present run's site.
+    """
+
+    site: str
+    size: Tensor
+    runs: tuple[ScanInputs, ...]
 
 
 class Tap:
@@ -44,6 +75,10 @@ class Tap:
             p positions, ascending, and (b, p, e, n), to be added to the state as a write of these positions: the sum of
             all probes, whose gradients are asked for later. None where no position takes one.
         """
+        return None
+
+    def toward(self) -> Toward | None:
+        """The move of this layer whose gradient is wanted; asked for by a scan that honours it."""
         return None
 
     def touches(self, *sites: str) -> bool:
