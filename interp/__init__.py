@@ -9,6 +9,7 @@ from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale
 
 from .ablation import ablate, derangement, forget, freeze, mean_of, set_where
 from .attribution import attribution_grid
+from .circuits import Circuit, Edge, EdgeEffects, Faithfulness, edge_attribution, edges, faithfulness, path_patch, prune
 from .hooked import HookedMamba
 from .knockout import Knockout, KnockoutGrid, knockout, knockout_grid, leak
 from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
@@ -38,9 +39,13 @@ __all__ = [
     "Add",
     "Address",
     "Apply",
+    "Circuit",
     "DirectLogit",
     "Direction",
+    "Edge",
+    "EdgeEffects",
     "Edit",
+    "Faithfulness",
     "Flow",
     "Gradients",
     "Grid",
@@ -65,7 +70,10 @@ __all__ = [
     "decay_bands",
     "derangement",
     "direct_logit",
+    "edge_attribution",
+    "edges",
     "effective_rank",
+    "faithfulness",
     "forget",
     "freeze",
     "generate",
@@ -84,7 +92,9 @@ __all__ = [
     "mean_dt",
     "mean_of",
     "patch_grid",
+    "path_patch",
     "prob",
+    "prune",
     "receptive_field",
     "run",
     "save_edits",

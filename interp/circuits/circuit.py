@@ -1,0 +1,231 @@
+"""A circuit: the edges that are kept of the graph, how it is found, and how much of the metric it carries."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minimal_mamba import Address, Mamba
+from minimal_mamba.errors import CheckpointError, InputError, MambascopeError
+from minimal_mamba.files import write_json
+
+from ..run import Lengths, Metric, apply_metric
+from .graph import Edge, node, order
+from .graph import edges as all_edges
+from .paths import EdgeEffects, check, patched
+from .views import Values, send
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """The edges kept, in the order of the forward, and the effect of each in the metric's unit.
+
+    Args:
+        edges: no edge twice. effects: one for each, positive towards the donor; see `EdgeEffects.towards`.
+    """
+
+    edges: tuple[Edge, ...]
+    effects: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.edges) != len(self.effects) or len(set(self.edges)) != len(self.edges):
+            raise InputError(f"a circuit has each edge once and an effect for each; got {len(self.edges)} edges.")
+        pairs = sorted(zip(self.edges, self.effects, strict=True), key=lambda pair: order(pair[0]))
+        object.__setattr__(self, "edges", tuple(e for e, _ in pairs))
+        object.__setattr__(self, "effects", tuple(float(x) for _, x in pairs))
+
+    @property
+    def nodes(self) -> tuple[Address, ...]:
+        """Every sender and receiver, once."""
+        return tuple(dict.fromkeys(n for e in self.edges for n in (e.sender, e.receiver)))
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    def __str__(self) -> str:
+        lines = [f"  {effect:+.3g}  {edge}" for edge, effect in zip(self.edges, self.effects, strict=True)]
+        return "\n".join([f"Circuit of {len(self.edges)} edges between {len(self.nodes)} nodes", *lines])
+
+    __repr__ = __str__
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file, whole or not at all."""
+        rows = [
+            {"sender": _out(edge.sender), "receiver": _out(edge.receiver), "effect": effect}
+            for edge, effect in zip(self.edges, self.effects, strict=True)
+        ]
+        write_json(Path(path), {"version": VERSION, "edges": rows})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Circuit":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: a file that is missing, or is no circuit of this version.
+        """
+        try:
+            raw = json.loads(Path(path).read_text())
+            if raw["version"] != VERSION:
+                raise ValueError(f"version {raw['version']!r}, where this mambascope reads {VERSION}")
+            rows = raw["edges"]
+            found = tuple(Edge(node(*row["sender"]), node(*row["receiver"])) for row in rows)
+            return cls(found, tuple(row["effect"] for row in rows))
+        except (OSError, ValueError, LookupError, TypeError, MambascopeError) as error:
+            raise CheckpointError(f"{path} holds no circuit: {error!r}. Circuit.save writes one.") from None
+
+
+def _out(address: Address) -> list[Any]:
+    return [address.site, address.layer, address.pos]
+
+
+def prune(effects: EdgeEffects, *, keep: int | None = None, threshold: float | None = None) -> Circuit:
+    """Keep the edges with the largest effects, then drop what no longer lies on a way from an embedding to logits.
+
+    An edge counts by its mean size over the batch, `EdgeEffects.size`; one of no effect at all is never kept. What is
+    dropped at the end changes nothing: its message is the other run's in any case, or nobody reads its receiver.
+
+    Args:
+        effects: of single edges. Edges that it does not name count as kept; they are not part of the circuit.
+        keep: how many edges, before the last step. threshold: or the least size, in the metric's unit.
+    Raises:
+        InputError: neither or both of keep and threshold; effects of several edges at once.
+    """
+    if (keep is None) == (threshold is None):
+        raise InputError("give either keep=, a number of edges, or threshold=, a size in the metric's unit.")
+    if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
+        raise InputError(f"keep={keep!r}: an int of at least 0.")
+    single = [e for e in effects.edges if isinstance(e, Edge)]
+    if len(single) != len(effects.edges) or len(set(single)) != len(single):
+        raise InputError("a circuit is pruned from effects of single edges, each once; these hold tuples or repeats.")
+    size, towards = effects.size(), effects.towards()
+    ranked = [i for i in size.argsort(descending=True, stable=True).tolist() if size[i] > 0]
+    chosen = ranked[:keep] if threshold is None else [i for i in ranked if size[i] >= threshold]
+    kept = {single[i]: float(towards[i]) for i in chosen}
+    rest = set(all_edges(effects.config, effects.length)) - set(single)
+    on_the_way = _connected({*kept, *rest})
+    return Circuit(
+        tuple(e for e in kept if e in on_the_way), tuple(effect for e, effect in kept.items() if e in on_the_way)
+    )
+
+
+def _connected(live: set[Edge]) -> set[Edge]:
+    """Those edges that lie on a way from an embedding to logits."""
+    ranked = sorted(live, key=order)  # a sender is always computed before its receiver
+    fed = {e.sender for e in live if e.sender.site == "embed"}
+    fed_edges = []
+    for edge in ranked:
+        if edge.sender in fed:
+            fed.add(edge.receiver)
+            fed_edges.append(edge)
+    read = {e.receiver for e in live if e.receiver.site == "logits"}
+    found = set()
+    for edge in reversed(fed_edges):
+        if edge.receiver in read:
+            read.add(edge.sender)
+            found.add(edge)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Faithfulness:
+    """How much of the metric circuits carry.
+
+    Args:
+        values: (circuits, b) the metric of each circuit's run. base: (b,) of the whole model. corrupt: (b,) with no
+            edge kept. sizes: how many edges each circuit has.
+    """
+
+    values: Tensor
+    base: Tensor
+    corrupt: Tensor
+    sizes: tuple[int, ...]
+
+    def score(self) -> Tensor:
+        """(circuits,): mean(values - corrupt) / mean(base - corrupt); 1 is the whole model, 0 is none of it.
+
+        The ratio of means, not the mean of ratios; rows in which the metric should fall count with the other sign.
+        """
+        sign = (self.base - self.corrupt).sign()
+        return ((self.values - self.corrupt) * sign).mean(-1) / self._gap()
+
+    def error(self) -> Tensor:
+        """(circuits,): one standard error of `score`, over the rows of the batch (delta method)."""
+        b = len(self.base)
+        if b < 2:
+            raise InputError(f"a standard error needs at least 2 rows; this has {b}.")
+        gap = self.base - self.corrupt
+        residual = (self.values - self.corrupt - self.score()[:, None] * gap) * gap.sign()
+        return residual.std(-1) / b**0.5 / self._gap()
+
+    def _gap(self) -> Tensor:
+        gap = (self.base - self.corrupt).abs().mean()
+        if gap <= 1e-9 * (self.base.abs() + self.corrupt.abs()).mean() or not gap.isfinite():
+            raise InputError("without any edge the metric is the base's: there is nothing for a circuit to carry.")
+        return gap
+
+
+@torch.no_grad()
+def faithfulness(
+    model: Mamba,
+    circuits: Circuit | Sequence[Circuit],
+    ids: Tensor,
+    donor_ids: Tensor,
+    metric: Metric,
+    *,
+    ablate: str = "donor",
+    graph: Iterable[Edge] | None = None,
+    lengths: Lengths = None,
+    backend: str = "auto",
+    rows: int = 320,
+    progress: bool = True,
+) -> Faithfulness:
+    """Run circuits: every edge outside carries what the donor run sends there, every edge inside this run's own value.
+
+    It is exact on the level of edges: a node computes from a kept edge's live value and an other edge's donor value at
+    once. The live value is that of the circuit's run, so what enters only through edges outside is lost further on.
+
+    Args:
+        circuits: one, or several, as for a curve over their sizes: [prune(effects, keep=n) for n in (4, 8, 16)].
+        ids, donor_ids: (b, l) base and donor (corrupt) prompts, row by row.
+        metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
+        ablate: "donor": edges outside carry the donor's value, row by row; "mean": its mean over the donor's rows.
+        graph: the edges that a circuit is a choice of, such as `effects.edges`; what is not among them is live. All of
+            the model's if None.
+        lengths: (b,) tokens in each row, the same in base and donor.
+        rows: how many rows one forward may have.
+    Returns:
+        Faithfulness; `.score()` is 1 for a circuit of all edges and 0 for one of none.
+    Cost: max(5, k) rows of a forward for each circuit and row, with a readable step of the scan at every position; the
+        donor's decay, write and state are kept at all positions of the graph.
+    Source: Wang et al. 2022 (arXiv:2211.00593), section 4; edges as in Conmy et al. 2023 (arXiv:2304.14997). Differs:
+        normalised as in Hanna et al. 2024 (arXiv:2403.17806), with each row counted towards its own base.
+    """
+    if ablate not in ("donor", "mean"):
+        raise InputError(f"ablate={ablate!r}: 'donor' or 'mean'.")
+    several = [circuits] if isinstance(circuits, Circuit) else list(circuits)
+    if graph is None:
+        graph = all_edges(model.config, ids.shape[1])
+    chosen = list(dict.fromkeys(graph))
+    ids, donor_ids = check(model, ids, donor_ids, lengths, chosen)
+    for circuit in several:
+        if wrong := set(circuit.edges) - set(chosen):
+            raise InputError(f"{sorted(wrong, key=order)[0]} of a circuit is no edge of the graph that it is run in.")
+    values = Values(model, donor_ids, chosen, lengths, backend, mean=ablate == "mean")
+    base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
+    outside: list[list[Edge]] = [[e for e in chosen if e not in inside] for inside in (set(c.edges) for c in several)]
+    jobs = max(1, rows // (max(5, model.config.d_conv) * len(ids)))
+    todo, found = [chosen, *outside], []
+    with tqdm(total=len(todo), desc="circuits", disable=not progress) as bar:
+        for first in range(0, len(todo), jobs):
+            part = todo[first : first + jobs]
+            found += patched(model, ids, values, part, metric, lengths, backend)
+            bar.update(len(part))
+    made = torch.stack(found[1:]) if several else base.new_zeros(0, len(base))
+    return Faithfulness(made, base, found[0], tuple(map(len, several)))

@@ -1,0 +1,247 @@
+"""Path patching and edge attribution: what reaches a metric through one edge of the graph.
+
+`path_patch` is exact and costs runs for each edge; `edge_attribution` is its first order, for all edges at once.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minimal_mamba import Mamba, MambaConfig
+from minimal_mamba.errors import AddressError, EditError, InputError
+
+from ..run import Lengths, Metric, MetricError, apply_metric
+from .graph import Edge, Group, position
+from .graph import edges as all_edges
+from .views import Values, send
+
+Edges = Edge | tuple[Edge, ...]  # one edge, or some that are patched at once
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeEffects:
+    """What each edge does, in the unit of the metric.
+
+    Args:
+        edges: one edge, or some patched at once, for each row of values.
+        values: (edges, b) how the metric moves where the edge alone carries the donor's value.
+        base, donor: (b,) the metric of the two runs.
+        config, length: the model and the number of tokens, which say what other edges there are.
+    """
+
+    edges: tuple[Edges, ...]
+    values: Tensor
+    base: Tensor
+    donor: Tensor
+    config: MambaConfig
+    length: int
+
+    def mean(self) -> Tensor:
+        """(edges,): the mean over the batch."""
+        return self.values.mean(-1)
+
+    def size(self) -> Tensor:
+        """(edges,): the mean over the batch of |effect|, so that rows of opposite signs do not cancel."""
+        return self.values.abs().mean(-1)
+
+    def towards(self) -> Tensor:
+        """(edges,): the mean over the batch of effect * sign(donor - base): positive moves a row to its donor."""
+        return (self.values * (self.donor - self.base).sign()).mean(-1)
+
+    def top(self, n: int = 10) -> list[tuple[Edges, float]]:
+        """The n edges of the largest size, and how far each moves the metric towards the donor."""
+        towards, ranked = self.towards(), self.size().argsort(descending=True, stable=True)
+        return [(self.edges[i], float(towards[i])) for i in ranked[:n].tolist()]
+
+    def __str__(self) -> str:
+        lines = [f"  {effect:+.3g}  {edge}" for edge, effect in self.top()]
+        return "\n".join([f"EdgeEffects of {len(self.edges)} edges on {len(self.base)} rows; the largest:", *lines])
+
+    __repr__ = __str__
+
+    def __getitem__(self, edge: Edges) -> Tensor:
+        """(b,): what one edge does."""
+        if edge not in self.edges:
+            raise InputError(f"{edge} is none of the {len(self.edges)} edges here; name it in edges=.")
+        return self.values[self.edges.index(edge)]
+
+
+@torch.no_grad()
+def path_patch(
+    model: Mamba,
+    ids: Tensor,
+    donor_ids: Tensor,
+    edges: Iterable[Edge | Sequence[Edge]],
+    metric: Metric,
+    *,
+    lengths: Lengths = None,
+    backend: str = "auto",
+    rows: int = 320,
+    progress: bool = True,
+) -> EdgeEffects:
+    """Let one edge carry the donor run's value, and nothing else; see what the metric does.
+
+        effect(s -> r) = metric(run in which r is computed from the donor's s, all its other inputs the base's) - metric
+
+    Everything downstream of the receiver follows it; no other reader of the sender sees the donor's value. It is the
+    difference of two runs that can be made by hand: Set s to the donor's value and every other input of r to the
+    base's, and record r; Set r to that in the base run.
+
+    Args:
+        ids, donor_ids: (b, l) base and donor prompts, row by row.
+        edges: edges, as `edges(...)` lists them or made with `Edge`; of some in a tuple all carry the donor's values.
+        metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
+        lengths: (b,) tokens in each row, the same in base and donor.
+        rows: how many rows one forward may have; the memory it takes grows with it.
+    Returns:
+        EdgeEffects.
+    Raises:
+        AddressError: an edge of a layer or position that the run has not. InputError: prompts that do not match.
+    Cost: max(5, k) rows of a forward for each edge and row of the batch, and a readable step of the scan where the edge
+        is inside it. The donor's values at the senders are kept.
+    Source: Wang et al. 2022 (arXiv:2211.00593), appendix B; Goldowsky-Dill et al. 2023 (arXiv:2304.05969). Differs: an
+        edge is one direct edge of the graph; a path of several through the same tokens is a tuple of its own.
+    """
+    named: list[Edges] = [e if isinstance(e, Edge) else tuple(e) for e in edges]
+    ids, donor_ids = check(model, ids, donor_ids, lengths, [e for one in named for e in _several(one)])
+    values = Values(model, donor_ids, {e for one in named for e in _several(one)}, lengths, backend)
+    views = max(5, model.config.d_conv)
+    jobs = max(1, rows // (views * len(ids)))
+    base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
+    found = []
+    with tqdm(total=len(named), desc="path patch", disable=not progress) as bar:
+        for first in range(0, len(named), jobs):
+            part = named[first : first + jobs]
+            found += patched(model, ids, values, [_several(e) for e in part], metric, lengths, backend)
+            bar.update(len(part))
+    effects = torch.stack(found) - base if found else base.new_zeros(0, len(base))
+    donor = _donor(metric, values, lengths)
+    return EdgeEffects(tuple(named), effects, base, donor, model.config, ids.shape[1])
+
+
+def patched(
+    model: Mamba, ids: Tensor, values: Values, jobs: Sequence[Iterable[Edge]], metric: Metric,
+    lengths: Lengths, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    """(b,) for each job: the metric where the edges of the job carry the other run's values."""
+    alphas: dict[Group, Tensor] = {}
+    places: dict[Group, set[int]] = {}
+    for j, job in enumerate(jobs):
+        for edge in job:
+            group, pos = edge.group, position(edge.receiver)
+            if group not in alphas:
+                alphas[group], places[group] = torch.zeros(len(jobs), 1, ids.shape[1]), set()
+            alphas[group][j, 0, pos] = 1.0
+            places[group].add(pos)
+    there = {group: alpha.to(model.device) for group, alpha in alphas.items()}
+    fixed = {group: sorted(where) for group, where in places.items()}
+    logits = send(model, ids, values, there, fixed, lengths, backend)  # (jobs, b, l, v); one where no edge is named
+    return [apply_metric(metric, logits[min(j, len(logits) - 1)]) for j in range(len(jobs))]
+
+
+def edge_attribution(
+    model: Mamba,
+    ids: Tensor,
+    donor_ids: Tensor,
+    metric: Metric,
+    edges: Iterable[Edge] | None = None,
+    *,
+    steps: int | None = None,
+    lengths: Lengths = None,
+    backend: str = "auto",
+) -> EdgeEffects:
+    """The first-order effect of every edge, from one forward of base, one of donor and one backward.
+
+        score(s -> r) = (s_donor - s_base) . dMetric/d(s as r alone sees it)
+
+    It is the derivative of path patching along the way from the base's to the donor's message, taken at the base.
+
+    Args:
+        ids, donor_ids: (b, l) base and donor prompts, row by row.
+        metric: differentiable, logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
+        edges: all of the graph if None.
+        steps: average the gradient at so many points (midpoints) of the straight way on which all edges go together
+            from base to donor (integrated gradients): with all edges of the graph, scores then sum to donor - base, up
+            to O(steps^-2). None: at the base alone.
+        lengths: (b,) tokens in each row, the same in base and donor.
+    Returns:
+        EdgeEffects, per row of the batch.
+    Raises:
+        AddressError, InputError as `path_patch`; MetricError for a metric without a gradient.
+    Cost: a forward and a backward of max(5, k) b rows. At the positions of edges inside the scan it holds some
+        (b, e, n) for each view, layer and position: for long sequences name `edges` at the positions that matter.
+    Source: Syed, Rager and Conmy 2023 (arXiv:2310.10348), equation 5; with `steps` Hanna, Pezzelle and Belinkov 2024
+        (arXiv:2403.17806). Differs: nodes inside the layer, and positions.
+    """
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise InputError(f"steps={steps!r}: an int of at least 1, or None.")
+    named = list(all_edges(model.config, ids.shape[1])) if edges is None else list(edges)
+    ids, donor_ids = check(model, ids, donor_ids, lengths, named)
+    with torch.no_grad():
+        values = Values(model, donor_ids, named, lengths, backend)
+        base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
+    places: dict[Group, set[int]] = {}
+    for edge in named:
+        places.setdefault(edge.group, set()).add(position(edge.receiver))
+    fixed = {group: sorted(where) for group, where in places.items()}
+    total = {group: torch.zeros(ids.shape, dtype=base.dtype, device=base.device) for group in fixed}
+    points = [0.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]
+    for point in points:
+        with torch.inference_mode(False), torch.enable_grad():
+            # an alpha for each row, so that each row's gradient is that of its own metric
+            alphas = {g: torch.zeros((1, *ids.shape), dtype=base.dtype, device=ids.device) for g in fixed}
+            for group, where in fixed.items():
+                alphas[group][..., where] = point
+                alphas[group].requires_grad_()
+            scores = apply_metric(metric, send(model, ids, values, alphas, fixed, lengths, backend)[0])
+            if not scores.requires_grad:
+                raise MetricError(
+                    "the metric gave numbers without a gradient (an argmax, an accuracy, a detached tensor)."
+                )
+            found = torch.autograd.grad(scores.sum(), list(alphas.values()), materialize_grads=True)
+        for group, gradient in zip(alphas, found, strict=True):
+            total[group] += gradient[0] / len(points)
+    found_at = [total[e.group][:, position(e.receiver)] for e in named]
+    effects = torch.stack(found_at) if named else base.new_zeros(0, len(base))
+    donor = _donor(metric, values, lengths)
+    return EdgeEffects(tuple(named), effects, base, donor, model.config, ids.shape[1])
+
+
+def check(
+    model: Mamba, ids: Tensor, donor_ids: Tensor, lengths: Lengths, named: Sequence[Edge]
+) -> tuple[Tensor, Tensor]:
+    """The two prompts, once they fit the model, each other and the edges."""
+    (ids, _), (donor_ids, _) = model.check(ids, lengths), model.check(donor_ids, lengths)
+    if ids.shape != donor_ids.shape:
+        raise InputError(
+            f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
+            "rows and positions must match."
+        )
+    layers, l = model.config.n_layer, ids.shape[1]
+    for edge in named:
+        if not isinstance(edge, Edge):
+            raise EditError(f"{edge!r} is no edge; make one with Edge(sender, receiver), or list them with edges(...).")
+        high = max((n.layer for n in (edge.sender, edge.receiver) if isinstance(n.layer, int)), default=0)
+        tap = edge.lag if edge.sender.site == "x" else 0
+        if high >= layers or position(edge.receiver) >= l or tap >= model.config.d_conv:
+            raise AddressError(
+                f"{edge} does not exist here: there are layers 0..{layers - 1}, positions 0..{l - 1}, "
+                f"and a conv of {model.config.d_conv} taps."
+            )
+    return ids, donor_ids
+
+
+def _several(edges: Edges) -> tuple[Edge, ...]:
+    return edges if isinstance(edges, tuple) else (edges,)
+
+
+def _donor(metric: Metric, values: Values, lengths: Lengths) -> Tensor:
+    """The metric of the other run."""
+    logits = values.logits
+    if lengths is not None:
+        rows = torch.arange(len(logits), device=logits.device)
+        logits = logits[rows, torch.as_tensor(lengths).to(logits.device) - 1][:, None]
+    return apply_metric(metric, logits)

@@ -1,0 +1,180 @@
+"""Circuits: running one is what a plain evaluation of the graph gives; pruning drops only what changes nothing."""
+
+import pytest
+import torch
+from helpers import tiny
+from plain_graph import evaluate, logits, name
+
+from interp import Circuit, Edge, at, edge_attribution, edges, faithfulness, path_patch, prune, run
+from minimal_mamba.errors import CheckpointError, InputError
+
+BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
+RNG = torch.Generator().manual_seed(5)
+MODEL = tiny(n_layer=2, seed=4)
+IDS, DONOR = (torch.randint(0, 29, (3, 4), generator=RNG) for _ in range(2))
+GRAPH = edges(MODEL.config, 4)
+
+
+def metric(scores):
+    return scores[:, -1, 3] - scores[:, -1, 5]
+
+
+def circuit_of(chosen):
+    return Circuit(tuple(chosen), (1.0,) * len(chosen))
+
+
+def drawn(seed, share):
+    rng = torch.Generator().manual_seed(seed)
+    return circuit_of([e for e in GRAPH if float(torch.rand((), generator=rng)) < share])
+
+
+def by_hand(circuit, mean=False):
+    """Node by node: an edge of the circuit brings what its sender has now, any other what it had in the donor's run."""
+    kept = {(name(e.sender), name(e.receiver)) for e in circuit.edges}
+    other = evaluate(MODEL, DONOR)
+    if mean:
+        other = {node: v.mean(0, keepdim=True).expand_as(v) for node, v in other.items()}
+    return metric(logits(evaluate(MODEL, IDS, lambda s, r, v: v if (s, r) in kept else other[s])))
+
+
+@BOTH
+@pytest.mark.parametrize("ablate", ["donor", "mean"])
+@torch.no_grad()
+def test_a_circuit_s_run_is_a_plain_evaluation_of_the_graph(ablate, backend):
+    several = [drawn(seed, share) for seed, share in enumerate((0.1, 0.5, 0.8, 0.95, 0.99))]
+    found = faithfulness(MODEL, several, IDS, DONOR, metric, ablate=ablate, backend=backend, rows=40, progress=False)
+    expected = torch.stack([by_hand(c, ablate == "mean") for c in several])
+    torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.corrupt, by_hand(circuit_of([]), ablate == "mean"), rtol=1e-10, atol=1e-10)
+    assert found.sizes == tuple(map(len, several))
+    assert (expected - expected[0]).abs().max() > 0.1
+
+
+@BOTH
+@torch.no_grad()
+def test_with_every_edge_it_is_the_model_and_with_none_the_donor(backend):
+    found = faithfulness(
+        MODEL, [circuit_of(GRAPH), circuit_of([])], IDS, DONOR, metric, backend=backend, progress=False
+    )
+    base, donor = (metric(run(MODEL, x).logits) for x in (IDS, DONOR))
+    torch.testing.assert_close(found.values, torch.stack([base, donor]), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.base, base, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.corrupt, donor, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.score(), torch.tensor([1.0, 0.0]).double(), rtol=1e-10, atol=1e-10)
+    assert (found.error() < 1e-10).all()
+
+
+@torch.no_grad()
+def test_one_edge_left_out_is_path_patching():
+    some = GRAPH[::17]
+    without = [circuit_of([e for e in GRAPH if e != out]) for out in some]
+    found = faithfulness(MODEL, without, IDS, DONOR, metric, progress=False)
+    effects = path_patch(MODEL, IDS, DONOR, some, metric, progress=False)
+    torch.testing.assert_close(found.values - found.base, effects.values, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_score_of_rows_with_either_sign():
+    found = faithfulness(MODEL, drawn(1, 0.9), IDS, DONOR, metric, progress=False)
+    sign = (found.base - found.corrupt).sign()
+    expected = ((found.values[0] - found.corrupt) * sign).sum() / (found.base - found.corrupt).abs().sum()
+    torch.testing.assert_close(found.score()[0], expected)
+    swapped = faithfulness(MODEL, drawn(1, 0.9), IDS, DONOR, lambda s: -metric(s), progress=False)
+    torch.testing.assert_close(swapped.score(), found.score())
+    with pytest.raises(InputError, match="nothing for a circuit"):
+        faithfulness(MODEL, drawn(1, 0.5), IDS, IDS, metric, progress=False).score()
+
+
+@pytest.mark.parametrize("keep", [3, 20, 60, 120])
+def test_pruning_drops_only_what_changes_nothing(keep):
+    effects = edge_attribution(MODEL, IDS, DONOR, metric)
+    circuit = prune(effects, keep=keep)
+    ranked = [effects.edges[i] for i in effects.size().argsort(descending=True)[:keep].tolist()]
+    assert set(circuit.edges) <= set(ranked)
+    found = faithfulness(MODEL, [circuit, circuit_of(ranked)], IDS, DONOR, metric, progress=False)
+    torch.testing.assert_close(found.values[0], found.values[1], rtol=1e-10, atol=1e-10)
+    for edge in circuit.edges:  # each lies on a way from an embedding to logits
+        assert edge.sender.site == "embed" or any(e.receiver == edge.sender for e in circuit.edges)
+        assert edge.receiver.site == "logits" or any(e.sender == edge.receiver for e in circuit.edges)
+    dropped = set(ranked) - set(circuit.edges)
+    assert dropped if keep < 60 else True
+
+
+def test_pruning_by_size_keeps_what_is_above_and_never_what_does_nothing():
+    effects = edge_attribution(MODEL, IDS, DONOR, metric)
+    everything = prune(effects, threshold=0.0)
+    assert all(effects[e].abs().max() > 0 for e in everything.edges) and len(everything) < len(GRAPH)
+    assert not any(e.receiver == at.logits(pos=1) for e in everything.edges)
+    some = prune(effects, threshold=0.1)
+    assert 0 < len(some) < len(everything) and all(effects[e].abs().mean() >= 0.1 for e in some.edges)
+    signs = (effects.donor - effects.base).sign()
+    for edge, effect in zip(some.edges, some.effects, strict=True):
+        assert effect == pytest.approx(float((effects[edge] * signs).mean()))
+    full = faithfulness(MODEL, everything, IDS, DONOR, metric, progress=False)
+    torch.testing.assert_close(full.score(), torch.ones(1).double())
+
+
+@torch.no_grad()
+def test_edges_that_were_not_scored_count_as_kept():
+    """With the residual's edges alone, the insides of the layers are live: the way goes on through them."""
+    stream = edges(MODEL.config, 4, receivers=["x", "gate", "logits"])
+    effects = path_patch(MODEL, IDS, DONOR, stream, metric, progress=False)
+    circuit = prune(effects, keep=len(stream))
+    assert len(circuit) > 20
+    found = faithfulness(MODEL, [circuit, circuit_of([])], IDS, DONOR, metric, graph=stream, progress=False)
+    torch.testing.assert_close(found.score(), torch.tensor([1.0, 0.0]).double(), rtol=1e-9, atol=1e-9)
+    few = prune(effects, keep=12)
+    inside = circuit_of([*few.edges, *(e for e in GRAPH if e not in set(stream))])
+    found = faithfulness(MODEL, few, IDS, DONOR, metric, graph=stream, progress=False)
+    torch.testing.assert_close(found.values[0], by_hand(inside), rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_padded_row_scores_as_it_does_alone():
+    lengths, circuit = [4, 2, 3], drawn(7, 0.9)
+
+    def last(scores):
+        return scores[:, -1, 3] - scores[:, -1, 5]
+
+    for graph in (None, edges(MODEL.config, 4, positions=[0, 1])):
+        inside = circuit_of([e for e in circuit.edges if graph is None or e in graph])
+        found = faithfulness(MODEL, inside, IDS, DONOR, last, lengths=lengths, graph=graph, progress=False)
+        for i, n in enumerate(lengths):
+            own = circuit_of([e for e in inside.edges if e.receiver.pos < n])
+            short = [e for e in graph or edges(MODEL.config, n) if e.receiver.pos < n]
+            alone = faithfulness(
+                MODEL, own, IDS[i : i + 1, :n], DONOR[i : i + 1, :n], last, graph=short, progress=False
+            )
+            torch.testing.assert_close(found.values[0, i], alone.values[0, 0], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(found.corrupt[i], alone.corrupt[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_circuit_is_a_value_and_comes_back_from_disk(tmp_path):
+    circuit = prune(edge_attribution(MODEL, IDS, DONOR, metric), keep=40)
+    circuit.save(tmp_path / "circuit.json")
+    again = Circuit.load(tmp_path / "circuit.json")
+    assert again == circuit and hash(again) == hash(circuit) and str(again) == str(circuit)
+    assert str(circuit).startswith(f"Circuit of {len(circuit)} edges between {len(circuit.nodes)} nodes\n")
+    shuffled = Circuit(circuit.edges[::-1], circuit.effects[::-1])
+    assert shuffled == circuit
+    (tmp_path / "circuit.json").write_text('{"version": 99}')
+    for file in ("circuit.json", "none.json"):
+        with pytest.raises(CheckpointError, match="holds no circuit"):
+            Circuit.load(tmp_path / file)
+
+
+def test_bad_input_says_what_to_do():
+    effects = edge_attribution(MODEL, IDS, DONOR, metric)
+    with pytest.raises(InputError, match="either keep="):
+        prune(effects)
+    with pytest.raises(InputError, match="keep=-1"):
+        prune(effects, keep=-1)
+    with pytest.raises(InputError, match="single edges"):
+        prune(path_patch(MODEL, IDS, DONOR, [GRAPH[:2]], metric, progress=False), keep=1)
+    with pytest.raises(InputError, match="each edge once"):
+        Circuit((GRAPH[0], GRAPH[0]), (1.0, 1.0))
+    with pytest.raises(InputError, match="ablate='zero'"):
+        faithfulness(MODEL, circuit_of([]), IDS, DONOR, metric, ablate="zero")
+    with pytest.raises(InputError, match="no edge of the graph"):
+        faithfulness(MODEL, circuit_of(GRAPH), IDS, DONOR, metric, graph=GRAPH[:9])
+    assert Edge(at.embed(pos=0), at.x(layer=0, pos=0)) in GRAPH
