@@ -8,10 +8,11 @@ effect = logit_diff(patched, answer, foil)  # nats, at each row's own last token
 from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale, Set, Zero, at
 
 from .ablation import ablate, derangement, forget, freeze, mean_of, set_where
+from .attention import Attention, Contributions, attention, contributions
 from .attribution import attribution_grid
 from .circuits import Circuit, Edge, EdgeEffects, Faithfulness, edge_attribution, edges, faithfulness, path_patch, prune
 from .hooked import HookedMamba
-from .knockout import Knockout, KnockoutGrid, knockout, knockout_grid, leak
+from .knockout import Knockout, KnockoutGrid, knockout, knockout_grid, knockout_leak
 from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
 from .plots import heatmap
@@ -39,7 +40,9 @@ __all__ = [
     "Add",
     "Address",
     "Apply",
+    "Attention",
     "Circuit",
+    "Contributions",
     "DirectLogit",
     "Direction",
     "Edge",
@@ -65,8 +68,10 @@ __all__ = [
     "ablate",
     "accuracy",
     "at",
+    "attention",
     "attribution_grid",
     "contrast",
+    "contributions",
     "decay_bands",
     "derangement",
     "direct_logit",
@@ -84,7 +89,7 @@ __all__ = [
     "kl",
     "knockout",
     "knockout_grid",
-    "leak",
+    "knockout_leak",
     "load_edits",
     "log_prob",
     "logit_diff",

@@ -135,8 +135,8 @@ def knockout(
         AddressError, EditError, InputError: before anything runs.
     Cost: one forward of b (1 + m) rows, m the most sets of sources that targets of one row and layer are cut from;
         one more for each set with "selection", or with "conv" beside "all". On `torch` no readable steps.
-    Source: Geva et al. 2023 (arXiv:2304.14767) for attention; for the scan of Mamba, Endy et al. 2025 (mamba-knockout).
-        Differs: other routes, any pairs, one forward; there (and in romba) sources are cut from all targets jointly.
+    Source: Geva et al. 2023 (arXiv:2304.14767) for attention; Endy et al. 2025 (arXiv:2505.24244) for Mamba's scan.
+        Differs: any routes and pairs; in their code the sources are cut from all targets together, in the scan only.
     """
     found = (cuts,) if isinstance(cuts, Knockout) else tuple(cuts)
     if not found or not all(isinstance(cut, Knockout) for cut in found):
@@ -160,7 +160,7 @@ def knockout(
 
 
 @torch.no_grad()
-def leak(
+def knockout_leak(
     model: Mamba,
     ids: Tensor,
     cuts: Knockout | Iterable[Knockout],

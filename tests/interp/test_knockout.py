@@ -7,7 +7,7 @@ import torch
 from helpers import tiny
 from torch.nn import functional as F
 
-from interp import Add, Apply, Knockout, Set, Zero, at, knockout, knockout_grid, leak, logit_diff, run
+from interp import Add, Apply, Knockout, Set, Zero, at, knockout, knockout_grid, knockout_leak, logit_diff, run
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -137,10 +137,10 @@ def test_all_leaks_nothing_to_the_bit_and_scan_leaks_through_the_next_tokens(bac
     options = {"backend": backend}
     for baseline in ("zero", "mean"):
         cuts = [Knockout(2, 7, 1), Knockout(slice(0, 3), [3, 5], [0, 2]), Knockout(4, 4, 1)]
-        assert leak(MODEL, IDS, cuts, baseline=baseline, **options) == [0.0, 0.0, 0.0]
-    assert leak(MODEL, IDS, Knockout(2, 7, 1, ("scan", "conv", "selection")), **options) == [0.0]
+        assert knockout_leak(MODEL, IDS, cuts, baseline=baseline, **options) == [0.0, 0.0, 0.0]
+    assert knockout_leak(MODEL, IDS, Knockout(2, 7, 1, ("scan", "conv", "selection")), **options) == [0.0]
     for some in (("scan",), ("scan", "conv"), ("scan", "selection"), ("conv", "selection")):
-        assert leak(MODEL, IDS, Knockout(2, 7, 1, some), **options)[0] > 1e-2
+        assert knockout_leak(MODEL, IDS, Knockout(2, 7, 1, some), **options)[0] > 1e-2
     # what scan lets through went into the conv: of s itself (its dt, so its decay), and of the next k - 1 tokens
     s, t, layer = 2, 7, 1
 
@@ -227,7 +227,7 @@ def test_padded_rows_are_what_they_are_alone(backend):
             torch.testing.assert_close(both[where][row, :size], alone[where][0], rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(last.logits[row, 0], alone.logits[0, -1], rtol=1e-10, atol=1e-12)
         assert not both.logits[1, 5:].any()
-    assert leak(MODEL, IDS, cuts, lengths=lengths, baseline="mean", backend=backend)[0] == 0.0
+    assert knockout_leak(MODEL, IDS, cuts, lengths=lengths, baseline="mean", backend=backend)[0] == 0.0
 
 
 def test_the_baselines():
