@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from interp.run import Metric
 from minimal_mamba.errors import InputError, nearest
 
 from .build import Bench
@@ -59,7 +60,7 @@ def _accumulate(seed: int) -> Planted:
 
     return _planted(
         "accumulator", seed, bench, ids, donor, terms, [(e, n)], math.log(2) / rate, {e: "sum", always: "B and C"},
-        lambda logits: logits[:, -1, yes] - logits[:, -1, no], kinds,
+        (yes, no), kinds,
     )  # fmt: skip
 
 
@@ -87,8 +88,14 @@ def _latch(seed: int) -> Planted:
     ids[:, last + 1 :] = noise[bench.integers(len(fillers), ROWS, LENGTH - last - 1)]
     ids[:, -1] = query
     donor = ids.clone()
-    ids[:, 1], donor[:, 1] = low, high  # overwritten in all rows
-    ids[:, last], donor[:, last] = low, torch.tensor([high, clear] * (ROWS // 2))
+    final = torch.tensor([high, clear] * (ROWS // 2))
+    if seed % 2:  # the donor sets where the base's door stays shut
+        ids[:, 2:last] = donor[:, 2:last] = noise[bench.integers(len(fillers), ROWS, last - 2)]
+        ids[:, 0], donor[:, 0], ids[:, 1], donor[:, 1] = high, low, low, low  # the first is overwritten
+        ids[:, last], donor[:, last] = fillers[2], final
+    else:
+        ids[:, 1], donor[:, 1] = high, low  # overwritten in all rows
+        ids[:, last], donor[:, last] = low, final
     ids[:, last + 1], donor[:, last + 1] = fillers[0], fillers[1]
     opens, value = table(sets), table(values)
 
@@ -99,7 +106,7 @@ def _latch(seed: int) -> Planted:
     roles = {e: "value", always: "B", door: "dt", asked: "C"}
     return _planted(
         "latch", seed, bench, ids, donor, terms, [(e, n)], math.inf, roles,
-        lambda logits: logits[:, -1, yes] - logits[:, -1, no], kinds, query,
+        (yes, no), kinds, query,
     )  # fmt: skip
 
 
@@ -152,10 +159,6 @@ def _recall(seed: int) -> Planted:
         signs = sign[torch.arange(len(cur)) % ROWS]
         return torch.full_like(write, math.exp(-rate)), write, is_key[cur] / UNIT * signs[:, None]
 
-    def metric(logits: Tensor) -> Tensor:
-        rows = torch.arange(len(logits))
-        return logits[rows, -1, answer[rows % ROWS]] - logits[rows, -1, foil[rows % ROWS]]
-
     def sample(rows: int, seed: int) -> Tensor:
         rng = torch.Generator().manual_seed(seed)
         perms = torch.stack([torch.randperm(3, generator=rng) for _ in range(2 * rows)])
@@ -168,7 +171,18 @@ def _recall(seed: int) -> Planted:
         coordinates=[(e[j], n[i]) for j, i in coordinates], half_life=math.log(2) / rate,
         channels={(layer, c): r for c, r in roles.items()}, binding=True,
     )  # fmt: skip
-    return Planted("recall", seed, model, ids, donor, metric, lambda x: read_out(terms(x, previous(x))), sample, truth)
+    return Planted(
+        "recall",
+        seed,
+        model,
+        ids,
+        donor,
+        _difference(answer, foil),
+        (answer, foil),
+        lambda x: read_out(terms(x, previous(x))),
+        sample,
+        truth,
+    )
 
 
 def _two(seed: int) -> Planted:
@@ -198,7 +212,7 @@ def _two(seed: int) -> Planted:
     roles = {e[0]: "sum 0", e[1]: "sum 1", asked[0]: "C 0", asked[1]: "C 1"}
     return _planted(
         "two", seed, bench, ids, donor, terms, list(zip(e, n, strict=True)), math.log(2) / rate, roles,
-        lambda logits: logits[:, -1, yes] - logits[:, -1, no], kinds, queries[asks],
+        (yes, no), kinds, queries[asks],
     )  # fmt: skip
 
 
@@ -224,21 +238,28 @@ def _delay(seed: int) -> Planted:
     ids[:, source], donor[:, source] = which, which.roll(1)
     answer, foil = which.roll(1), which
 
-    def metric(logits: Tensor) -> Tensor:
-        rows = torch.arange(len(logits))
-        return logits[rows, -1, answer[rows % ROWS]] - logits[rows, -1, foil[rows % ROWS]]
-
     def closed(x: Tensor) -> Tensor:
         rows = torch.arange(len(x)) % ROWS
         return (x[:, source] == answer[rows]).double() - (x[:, source] == foil[rows]).double()
 
     truth = delay_truth(ids, donor, list(zip(layers, taps, strict=True)), closed, model.config.n_layer, roles)
-    return Planted("delay", seed, model, ids, donor, metric, closed, _sampler(kinds, None), truth)
+    return Planted(
+        "delay",
+        seed,
+        model,
+        ids,
+        donor,
+        _difference(answer, foil),
+        (answer, foil),
+        closed,
+        _sampler(kinds, None),
+        truth,
+    )
 
 
 def _planted(
     name: str, seed: int, bench: Bench, ids: Tensor, donor: Tensor, terms: Callable[[Tensor, Tensor], Terms],
-    coordinates: list[tuple[int, int]], half_life: float, roles: dict[int, str], metric: Callable[[Tensor], Tensor],
+    coordinates: list[tuple[int, int]], half_life: float, roles: dict[int, str], tokens: tuple[int, int],
     kinds: Tensor, query: int | None = None,
 ) -> Planted:  # fmt: skip
     channels = {(bench.layer, e): role for e, role in roles.items()}
@@ -246,10 +267,22 @@ def _planted(
         ids, donor, terms, layer=bench.layer, n_layer=bench.model.config.n_layer, coordinates=coordinates,
         half_life=half_life, channels=channels,
     )  # fmt: skip
+    answer, foil = (torch.full((ROWS,), token) for token in tokens)
     return Planted(
-        name, seed, bench.model, ids, donor, metric, lambda x: read_out(terms(x, previous(x))), _sampler(kinds, query),
+        name, seed, bench.model, ids, donor, _difference(answer, foil), (answer, foil),
+        lambda x: read_out(terms(x, previous(x))), _sampler(kinds, query),
         truth,
     )  # fmt: skip
+
+
+def _difference(answer: Tensor, foil: Tensor) -> Metric:
+    """logit(answer) - logit(foil) at the last position; the rows of a larger batch take turns."""
+
+    def metric(logits: Tensor) -> Tensor:
+        rows = torch.arange(len(logits))
+        return logits[rows, -1, answer[rows % ROWS]] - logits[rows, -1, foil[rows % ROWS]]
+
+    return metric
 
 
 def _sampler(kinds: Tensor, query: int | None) -> Callable[[int, int], Tensor]:

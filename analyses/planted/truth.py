@@ -25,7 +25,11 @@ NOTABLE = 0.02
 
 @dataclass(frozen=True)
 class Flow:
-    """In this layer the answer needs `source` at `target`: through the "scan", the "conv", or, by B, "selection"."""
+    """The answer needs what `target` takes from `source` in this layer, by the "scan", the "conv" or the "selection".
+
+    By the selection: B or dt of a token whose write `target` reads has come from `source`, which may be that token.
+    Of tokens before the target; what it takes from itself is no flow.
+    """
 
     layer: int
     source: int
@@ -45,6 +49,7 @@ class Truth:
         state: {(layer, e, n): (b, l)} the value of h itself in the base run.
         flows: from token to token, in the base run; a flow that is not here carries nothing.
         contributions: (b, l) what each token wrote that is read at the end, in the metric; all zero of a delay line.
+        held: {(layer, e, n): (b,)} what each coordinate of the state adds to the metric at the end.
         half_life: {(layer, e, n): tokens} until a kept value is halved.
         channels: {(layer, e): role} of all channels of the circuit. All others are distractors.
         feature: (b,) the quantity that the answer is linear in, at the last position.
@@ -56,6 +61,7 @@ class Truth:
     state: dict[tuple[int, int, int], Tensor]
     flows: frozenset[Flow]
     contributions: Tensor
+    held: dict[tuple[int, int, int], Tensor]
     half_life: dict[tuple[int, int, int], float]
     channels: dict[tuple[int, int], str]
     feature: Tensor
@@ -67,6 +73,7 @@ class Planted:
 
     Args:
         ids, donor_ids: (b, l); they differ where it matters and where it does not. metric: (b, l, v) -> (b,).
+        tokens: (b,) answer and (b,) foil; the metric is the difference of their logits.
         answer: (ids) -> (b,), the metric in closed form, for any prompts of the kind that `sample` draws.
         sample: (n, seed) -> (n, l) more prompts.
     """
@@ -77,6 +84,7 @@ class Planted:
     ids: Tensor
     donor_ids: Tensor
     metric: Metric
+    tokens: tuple[Tensor, Tensor]
     answer: Callable[[Tensor], Tensor]
     sample: Callable[[int, int], Tensor]
     truth: Truth
@@ -162,8 +170,7 @@ def state_truth(
     least = NEGLIGIBLE * float((donor - base).abs().max())
     carried = (write * share).abs().amax((0, 2)) > least
     flows = {Flow(layer, s, l - 1, "scan") for s in range(l) if carried[s]}
-    if binding:
-        flows |= {Flow(layer, s - 1, s, "selection") for s in range(l) if carried[s]}
+    flows |= {Flow(layer, s - binding, l - 1, "selection") for s in range(l) if carried[s]}
     moved = (donor_h - h) * share
     where = [(layer, e, n) for e, n in coordinates]
     return Truth(
@@ -173,6 +180,7 @@ def state_truth(
         {c: h[:, :, i] for i, c in enumerate(where)},
         frozenset(flows),
         contributions,
+        {c: (h * share)[:, -1, i] for i, c in enumerate(where)},
         dict.fromkeys(where, half_life),
         channels,
         base,
@@ -206,4 +214,4 @@ def delay_truth(
         effects["resid_pre"][layer, at] = gap
     flows = {Flow(first, source, middle, "conv"), Flow(second, middle, end, "conv")}
     nothing = torch.zeros(b, l, dtype=torch.float64)
-    return Truth(first, effects, {}, {}, frozenset(flows), nothing, {}, channels, answer(ids))
+    return Truth(first, effects, {}, {}, frozenset(flows), nothing, {}, {}, channels, answer(ids))
