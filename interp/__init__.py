@@ -15,7 +15,8 @@ from .hooked import HookedMamba
 from .knockout import Knockout, KnockoutGrid, knockout, knockout_grid, knockout_leak
 from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
-from .plots import heatmap
+from .plots import heatmap, probe_curves
+from .probes import LinearProbe, ProbeGrid, collect, probe, probe_grid
 from .run import Gradients, Run, generate, gradients, run
 from .steering import Direction, SteeringCurve, contrast, steering_curve
 from .store import load_edits, save_edits
@@ -55,7 +56,9 @@ __all__ = [
     "HookedMamba",
     "Knockout",
     "KnockoutGrid",
+    "LinearProbe",
     "Mean",
+    "ProbeGrid",
     "Project",
     "Rank",
     "ReceptiveField",
@@ -70,6 +73,7 @@ __all__ = [
     "at",
     "attention",
     "attribution_grid",
+    "collect",
     "contrast",
     "contributions",
     "decay_bands",
@@ -99,6 +103,9 @@ __all__ = [
     "patch_grid",
     "path_patch",
     "prob",
+    "probe",
+    "probe_curves",
+    "probe_grid",
     "prune",
     "receptive_field",
     "run",

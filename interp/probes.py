@@ -1,0 +1,354 @@
+"""Linear probes with their controls: what a line reads off a site, and what the same pipeline reads off nothing.
+
+Every number is held out: rows are split by group, and all that is fitted (centre, scales, principal components,
+whitening, penalty, weights) is fitted on the training rows of a fold; `interp.probe_fit` has the pipeline. States of a
+Mamba point nearly all the same way (cosines near 1), so a probe that does not centre them reads their mean.
+
+Controls, each through the whole pipeline:
+    shuffled   the labels permuted over rows (over groups, where each group has one label): chance
+    noise      each row replaced by a draw of its own from the Gaussian with the features' mean and covariance: chance
+    subspace   the coordinates replaced by their projections on as many random directions as the probe itself uses. Not
+               chance: m random directions of k hold m / k of what there is. The probe should be far above it
+    random     the same probe on another model's activations, such as one with fresh weights: what the tokens give
+
+Source: Alain & Bengio 2016 (arXiv:1610.01644); controls, Hewitt & Liang 2019 (arXiv:1909.03368); filters against
+patterns, Haufe et al. 2014 (NeuroImage 87). The noise is that of the data, all second moments kept and no label.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minimal_mamba import Address, Mamba, at
+from minimal_mamba.address import resolve, selector
+from minimal_mamba.errors import AddressError, EditError, InputError, nearest
+from minimal_mamba.sites import ADDRESSABLE
+
+from .probe_fit import How, Space, commonest, decide, fit, interval, like, patterns, score
+from .run import Lengths, run
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProbe:
+    """What a probe found. `weights`, `patterns` and `basis` are fitted on all rows, in the site's own coordinates.
+
+    Args:
+        score: held-out accuracy of classes; R^2 of numbers, 1 - sum (y - guess)^2 / sum (y - mean)^2, the mean that of
+            the training rows.
+        interval: 95 %: Wilson's, with each group counted once; of R^2, percentiles of a bootstrap over groups. Neither
+            covers how another training set would have come out.
+        chance: the share of the commonest class; 0 of numbers.
+        controls: name -> one score a seed.
+        classes: labels in the order of `weights`; None of numbers.
+        predicted: (rows,) held-out: indices into `classes`, or numbers. fold: (rows,) the fold that held each row out.
+        weights: (classes, *features), or (1, *features) of two classes and of numbers; bias likewise.
+        patterns: (classes, *features) each class's mean less the mean, what to `Add` to bring it about; of numbers
+            (1, *features), what x moves by for one unit. The weights are what the probe reads, not what a class is.
+        basis: (m, *features) orthonormal, the space that the probe reads, for `Project`; m is classes - 1, or 1.
+        dims: principal components used. rows, groups: how many.
+    """
+
+    score: float
+    interval: tuple[float, float]
+    chance: float
+    controls: Mapping[str, tuple[float, ...]]
+    classes: tuple[Any, ...] | None
+    predicted: Tensor = field(repr=False)
+    fold: Tensor = field(repr=False)
+    weights: Tensor = field(repr=False)
+    bias: Tensor = field(repr=False)
+    patterns: Tensor = field(repr=False)
+    basis: Tensor = field(repr=False)
+    dims: int
+    rows: int
+    groups: int
+
+    @property
+    def selectivity(self) -> float:
+        """Score less the mean of the shuffled labels'."""
+        if "shuffled" not in self.controls:
+            raise InputError("selectivity needs the control 'shuffled'; this probe was made with seeds=0.")
+        return self.score - sum(self.controls["shuffled"]) / len(self.controls["shuffled"])
+
+    def scores(self, features: Tensor) -> Tensor:
+        """x w + b: (rows, classes), or (rows, 1), of rows like those that it was fitted on."""
+        x = features.detach().cpu().double().flatten(1)
+        return x @ self.weights.flatten(1).T + self.bias
+
+
+@torch.no_grad()
+def collect(
+    model: Mamba, ids: Tensor, record: Address | Sequence[Address], *, batch: int = 64, lengths: Lengths = None,
+    backend: str = "auto",
+) -> dict[Address, Tensor]:  # fmt: skip
+    """Record addresses over many rows, a batch at a time; holds what is asked for, and one batch of a forward.
+
+    Returns:
+        address -> its recordings joined along the rows' axis, on the CPU.
+    Raises:
+        InputError: batches whose recordings differ in shape (a slice of positions over rows of unequal lengths).
+    """
+    places = [record] if isinstance(record, Address) else list(record)
+    ids, sizes = model.check(ids, lengths)
+    pieces: dict[Address, list[Tensor]] = {a: [] for a in places}
+    for i in range(0, len(ids), batch):
+        some = slice(i, i + batch)
+        size = sizes[some] if lengths is not None else None
+        out = run(model, ids[some], record=places, lengths=size, backend=backend, last_only=True)
+        for a in places:
+            pieces[a].append(out.records[a].cpu())
+    axis = {a: int(a.layer is not None and not isinstance(a.layer, int)) for a in places}
+    try:
+        return {a: torch.cat(found, axis[a]) for a, found in pieces.items()}
+    except RuntimeError:
+        raise InputError(
+            "the rows' lengths differ, and so do their recordings; name positions, as in pos=-1."
+        ) from None
+
+
+def probe(
+    features: Tensor, labels: Any, *, groups: Any = None, folds: int = 5, dims: int = 64, whiten: bool = True,
+    centre: bool = True, shrinkage: float = 1e-3, kind: str = "ridge", seeds: int = 3, seed: int = 0,
+    other: Tensor | None = None,
+) -> LinearProbe:  # fmt: skip
+    """Fit a linear probe and its controls, cross-validated.
+
+    Args:
+        features: (rows, *features), as recorded. labels: (rows,) classes (ints, bools or strings) or numbers (floats).
+        groups: (rows,) what rows share, such as the prompt; a group is never on both sides of a fold. None: all apart.
+        dims: at most so many principal components; fewer where there are fewer rows or features.
+        whiten: divide by the components' deviations; else only by one number for all. centre: False shows what fails.
+        shrinkage: of the components' variances towards their mean, 0 to 1.
+        kind: "ridge" (least squares, of classes on one column each) or "logistic" (scikit-learn's). The penalty is
+            chosen by an inner cross-validation of the training rows, by group.
+        seeds: of each control; 0 leaves them out. other: (rows, ...) the same rows of another model.
+    Returns:
+        LinearProbe.
+    Raises:
+        InputError: what cannot be fitted or split. MissingExtra: logistic without scikit-learn.
+    Cost: (1 + seeds) * folds eigendecompositions of size min(rows, features), and folds * (2 + 3 seeds) small fits.
+    """
+    x = features.detach().cpu().double().flatten(1)  # (rows, f)
+    if x.dim() != 2 or not x.numel() or not x.isfinite().all():
+        raise InputError(
+            f"features {tuple(features.shape)}: (rows, *features), without NaN (a padded row's missing positions)."
+        )
+    y, classes = _labels(labels, len(x))
+    group = _groups(groups, len(x))
+    how = How(dims, whiten, centre, shrinkage, kind, 0 if classes is None else len(classes))
+    rng = torch.Generator().manual_seed(seed)
+    n_groups = int(group.max()) + 1
+    if folds < 2 or n_groups < folds:
+        raise InputError(f"folds={folds}: from 2 to the number of groups, {n_groups}.")
+    fold = (torch.randperm(n_groups, generator=rng) % folds)[group]  # (rows,)
+
+    def spaces(x: Tensor) -> list[Space]:
+        return [Space.fit(x[fold != i], how) for i in range(folds)]
+
+    def held_out(x: Tensor, y: Tensor, fitted: list[Space], turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the probe says of each row, and what it would say without features."""
+        guess, blind = torch.zeros_like(y), torch.zeros_like(y)
+        for i, space in enumerate(fitted):
+            train, test = fold != i, fold == i
+            if turn is not None:
+                space = Space(space.mean, space.basis @ turn[: space.basis.shape[1]])
+            w, b = fit(space(x[train]), y[train], group[train], how)
+            guess[test] = decide(space(x[test]) @ w.T + b, how)
+            blind[test] = commonest(y[train], how)
+        return guess, blind
+
+    fitted = spaces(x)
+    guess, blind = held_out(x, y, fitted)
+    whole = Space.fit(x, how)
+    w, b = fit(whole(x), y, group, how)
+    m = max(1, how.classes - 1)
+    controls: dict[str, list[float]] = {"shuffled": [], "subspace": [], "noise": []} if seeds else {}
+    for _ in range(seeds):
+        mixed = _permute(y, group, rng)
+        controls["shuffled"].append(score(mixed, *held_out(x, mixed, fitted), how))
+        turn = torch.randn(dims, m, generator=rng, dtype=torch.float64)
+        controls["subspace"].append(score(y, *held_out(x, y, fitted, turn), how))
+        noise = like(x, rng)
+        controls["noise"].append(score(y, *held_out(noise, y, spaces(noise)), how))
+    if other is not None:
+        if len(other) != len(x):
+            raise InputError(f"other has {len(other)} rows, features {len(x)}: give the same rows of another model.")
+        second = other.detach().cpu().double().flatten(1)
+        controls["random"] = [score(y, *held_out(second, y, spaces(second)), how)]
+
+    weights = w @ whole.basis.T  # (classes or 1, f)
+    if how.classes == 2:
+        weights, b = weights[1:] - weights[:1], b[1:] - b[:1]
+    spread = weights - weights.mean(0) if how.classes > 2 else weights
+    basis = torch.linalg.svd(spread, full_matrices=False)[2][:m]
+    shape = (-1, *features.shape[1:])
+    chance = y.bincount().max().item() / len(y) if how.classes else 0.0
+    return LinearProbe(
+        score(y, guess, blind, how), interval(y, guess, blind, group, how, rng), chance,
+        {name: tuple(found) for name, found in controls.items()}, classes, guess, fold, weights.reshape(shape),
+        b - weights @ whole.mean, patterns(x, y, how).reshape(shape), basis.reshape(shape), whole.basis.shape[1],
+        len(x), n_groups,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeGrid:
+    """Probes of one site: `grid[row, column]` is a `LinearProbe`, `values("score")` (layers, columns).
+
+    Args:
+        probes: by layer, then by column. layers: of the rows, (None,) for a site of the whole model.
+        positions: of the columns; a tuple where several positions were probed together.
+    """
+
+    probes: tuple[tuple[LinearProbe, ...], ...]
+    site: str
+    layers: tuple[int | None, ...]
+    positions: tuple[int | tuple[int, ...], ...]
+
+    def __getitem__(self, cell: tuple[int, int]) -> LinearProbe:
+        return self.probes[cell[0]][cell[1]]
+
+    def values(self, what: str = "score") -> Tensor:
+        """(layers, columns) of "score", "chance", "low", "high", or a control's mean over its seeds."""
+
+        def of(p: LinearProbe) -> float:
+            if what in ("low", "high"):
+                return p.interval[what == "high"]
+            if what in p.controls:
+                return sum(p.controls[what]) / len(p.controls[what])
+            if what not in ("score", "chance"):
+                known = ["score", "chance", "low", "high", *p.controls]
+                raise InputError(f"no values {what!r}.{nearest(what, known)} There are {', '.join(known)}.")
+            return float(getattr(p, what))
+
+        return torch.tensor([[of(p) for p in row] for row in self.probes], dtype=torch.float64)
+
+
+def probe_grid(
+    model: Mamba,
+    ids: Tensor,
+    labels: Any,
+    *,
+    site: str,
+    layers: int | slice | Sequence[int] | None = None,
+    positions: int | slice | Sequence[int | Sequence[int]] | None = None,
+    groups: Any = None,
+    random_model: Mamba | None = None,
+    lengths: Lengths = None,
+    batch: int = 64,
+    backend: str = "auto",
+    progress: bool = True,
+    **options: Any,
+) -> ProbeGrid:
+    """Probe a site at each layer and position.
+
+    Args:
+        ids: (b, l). labels: (b,), or (b, l) one a position, aligned with `ids`; -1 or NaN where there is none.
+        site: any site, or "recurrent_state". layers: the rows, as in `at`; all if None.
+        positions: the columns, ints (negative from each row's own end); a tuple in the list is one probe over several
+            positions, whose rows share their prompt. All if None, which needs rows of one length.
+        groups: (b,) what prompts share; None: each prompt is its own group.
+        random_model: another model of the same sizes, such as one with fresh weights, for the control "random".
+        options: of `probe`.
+    Cost: rows / batch forwards a layer, (b, positions, features) of one layer at a time, and a probe a cell.
+    """
+    if site not in ADDRESSABLE:
+        raise EditError(f"site={site!r} is no site.{nearest(site, ADDRESSABLE)}")
+    ids, sizes = model.check(ids, lengths)
+    columns = _columns(positions, sizes)
+    layered = ADDRESSABLE[site].layered
+    if not layered and layers is not None:
+        raise EditError(f"layers={layers!r}: {site} is no part of a layer.")
+    chosen = selector(slice(None) if layers is None else layers, "layer")
+    rows: list[int | None] = [*resolve(chosen, model.config.n_layer, "layer")] if layered else [None]
+    wanted = sorted({p for column in columns for p in column})
+    name = getattr(at, site)
+    found = []
+    with tqdm(total=len(rows) * len(columns), desc=f"probe {site}", disable=not progress) as bar:
+        for layer in rows:
+            fields = {} if layer is None else {"layer": layer}
+            places = {p: name(**fields, pos=p) for p in wanted}
+            kept = [
+                collect(m, ids, list(places.values()), batch=batch, lengths=lengths, backend=backend)
+                for m in (model, random_model)
+                if m is not None
+            ]
+            cells = []
+            for column in columns:
+                y = torch.cat([_at(labels, p, sizes) for p in column])
+                has = y >= 0 if not y.is_floating_point() else ~y.isnan()
+                shared = _groups(groups, len(ids)).repeat(len(column))[has]
+                xs = [torch.cat([k[places[p]] for p in column])[has] for k in kept]
+                cells.append(probe(xs[0], y[has], groups=shared, other=xs[1] if xs[1:] else None, **options))
+                bar.update()
+            found.append(tuple(cells))
+    names = tuple(c[0] if len(c) == 1 else tuple(c) for c in columns)
+    return ProbeGrid(tuple(found), site, tuple(rows), names)
+
+
+# -- what is given, understood ----------------------------------------------------------------------------------------
+
+
+def _labels(labels: Any, rows: int) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """Numbers (rows,) float64 and None, or indices of classes (rows,) and the classes."""
+    given = labels.detach().cpu() if isinstance(labels, Tensor) else labels
+    values = given.tolist() if hasattr(given, "tolist") else list(given)
+    if len(values) != rows or any(isinstance(v, list | tuple) for v in values):
+        raise InputError(f"{len(values)} labels for {rows} rows: give one each.")
+    if any(isinstance(v, float) for v in values):
+        y = torch.tensor(values, dtype=torch.float64)
+        if not y.isfinite().all() or not (y != y[0]).any():
+            raise InputError("the labels are numbers that hold NaN or infinity, or do not vary.")
+        return y, None
+    classes = tuple(sorted(set(values)))
+    if len(classes) < 2:
+        raise InputError(f"all labels are {classes}: a probe needs two classes, or numbers (floats).")
+    return torch.tensor([classes.index(v) for v in values]), classes
+
+
+def _groups(groups: Any, rows: int) -> Tensor:
+    """(rows,) 0, 1, ... one number a group."""
+    if groups is None:
+        return torch.arange(rows)
+    values = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+    if len(values) != rows:
+        raise InputError(f"{len(values)} groups for {rows} rows: give one each.")
+    names = {g: i for i, g in enumerate(dict.fromkeys(values))}
+    return torch.tensor([names[g] for g in values])
+
+
+def _permute(y: Tensor, group: Tensor, rng: torch.Generator) -> Tensor:
+    """The labels in another order: of whole groups where each has one label, else of rows."""
+    first = torch.zeros(int(group.max()) + 1, dtype=y.dtype).scatter(0, group.flip(0), y.flip(0))
+    if bool((first[group] == y).all()):
+        return first[torch.randperm(len(first), generator=rng)][group]
+    return y[torch.randperm(len(y), generator=rng)]
+
+
+def _columns(positions: Any, sizes: Tensor) -> list[list[int]]:
+    """The positions of each column of a grid."""
+    shortest = int(sizes.min())
+    if positions is None or isinstance(positions, int | slice):
+        if isinstance(positions, slice | None) and bool((sizes != shortest).any()):
+            raise AddressError(f"the rows have lengths {sizes.tolist()}: name the positions, as in positions=[0, -1].")
+        chosen = selector(slice(None) if positions is None else positions, "pos")
+        return [[p] for p in resolve(chosen, shortest, "pos")] if not isinstance(chosen, int) else [[chosen]]
+    columns = [list(p) if isinstance(p, Sequence) else [int(p)] for p in positions]
+    for column in columns:
+        resolve(selector(column, "pos"), shortest, "pos")  # raises for what the shortest row has not
+    return columns
+
+
+def _at(labels: Any, pos: int, sizes: Tensor) -> Tensor:
+    """(b,) the labels of a position, counted from each row's own end if negative."""
+    y = torch.as_tensor(labels).cpu()
+    if y.dim() == 1:
+        return y
+    rows = torch.arange(len(sizes))
+    if y.dim() != 2 or len(y) != len(sizes) or y.shape[1] < int(sizes.max()):
+        raise InputError(f"labels {tuple(y.shape)}: (b,), or (b, l) for {len(sizes)} rows of up to {int(sizes.max())}.")
+    return y[rows, sizes + pos if pos < 0 else torch.full_like(sizes, pos)]
