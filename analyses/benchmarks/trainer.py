@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from analyses.hidden_reasoning.settings import Settings
-from analyses.hidden_reasoning.train import Learner, draw_batch, train
+from analyses.hidden_reasoning.train import TaskLearner, draw_batch, train
 from kernels_bridge import resolve
 from minimal_mamba import Mamba
 from minimal_mamba.provenance import provenance
@@ -23,7 +23,7 @@ def bare(settings: Settings) -> None:
     """The same batches, model, loss, clipping and optimiser, without anything around them."""
     torch.manual_seed(settings.seed)
     learner, curriculum = (
-        Learner(Mamba(settings.model), resolve("torch"), settings.answer_weight),
+        TaskLearner(Mamba(settings.model), resolve("torch"), settings.answer_weight),
         settings.curriculum(),
     )
     optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.learning_rate, fused=True)

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
+from kernels_bridge.training import Learner, MambaTrainer
 from minimal_mamba import Mamba, Ops
 from minimal_mamba.files import write_json, write_text
 
@@ -75,7 +75,7 @@ def _train(
     checkpoint = newest(out) if resume else None
     torch.manual_seed(settings.seed)
     model = Mamba(settings.model)
-    learner = Learner(model, ops, settings.answer_weight)
+    learner = TaskLearner(model, ops, settings.answer_weight)
     if checkpoint is not None and _done(checkpoint, old, settings):
         learner.load(checkpoint)
         return model.eval()
@@ -115,31 +115,21 @@ def _done(checkpoint: Path, old: Settings, new: Settings) -> bool:
     return bool(step >= (new.decay_from if early is None else early) + new.decay_steps)
 
 
-class Learner(nn.Module):
-    """The model with a backend's operations and the loss."""
+class TaskLearner(Learner):
+    """The model with a backend's operations and the study's loss."""
 
     def __init__(self, model: Mamba, ops: Ops, answer_weight: float):
-        super().__init__()
-        self.model, self.ops, self.answer_weight = model, ops, answer_weight
+        super().__init__(model, ops)
+        self.answer_weight = answer_weight
 
-    def forward(self, ids: Tensor, lengths: Tensor, reasoning: Tensor, answer: Tensor) -> dict[str, Tensor]:
+    def forward(  # type: ignore[override]
+        self, ids: Tensor, lengths: Tensor, reasoning: Tensor, answer: Tensor
+    ) -> dict[str, Tensor]:
         """Loss, and the row's score of each final answer (b, v)."""
         logits = self.model(ids, lengths=lengths, ops=self.ops).logits
         loss = weighted_loss(logits, ids, reasoning, answer, self.answer_weight)
         rows = torch.arange(len(ids), device=logits.device)
         return {"loss": loss, "answer_logits": logits[rows, lengths - 2]}
-
-    def weights(self) -> dict[str, Tensor]:
-        """Every tensor once; a tied head is the embedding."""
-        tied = self.model.config.tie_embeddings
-        return {name: t for name, t in self.state_dict().items() if not (tied and name == "model.lm_head.weight")}
-
-    def load(self, checkpoint: Path) -> None:
-        """Take over the weights of a checkpoint."""
-        stored = load_file(checkpoint / "model.safetensors")
-        if stored.keys() != self.weights().keys():
-            raise TrainingError(f"{checkpoint} holds other tensors than this model; train again with another folder.")
-        self.load_state_dict(stored, strict=False)
 
 
 class _Batches(IterableDataset[dict[str, Tensor]]):
@@ -162,9 +152,11 @@ def draw_batch(settings: Settings, step: int, curriculum: Any) -> Batch:
     return draw(lengths, settings.batch_size, [STREAM, settings.seed, step, 1], hidden=hidden, task=settings.task)
 
 
-class _Trainer(Trainer):
-    def __init__(self, learner: Learner, settings: Settings, out: Path, device: str, stop_at: int | None, quiet: bool):
-        self.learner, self.settings, self.out, self.run_dir = learner, settings, out, out
+class _Trainer(MambaTrainer):
+    def __init__(
+        self, learner: TaskLearner, settings: Settings, out: Path, device: str, stop_at: int | None, quiet: bool
+    ):
+        self.settings, self.out, self.run_dir = settings, out, out
         self.progress = CurriculumCallback(settings, stop_at)
         args = TrainingArguments(
             output_dir=str(out),
@@ -193,12 +185,6 @@ class _Trainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Without accelerate's prefetch, which would draw each batch a step too early."""
         return DataLoader(_Batches(self), batch_size=None)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices decay; A_log, D, biases and norms do not."""
-        spared = ("A_log", "D", "bias")
-        names = [name for name, p in model.named_parameters() if p.dim() > 1]
-        return [name for name in names if name.rsplit(".", 1)[-1] not in spared and "norm" not in name]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Warm up, stay, decay, with the beginning of the decay read from the run."""
@@ -235,12 +221,6 @@ class _Trainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run_dir)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, self.learner.weights())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.learner.load(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint aside and move it into place, so that a folder with its name is whole."""

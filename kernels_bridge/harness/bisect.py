@@ -10,7 +10,7 @@ from minimal_mamba import Mamba
 from .check import First, first_to_part
 from .draw import draw_ids
 from .rows import Row, compare, relative
-from .targets import imported, readable, reference, same_weights, target
+from .targets import imported, readable, reference, roundings, same_weights, target
 from .watch import Implementation, Key, Theirs
 
 
@@ -100,15 +100,15 @@ def bisect(
         model = live[0] if isinstance(live[0], Mamba) else Mamba.from_module(live[0])
     assert model is not None, "two names need weights: model="
     one, two = (_implementation(m, x, model) for m, x in zip(modules, (a, b), strict=True))
-    true, same = reference(model), readable(model)
+    true = reference(model)
     ids = draw_ids(model.config, batch, length, seed).to(model.device)
     feed = {i: true.forward(ids)["resid_pre", i] for i in range(model.config.n_layer)}
     everywhere = list(range(length))
     parts: list[Part] = []
 
     def stage(name: str, seen: Sequence[dict[Key, Tensor]]) -> list[Row]:
-        found_a, found_b, found_same, want = seen
-        rows = compare("", name, found_b, found_same, want, model.dtype)
+        found_a, found_b, want, *same = seen
+        rows = compare("", name, found_b, same, want, model.dtype)
         for row in rows:
             key = (row.quantity, row.layer)
             if key in found_a:
@@ -117,15 +117,10 @@ def bisect(
                 parts.append(Part(name, *key, apart, off, row.error, 2 * row.bound))
         return rows
 
-    everyone: tuple[Implementation, ...] = (one, two, same, true)
+    everyone: tuple[Implementation, ...] = (one, two, true, *roundings(model))
     fed = [each.forward(ids, feed=feed, at_positions=everywhere) for each in everyone]
     stage("layers", fed)
-    apart = compare(
-        "", "layers", fed[1], {k: v for k, v in fed[0].items() if k in fed[1]} | fed[2], fed[0], model.dtype
-    )
-    bounds = {(p.quantity, p.layer): p.bound for p in parts}
-    failed = [r for r in apart if (r.quantity, r.layer) in bounds and not r.error <= bounds[r.quantity, r.layer]]
-    failed = [Row(**{**r.__dict__, "passed": False, "bound": bounds[r.quantity, r.layer]}) for r in failed]
+    failed = [Row("", "layers", p.quantity, p.layer, p.apart, 0.0, None, p.bound, False) for p in parts if p.parted]
     first = first_to_part(failed, fed[1], fed[0])
     stage("model", [each.forward(ids, inside=False) for each in everyone])
     stage("gradients", [each.gradients(ids) for each in everyone])

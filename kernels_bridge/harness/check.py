@@ -19,7 +19,7 @@ from . import bounds
 from .draw import draw_edits, draw_ids, draw_lengths
 from .operations import operations
 from .rows import Row, compare
-from .targets import readable, reference
+from .targets import reference, roundings
 from .watch import Implementation, Ours
 
 LENGTHS = (1, 2, 3, 4, 5, 17, 127, 128, 129, 255, 372, 1023, 1134, 2047, 2048, 2049, 4097)
@@ -92,12 +92,12 @@ def cases(kinds: Sequence[str], lengths: Sequence[int], b: int, seed: int) -> li
 
 def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     """Compare target, readable and reference on one case."""
-    true, same = reference(model), readable(model)
+    true, same = reference(model), roundings(model, case.seed)
     ids = draw_ids(model.config, case.b, case.l, case.seed).to(model.device)
     positions = sorted({0, 1, case.l // 2, case.l - 2, case.l - 1} & set(range(case.l)))
 
     def rows(ask: Callable[[Implementation], dict[Any, Tensor]]) -> list[Row]:
-        return compare(case.name, case.kind, ask(target), ask(same), ask(true), model.dtype)
+        return compare(case.name, case.kind, ask(target), [ask(one) for one in same], ask(true), model.dtype)
 
     if case.kind == "operations":
         assert isinstance(target, Ours)
@@ -151,8 +151,8 @@ def localise(target: Implementation, model: Mamba, ids: Tensor) -> First | None:
     """The first site that parts from the reference, each layer fed with the reference's input; None if none does."""
     true = reference(model)
     feed, l = _feed(true, ids), ids.shape[1]
-    everyone = (target, readable(model), true)
-    found, same, want = (one.forward(ids, feed=feed, at_positions=range(l)) for one in everyone)
+    everyone = (target, true, *roundings(model))
+    found, want, *same = (one.forward(ids, feed=feed, at_positions=range(l)) for one in everyone)
     return first_to_part(compare("", "layers", found, same, want, model.dtype), found, want)
 
 

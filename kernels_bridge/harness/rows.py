@@ -43,16 +43,16 @@ def relative(found: Tensor, true: Tensor) -> tuple[float, float]:
 
 
 def compare(
-    case: str, kind: str, found: Mapping[Key, Tensor], same: Mapping[Key, Tensor], true: Mapping[Key, Tensor],
+    case: str, kind: str, found: Mapping[Key, Tensor], same: Sequence[Mapping[Key, Tensor]], true: Mapping[Key, Tensor],
     dtype: torch.dtype,
 ) -> list[Row]:  # fmt: skip
     """A row for every quantity that all three give.
 
-    One parameter's gradient may be rounded little by luck, so the readable model's error in a gradient is the largest
-    of its layer.
+    `same` are the readable model's, under several roundings: the largest error counts. One parameter's gradient may be
+    rounded little by luck, so in a gradient the largest of its layer does.
     """
     rows = []
-    own_of = {key: relative(same[key], want)[0] for key, want in true.items() if key in found}
+    own_of = {key: max(relative(one[key], want)[0] for one in same) for key, want in true.items() if key in found}
     worst: dict[int | None, float] = {}
     for (quantity, layer), own in own_of.items():
         if quantity.startswith("d "):

@@ -127,7 +127,7 @@ def test_weight_decay_spares_what_is_no_matrix(training):
     from kernels_bridge import resolve
     from minimal_mamba import Mamba
 
-    learner = training.Learner(Mamba(TINY.model), resolve(), 0.5)
+    learner = training.TaskLearner(Mamba(TINY.model), resolve(), 0.5)
     names = training._Trainer.get_decay_parameter_names(None, learner)
     parts = {n.removesuffix(".weight").rsplit(".", 1)[-1] for n in names}
     assert parts == {"embedding", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"}

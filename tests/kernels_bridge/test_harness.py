@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from forks import model, plain, with_tf32
 from typer.testing import CliRunner
 
 from kernels_bridge import resolve
@@ -12,7 +13,6 @@ from kernels_bridge.__main__ import app
 from kernels_bridge.harness import Blind, Ours, Theirs, bisect, check, target
 from kernels_bridge.harness.draw import SMALL, draw_edits, draw_model
 from kernels_bridge.harness.rows import table
-from kernels_bridge.harness.targets import transformers_model
 from minimal_mamba import Mamba, MambaConfig, Ops
 from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError
 from minimal_mamba.scan import causal_conv, selective_scan, ssm_step
@@ -20,11 +20,6 @@ from minimal_mamba.sites import SITES
 from minimal_mamba.tap import NO_TAP
 
 RUNNER = CliRunner()
-CONFIG = MambaConfig(d_model=12, n_layer=2, vocab_size=29, d_state=5, d_conv=3, dt_rank=4, pad_vocab_size_multiple=1)
-
-
-def model(dtype=torch.float32, seed=0):
-    return draw_model(CONFIG, seed).to(dtype)
 
 
 def faulty(**ops):
@@ -47,7 +42,7 @@ def ask(implementation, weights=None, **how):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_torch_backend_passes(dtype):
     weights = draw_model(SMALL, 0).to(dtype)  # wide enough for 16-bit rounding to average
-    report = ask(target("torch", weights), weights)
+    report = check(target("torch", weights), weights, lengths=[5, 17], progress=False)
     assert report.passed and report.first is None, table(report.rows)
     assert {r.kind for r in report.rows} == set(report.settings["kinds"])
     named = {"conv", "u", "dt", "B", "C", "y", "ssm_state", "resid_post", "logits", "loss", "d embed"}
@@ -141,46 +136,6 @@ def test_padding_that_reaches_the_memory_is_found(fault, quantity):
     assert ask(faulty(**fault), weights, kinds=["model"]).passed  # and without padding there is no fault
 
 
-def tf32(x):
-    """Round to the ten bits that a TF32 product reads."""
-    short = (x.detach().view(torch.int32) + 0x1000).bitwise_and(~0x1FFF).view(torch.float32)
-    return x + (short - x).detach()
-
-
-def with_tf32():
-    theirs = transformers_model(model())
-    for module in theirs.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda module, args: (tf32(args[0].contiguous()),))
-    return theirs
-
-
-def with_a_slip():
-    """One number wrong: layer 1, position 4, the third channel of B."""
-    theirs = transformers_model(model())
-
-    def slip(module, args, out):
-        if out.shape[1] > 4:  # not in decoding
-            out = out.clone()
-            out[2, 4, CONFIG.rank + 2] += 0.1
-        return out
-
-    theirs.backbone.layers[1].mixer.x_proj.register_forward_hook(slip)
-    return theirs
-
-
-def plain():
-    return transformers_model(model())
-
-
-def other_weights():
-    return transformers_model(model(seed=1))
-
-
-def nothing():
-    return 3
-
-
 def test_tf32_left_on_is_found():
     report = ask(Theirs(with_tf32(), "fork"), kinds=["layers", "model", "gradients"])
     assert (report.first.site, report.first.layer) == ("x", 0)
@@ -198,10 +153,10 @@ def test_softplus_missing_is_found(monkeypatch):
 
 
 def test_the_first_place_is_named_to_the_channel():
-    found = bisect("torch", "test_harness:with_a_slip", length=9)
+    found = bisect("torch", "forks:with_a_slip", length=9)
     assert (found.first.site, found.first.layer, found.first.row, found.first.position) == ("B", 1, 2, 4)
     assert found.first.channel == (2,)
-    assert "test_harness:with_a_slip is the one that is off" in found.verdict()
+    assert "forks:with_a_slip is the one that is off" in found.verdict()
 
 
 def test_blind_weights_get_no_verdict():
@@ -216,7 +171,7 @@ def test_blind_weights_get_no_verdict():
 
 
 def test_two_right_implementations_agree():
-    found = bisect(plain(), "test_harness:plain")
+    found = bisect(plain(), "forks:plain")
     assert not found.parted and found.first is None
     assert "agree in all" in str(found) and {p.stage for p in found.parts} >= {
         "layers",
@@ -229,9 +184,9 @@ def test_two_right_implementations_agree():
 @pytest.mark.parametrize(
     ("b", "error", "text"),
     [
-        ("test_harness:other_weights", CheckpointError, "differs between the two"),
-        ("test_harness:nothing", InputError, "returned a int"),
-        ("test_harness:missing", InputError, "cannot be called"),
+        ("forks:other_weights", CheckpointError, "differs between the two"),
+        ("forks:nothing", InputError, "returned a int"),
+        ("forks:missing", InputError, "cannot be called"),
         ("no_such_module:f", InputError, "cannot be called"),
         ("torhc", BackendUnavailable, "Did you mean 'torch'"),
         (torch.nn.Linear(2, 2), CheckpointError, "Linear"),

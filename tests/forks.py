@@ -1,0 +1,53 @@
+"""Modules as a user would hand them to the harness: right ones, and forks with one fault each."""
+
+import torch
+
+from kernels_bridge.harness.draw import draw_model
+from kernels_bridge.harness.targets import transformers_model
+from minimal_mamba import MambaConfig
+
+CONFIG = MambaConfig(d_model=12, n_layer=2, vocab_size=29, d_state=5, d_conv=3, dt_rank=4, pad_vocab_size_multiple=1)
+
+
+def model(dtype=torch.float32, seed=0):
+    return draw_model(CONFIG, seed).to(dtype)
+
+
+def tf32(x):
+    """Round to the ten bits that a TF32 product reads."""
+    short = (x.detach().view(torch.int32) + 0x1000).bitwise_and(~0x1FFF).view(torch.float32)
+    return x + (short - x).detach()
+
+
+def with_tf32():
+    theirs = transformers_model(model())
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, args: (tf32(args[0].contiguous()),))
+    return theirs
+
+
+def with_a_slip():
+    """One number wrong: layer 1, position 4, the third channel of B."""
+    theirs = transformers_model(model())
+
+    def slip(module, args, out):
+        if out.shape[1] > 4:  # not in decoding
+            out = out.clone()
+            out[2, 4, CONFIG.rank + 2] += 0.1
+        return out
+
+    theirs.backbone.layers[1].mixer.x_proj.register_forward_hook(slip)
+    return theirs
+
+
+def plain():
+    return transformers_model(model())
+
+
+def other_weights():
+    return transformers_model(model(seed=1))
+
+
+def nothing():
+    return 3

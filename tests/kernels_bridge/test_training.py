@@ -1,0 +1,145 @@
+"""The training entry: the same numbers however a batch is cut, on every backend, resumed, in one process or two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny
+from torch.nn import functional as F
+
+from kernels_bridge import resolve
+from minimal_mamba import Mamba
+from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError
+
+transformers = pytest.importorskip("transformers")
+from kernels_bridge.training import Learner, MambaTrainer, pad  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(n=48, seed=0):
+    """Token sequences of 4 to 9 tokens in which each token follows from the last but one."""
+    rng = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(n):
+        ids = torch.randint(0, 29, (2,), generator=rng).tolist()
+        for _ in range(int(torch.randint(2, 8, (), generator=rng))):
+            ids.append((ids[-2] + 3) % 29)
+        found.append({"input_ids": ids})
+    return found
+
+
+def curve(out, *, backend="torch", dtype=torch.float64, resume=None, **how):
+    """The loss of every step, and the trained model."""
+    options = {
+        "max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1,
+        "report_to": "none", "disable_tqdm": True,
+        "use_cpu": True, "save_strategy": "no", "seed": 0, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    args = transformers.TrainingArguments(str(out), **options | how)
+    trainer = MambaTrainer(tiny(dtype=dtype, seed=3), args, train_dataset=rows(), backend=backend)
+    trainer.train(resume_from_checkpoint=resume)
+    return [h["loss"] for h in trainer.state.log_history if "loss" in h], trainer.learner.model
+
+
+def test_the_loss_is_the_mean_over_labelled_tokens():
+    model, batch = tiny(), pad(rows(5))
+    found = Learner(model, resolve("torch"))(**batch)["loss"]
+    total, count = 0.0, 0
+    for row in rows(5):
+        ids = torch.tensor([row["input_ids"]])
+        logits = model(ids).logits[0, :-1]
+        total, count = total + F.cross_entropy(logits, ids[0, 1:], reduction="sum"), count + len(ids[0]) - 1
+    torch.testing.assert_close(found, total / count, rtol=1e-12, atol=0)
+
+
+def test_labels_that_are_ignored_and_padding_give_no_gradient():
+    model, batch = tiny(), pad(rows(4))
+    learner = Learner(model, resolve("torch"))
+    batch["labels"][1:] = -100
+    alone = pad(rows(4)[:1])
+    for name, grad in zip(
+        dict(model.named_parameters()),
+        torch.autograd.grad(learner(**batch)["loss"] - learner(**alone)["loss"], list(model.parameters())),
+        strict=True,
+    ):
+        assert grad.abs().max() < 1e-12, name
+
+
+def test_every_backend_trains_the_same(tmp_path):
+    one, a = curve(tmp_path / "a", backend="reference")
+    two, b = curve(tmp_path / "b", backend="torch")
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-9, atol=0)
+    for name, value in a.state_dict().items():
+        torch.testing.assert_close(b.state_dict()[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_training_learns(tmp_path):
+    losses, _ = curve(tmp_path, max_steps=60, learning_rate=1e-2)
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    """Rows differ in length, so a mean of means would be another loss."""
+    whole, a = curve(tmp_path / "a")
+    parts, b = curve(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=1e-6, atol=0)
+    for name, value in a.state_dict().items():
+        torch.testing.assert_close(b.state_dict()[name], value, rtol=1e-6, atol=1e-8)
+
+
+def test_mixed_precision_stays_near_float32(tmp_path):
+    exact, _ = curve(tmp_path / "a", dtype=torch.float32)
+    mixed, model = curve(tmp_path / "b", dtype=torch.float32, bf16=True)
+    assert model.dtype == torch.float32
+    gap = torch.tensor(mixed) / torch.tensor(exact) - 1
+    assert 1e-6 < gap.abs().max() < 0.05  # bfloat16 keeps 8 bits
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path):
+    whole, a = curve(tmp_path / "a")
+    curve(tmp_path / "b", max_steps=3, save_strategy="steps", save_steps=3)
+    rest, b = curve(tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-3"))
+    assert rest == pytest.approx(whole, rel=1e-12) and len(rest) == 6
+    for name, value in a.state_dict().items():
+        torch.testing.assert_close(b.state_dict()[name], value, rtol=1e-12, atol=1e-14)
+
+
+def test_two_processes_have_the_loss_curve_of_one(tmp_path):
+    """torchrun with two CPU processes of batch 4, against one process of batch 8; no code of ours for it."""
+    one, _ = curve(tmp_path / "one", max_steps=4)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from test_training import curve\n"
+        "losses, _ = curve(sys.argv[1], max_steps=4, per_device_train_batch_size=4)\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    open(sys.argv[2], 'w').write(json.dumps(losses))\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
+         str(tmp_path / "two"), str(tmp_path / "losses.json")],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads((tmp_path / "losses.json").read_text())
+    assert two == pytest.approx(one, rel=1e-6)
+
+
+def test_what_cannot_be_trained(tmp_path):
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(BackendUnavailable, match="fused"):
+        MambaTrainer(tiny(), args, train_dataset=rows(), backend="fused")
+    batch = pad(rows(4))
+    with pytest.raises(InputError, match="pad on the right"):
+        Learner(tiny(), resolve("torch"))(**batch | {"attention_mask": batch["attention_mask"].flip(1)})
+    curve(tmp_path / "a", max_steps=1, save_strategy="steps", save_steps=1)
+    other = Learner(Mamba(tiny(n_layer=1).config), resolve("torch"))
+    with pytest.raises(CheckpointError, match="other tensors"):
+        other.load(tmp_path / "a" / "checkpoint-1")
