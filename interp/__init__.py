@@ -20,7 +20,7 @@ from .probes import LinearProbe, ProbeGrid, collect, probe, probe_grid
 from .run import Gradients, Run, generate, gradients, run
 from .steering import Direction, SteeringCurve, contrast, steering_curve
 from .store import load_edits, save_edits
-from .sweep import Grid, patch_grid
+from .sweep import Grid, Sweep, patch_grid, sweep
 from .timescales import (
     Flow,
     Rank,
@@ -67,6 +67,7 @@ __all__ = [
     "Set",
     "StateLens",
     "SteeringCurve",
+    "Sweep",
     "Zero",
     "ablate",
     "accuracy",
@@ -115,5 +116,6 @@ __all__ = [
     "state_lens",
     "state_rank",
     "steering_curve",
+    "sweep",
     "typical_dt",
 ]

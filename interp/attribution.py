@@ -21,7 +21,8 @@ from minimal_mamba.sites import ADDRESSABLE, RECURRENT_STATE
 from minimal_mamba.tap import ScanInputs, Toward
 
 from .run import Lengths, Metric, Run, apply_metric, differentiate, run
-from .sweep import Grid, _columns, _rows
+from .sweep import Grid
+from .sweep.patch import chosen_layers, chosen_positions
 
 SCAN = ("decay", "state_write", "ssm_state", "state_read")
 
@@ -104,13 +105,13 @@ def attribution_grid(
             f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
             "rows and positions must match."
         )
-    groups = _rows(layers, site, model.config.n_layer)
+    groups = chosen_layers(layers, site, model.config.n_layer)
     if any(len(group) > 1 for group in groups):
         raise InputError(f"layers={layers!r}: an attribution is of one layer; patch_grid patches several together.")
     changes = (edits,) if isinstance(edits, Edit) else tuple(edits)
     pair = _Pair(model, ids, donor_ids, metric, changes, state, donor_state or state, lengths, backend)
     start = pair.start
-    columns = _columns(positions, sizes + start)
+    columns = chosen_positions(positions, sizes + start)
     if positions is None or isinstance(positions, slice):
         columns = [p for p in columns if p >= start]
     if not columns or any(0 <= p < start for p in columns):

@@ -28,10 +28,11 @@ def _last(logits: Tensor | Run) -> Tensor:
     last = logits if logits.dim() == 2 else logits[:, -1]
     blank = ~last.any(-1)
     # zeros alone may be meant (an edit of the last norm); beside other numbers they are padding
-    alive = last.any(-1).any() if logits.dim() == 2 else logits.any(-1).any(-1) | last.any(-1).any()
-    if bool((blank & alive).any()):
+    if bool(blank.any()):
+        blank = blank & (last.any(-1).any() if logits.dim() == 2 else logits.any(-1).any(-1) | last.any(-1).any())
+    if bool(blank.any()):
         raise InputError(
-            f"the logits of row {int((blank & alive).nonzero()[0])} are all zero at the last position, as on padding, "
+            f"the logits of row {int(blank.nonzero()[0])} are all zero at the last position, as on padding, "
             "and others are not. Pass the run, which knows where each row ends: logit_diff(run_, ...)."
         )
     return last.to(torch.promote_types(last.dtype, torch.float32))

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .address import Address
+from .address import Address, Span
 from .edits import Apply, Edit, Mean, Project
-from .errors import EditError, ShapeMismatch
+from .errors import AddressError, EditError, ShapeMismatch
 from .sites import SITES
 
 
@@ -110,6 +110,38 @@ class Item:
         if self.value is None or isinstance(self.edit, Project):
             return self.value
         return self.value[self.layers.index(layer) if self.value.shape[0] > 1 else 0]
+
+
+def positions(
+    address: Address, rows: list[int], write: Tensor, source: Edit | Address, start: Tensor, stop: Tensor, ends: Tensor
+) -> Tensor:
+    """(R, P) positions, -1 where a row has none. A column is one offset from the rows' own ends where a slice
+    starts with a negative number, else one count from the first position that the row has of it.
+    """
+    sel, found = address.pos, []
+    from_end = isinstance(sel, Span) and sel.start is not None and sel.start < 0
+    for row, needed in zip(rows, write.tolist(), strict=True):
+        first, last, origin = int(start[row]), int(stop[row]) - 1, int(ends[row])
+        if isinstance(sel, Span):
+            bounds = [None if v is None else max(v + origin, 0) if v < 0 else v for v in (sel.start, sel.stop)]
+            here = [p for p in range(last + 1)[bounds[0] : bounds[1] : sel.step] if p >= first]
+        else:
+            here = [p + origin if p < 0 else p for p in ([sel] if isinstance(sel, int) else sel)]
+            outside = [p for p in here if not first <= p <= last]
+            if outside and needed:
+                raise AddressError(
+                    f"{source}: row {row} has no position {outside[0]}; this run has its positions {first}..{last}."
+                )
+            here = [] if outside else here
+        if not here and needed:
+            raise AddressError(
+                f"{source}: the slice {sel} selects nothing of row {row}; this run has its positions {first}..{last}."
+            )
+        if len(set(here)) != len(here):
+            raise AddressError(f"{source} names the same position of row {row} twice.")
+        found.append({p - origin if from_end else count: p for count, p in enumerate(here)})
+    columns = sorted({column for row in found for column in row})
+    return torch.tensor([[row.get(column, -1) for column in columns] for row in found], dtype=torch.long)
 
 
 def covers(item: Item, value: Tensor) -> bool:

@@ -128,16 +128,12 @@ class Mamba(nn.Module):
         """
         ids, sizes = self.check(ids, lengths, state)
         b, l = ids.shape
-        mask = None  # (b, l)
-        if lengths is not None and bool((sizes < l).any()):
-            mask = (torch.arange(l) < sizes[:, None]).to(self.device)
+        mask = self.mask(sizes, l)  # (b, l)
         start = torch.zeros(b, dtype=torch.long) if state is None else state.position
         blank = self._blank(b)  # the same for all layers: none writes to what it is given
         tap.begin(start, sizes)
 
-        resid = tap("embed", self.backbone.embedding(ids))  # (b, l, d)
-        if self.config.residual_in_fp32:
-            resid = resid.to(wide(self.dtype))
+        resid = self.embed(ids, tap)  # (b, l, d)
         after = []
         for i, layer in enumerate(self.backbone.layers):
             memory = blank if state is None else (state.ssm_state[i], state.conv_state[i])
@@ -145,19 +141,38 @@ class Mamba(nn.Module):
             if keep_state:
                 after.append(memory)
 
-        last = (torch.arange(b), (sizes - 1))
-        early = last_only and not tap.touches("final_norm", "logits")
-        if early:
-            resid = resid[last][:, None]  # (b, 1, d)
-        logits = tap("logits", self.lm_head(tap("final_norm", self.backbone.norm_f(resid))))  # (b, l, v)
-        if last_only and not early:
-            logits = logits[last][:, None]  # (b, 1, v)
-        elif mask is not None and not last_only:
-            logits = logits * mask[:, :, None]
+        logits = self.head(resid, sizes, mask, last_only, tap)  # (b, l, v)
         if not keep_state:
             return MambaOutput(logits, None)
         h, window = zip(*after, strict=True)
         return MambaOutput(logits, MambaState(h, window, start + sizes))
+
+    # the parts of `forward`, for callers that need the layers one by one: embed, then each layer, then head
+
+    def mask(self, sizes: Tensor, l: int) -> Tensor | None:
+        """(b, l) True on tokens, False on padding; None where there is no padding."""
+        return (torch.arange(l) < sizes[:, None]).to(self.device) if bool((sizes < l).any()) else None
+
+    def embed(self, ids: Tensor, tap: Tap = NO_TAP) -> Tensor:
+        """The residual stream before layer 0: ids (b, l) -> (b, l, d)."""
+        resid = tap("embed", self.backbone.embedding(ids))
+        return resid.to(wide(self.dtype)) if self.config.residual_in_fp32 else resid
+
+    def head(
+        self, resid: Tensor, sizes: Tensor, mask: Tensor | None = None, last_only: bool = False, tap: Tap = NO_TAP
+    ) -> Tensor:
+        """The residual stream after the last layer (b, l, d) -> logits (b, l, v), zero on padding.
+
+        With `last_only` (b, 1, v), of each row's last token.
+        """
+        last = (torch.arange(len(sizes)), sizes - 1)
+        early = last_only and not tap.touches("final_norm", "logits")
+        if early:
+            resid = resid[last][:, None]  # (b, 1, d)
+        logits: Tensor = tap("logits", self.lm_head(tap("final_norm", self.backbone.norm_f(resid))))
+        if last_only:
+            return logits if early else logits[last][:, None]
+        return logits if mask is None else logits * mask[:, :, None]
 
     def check(
         self, ids: Tensor, lengths: Tensor | Sequence[int] | None = None, state: MambaState | None = None

@@ -5,6 +5,7 @@ without running is checked when the plan is made.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from .address import Address, Span, resolve
 from .config import MambaConfig
 from .edits import Apply, Edit, Mean, Project, cast
 from .errors import AddressError, EditError, NotReached
-from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join, row_by_row
+from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join, positions, row_by_row
 from .sites import RECURRENT_STATE
 from .tap import Tap, Toward
 
@@ -50,16 +51,29 @@ class Plan(Tap):
         self.items: dict[tuple[str, int | None], list[Item]] = {}
         self.of: dict[int, list[Item]] = {}  # id of an edit or address -> its items
         self._resolved: list[Item] = []  # of every edit in turn, also of one that is named twice
+        self._own: Tensor | None = None  # the copy that the edits of the present place write into
         for source in [*edits, *self.record_at]:
             if not isinstance(source, Edit | Address):
                 raise EditError(
                     f"{source!r} is neither an edit nor an address; edits are Set, Add, ..., addresses at.<site>(...)."
                 )
             self.of[id(source)] = self._resolve(source)
-            self._resolved += self.of[id(source)]
             for item in self.of[id(source)]:
-                for layer in item.layers:
-                    self.items.setdefault((item.site, layer), []).append(item)
+                self._add(item)
+
+    def _add(self, item: Item) -> None:
+        self._resolved.append(item)
+        for layer in item.layers:
+            self.items.setdefault((item.site, layer), []).append(item)
+
+    def beside(self, other: "Plan", first: int) -> None:
+        """Take in the edits of another plan, whose row 0 is this plan's row `first`, at the same absolute positions."""
+        for item in other.edits():
+            self._add(replace(item, rows=item.rows + first))
+
+    def edits(self) -> list[Item]:
+        """What each edit changes, in order: the sites, layers, rows and positions."""
+        return [item for item in self._resolved if item.edit is not None]
 
     # -- making the plan ------------------------------------------------------------------------------------------
 
@@ -78,7 +92,7 @@ class Plan(Tap):
             raise EditError(f"{source}: the mean over a batch of one row changes nothing. Give the mean.")
         rows = list(range(b)) if whole_batch else wanted
         write = torch.tensor([r in wanted for r in rows])
-        pos = self._positions(address, rows, write, source)
+        pos = positions(address, rows, write, source, self.start, self.stop, self.origin)
 
         sizes = [self.config.size(a) for a in spec.features]
         fields = list(zip(spec.features, address.features, sizes, strict=True))
@@ -108,36 +122,6 @@ class Plan(Tap):
             item(site, None if every else [index[0], span], part)
             for site, span, part in zip(("ssm_state", "conv_state"), spans, parts, strict=True)
         ]
-
-    def _positions(self, address: Address, rows: list[int], write: Tensor, source: Edit | Address) -> Tensor:
-        """(R, P) positions, -1 where a row has none. A column is one offset from the rows' own ends where a slice
-        starts with a negative number, else one count from the first position that the row has of it.
-        """
-        sel, found = address.pos, []
-        from_end = isinstance(sel, Span) and sel.start is not None and sel.start < 0
-        for row, needed in zip(rows, write.tolist(), strict=True):
-            first, last, origin = int(self.start[row]), int(self.stop[row]) - 1, int(self.origin[row])
-            if isinstance(sel, Span):
-                ends = [None if v is None else max(v + origin, 0) if v < 0 else v for v in (sel.start, sel.stop)]
-                here = [p for p in range(last + 1)[ends[0] : ends[1] : sel.step] if p >= first]
-            else:
-                here = [p + origin if p < 0 else p for p in ([sel] if isinstance(sel, int) else sel)]
-                outside = [p for p in here if not first <= p <= last]
-                if outside and needed:
-                    raise AddressError(
-                        f"{source}: row {row} has no position {outside[0]}; this run has its positions {first}..{last}."
-                    )
-                here = [] if outside else here
-            if not here and needed:
-                raise AddressError(
-                    f"{source}: the slice {sel} selects nothing of row {row}; "
-                    f"this run has its positions {first}..{last}."
-                )
-            if len(set(here)) != len(here):
-                raise AddressError(f"{source} names the same position of row {row} twice.")
-            found.append({p - origin if from_end else count: p for count, p in enumerate(here)})
-        columns = sorted({column for row in found for column in row})
-        return torch.tensor([[row.get(column, -1) for column in columns] for row in found], dtype=torch.long)
 
     def shape(self, source: Edit | Address) -> tuple[int, ...]:
         """Shape of what an address of this plan records."""
@@ -169,13 +153,22 @@ class Plan(Tap):
         items = self.items.get((site, layer))
         if not items:
             return value
+        self._own = None
         for kind in (_is_edit, _is_probe):
             for item in filter(kind, items):
                 value = self._edit(item, layer, value) if t is None else self._edit_at(item, layer, value, t)
+        self._own = None
         for item in items:
             if item.edit is None:
                 self._record(item, layer, value) if t is None else self._record_at(item, layer, value, t)
         return value
+
+    def _put(self, value: Tensor, where: tuple[Tensor, ...], new: Tensor) -> Tensor:
+        """`value` with `new` there. The first edit of a place copies it; the next ones write into that copy."""
+        if value is self._own:
+            return value.index_put_(where, new)
+        self._own = value.index_put(where, new)
+        return self._own
 
     def _edit(self, item: Item, layer: int | None, value: Tensor) -> Tensor:
         if not len(item.cols):
@@ -204,14 +197,14 @@ class Plan(Tap):
         written = item.valid & item.write[:, None]
         item.done += int(written.sum())
         if written.all():
-            return new if everywhere else value.index_put(where, new)
+            return new if everywhere else self._put(value, where, new)
         i, c = written.nonzero(as_tuple=True)
         rows, times = item.rows[i], item.local[i, c]
         if item.index is None:
-            return value.index_put((rows.to(value.device), times.to(value.device)), new[i, c])
+            return self._put(value, (rows.to(value.device), times.to(value.device)), new[i, c])
         spread = (-1,) + (1,) * len(item.index)
         at = (rows.reshape(spread), times.reshape(spread), *item.features(1))
-        return value.index_put(tuple(a.to(value.device) for a in at), new[i, c])
+        return self._put(value, tuple(a.to(value.device) for a in at), new[i, c])
 
     def _edit_at(self, item: Item, layer: int | None, value: Tensor, t: int) -> Tensor:
         if t not in item.by_time:
@@ -233,10 +226,10 @@ class Plan(Tap):
         keep = item.write[i]
         item.done += int(keep.sum())
         if keep.all():
-            return new if where is None else value.index_put(where, new)
+            return new if where is None else self._put(value, where, new)
         where = index_at(item, item.rows[i][keep], value)
         assert where is not None
-        return value.index_put(where, new[keep.to(new.device)])
+        return self._put(value, where, new[keep.to(new.device)])
 
     def _record(self, item: Item, layer: int | None, value: Tensor) -> None:
         if not len(item.cols):

@@ -1,0 +1,213 @@
+"""Every cell of a sweep is the whole run that one would do by hand, through this library and through another."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny
+
+from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, logit_diff, run, sweep
+from interp.sweep.logits import Logits
+from minimal_mamba.block import Layer
+from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
+from minimal_mamba.sites import ADDRESSABLE
+
+_spec = importlib.util.spec_from_file_location("oracle", Path(__file__).parent / "test_oracle.py")
+oracle = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracle)
+B, draw = oracle.B, oracle.draw
+
+BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
+MODEL = tiny(seed=2)
+N, L = MODEL.config.n_layer, 8
+RNG = torch.Generator().manual_seed(0)
+IDS, DONOR = (torch.randint(0, 29, (B, L), generator=RNG) for _ in range(2))
+
+
+def score(logits):
+    return logit_diff(logits, 3, 5)
+
+
+def everywhere(logits):
+    return logits.tanh().mean((1, 2)) + logits[:, 0, 3]
+
+
+BY_NAME = {"score": score, "everywhere": everywhere}
+
+
+@torch.no_grad()
+def by_hand(cells, metric, lengths=None, backend="torch", model=MODEL, ids=IDS):
+    last, rows = lengths is not None, []
+    for cell in cells:
+        out = run(model, ids, cell, lengths=lengths, backend=backend, last_only=last)
+        rows.append(torch.stack([fn(out.logits) for fn in (metric.values() if isinstance(metric, dict) else [metric])]))
+    found = torch.stack(rows, 1)  # (metrics, cells, b)
+    return found if isinstance(metric, dict) else found[0]
+
+
+def close(one, two):
+    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+def one_of_each(lengths):
+    """A cell for every site, layer and some positions, each with its donor's value."""
+    places = [
+        getattr(at, site)(pos=pos, **({"layer": layer} if ADDRESSABLE[site].layered else {}))
+        for site in ADDRESSABLE for layer in (range(N) if ADDRESSABLE[site].layered else [0]) for pos in (0, -2)
+    ]  # fmt: skip
+    with torch.no_grad():
+        donor = run(MODEL, DONOR, record=places, lengths=lengths)
+    return [[Set(a, donor[a])] for a in places]
+
+
+@BOTH
+@pytest.mark.parametrize("lengths", [None, [8, 3, 7, 4]])
+def test_every_site_layer_and_position(backend, lengths):
+    cells = one_of_each(lengths)
+    found = sweep(MODEL, IDS, cells, BY_NAME, lengths=lengths, backend=backend, progress=False)
+    for name, want in zip(BY_NAME, by_hand(cells, BY_NAME, lengths, backend), strict=True):
+        close(found[name].values, want)
+    base = by_hand([[]], score, lengths, backend)[0]
+    close(found["score"].base, base)
+    assert ((found["score"].values - base).abs().amax(1) > 1e-3).sum() > 0.75 * len(cells)  # they do something
+
+
+@pytest.mark.parametrize("first", range(0, 30, 10))
+def test_random_cells_of_several_edits(first):
+    """The oracle's edits of every kind, with rows, slices, lists and padding, as the cells of one sweep."""
+    drawn = [draw(seed) for seed in range(60) if draw(seed)[0] == draw(first)[0] or len(set(draw(seed)[0])) == 1]
+    sizes = drawn[0][0]
+    cells = [edits for lengths, _, edits, *_ in drawn if lengths == sizes]
+    for lengths in {tuple(sizes), (L,) * B}:
+        mine = cells if list(lengths) == sizes else [e for s, _, e, *_ in drawn if s == [L] * B]
+        lengths = list(lengths)
+        found = sweep(MODEL, IDS, [*mine, []], score, lengths=lengths, progress=False)
+        close(found.values, by_hand([*mine, []], score, lengths))
+
+
+def test_edits_that_would_see_other_rows_run_alone():
+    a, b = at.u(layer=1, pos=2), at.ssm_state(layer=0, pos=3)
+    cells = [[Mean(a)], [Mean(a, rows=[0, 2])], [Mean(b), Zero(a)], [Mean(a, torch.tensor(0.5))], [Zero(a)]]
+    found = sweep(MODEL, IDS, cells, score, progress=False)
+    close(found.values, by_hand(cells, score))
+    assert (0,) in found.groups and (1,) in found.groups and (2,) in found.groups and len(found.groups) == 4
+
+
+def test_order_in_a_cell_counts_and_cells_do_not_meet():
+    a, b = at.u(layer=1, pos=2, e=[1, 2]), at.u(layer=1, pos=2, e=[2, 3])
+    basis = torch.randn(1, 24, generator=RNG, dtype=torch.float64)
+    cells = [
+        [Add(a, 1.0), Scale(b, 2.0)], [Scale(b, 2.0), Add(a, 1.0)], [Add(a, 1.0)], [Scale(b, 2.0)], [],
+        [Project(at.u(layer=1, pos=2), basis), Add(a, 1.0, rows=[1])], [Apply(at.u(layer=1), torch.relu), Add(b, 3.0)],
+    ]  # fmt: skip
+    found = sweep(MODEL, IDS, cells, score, progress=False)
+    close(found.values, by_hand(cells, score))
+    assert (found.values[0] - found.values[1]).abs().max() > 1e-4
+    assert torch.equal(found.values[4], found.base)
+    turned = sweep(MODEL, IDS, cells[::-1], score, progress=False)
+    close(turned.values.flip(0), found.values)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 63])
+def test_lengths(length):
+    ids = torch.randint(0, 29, (2, length), generator=RNG)
+    cells = [[Scale(getattr(at, s)(layer=i, pos=p), 1.5)] for s in ("ssm_state", "resid_post", "conv_state")
+             for i in range(N) for p in {0, length // 2, length - 1}]  # fmt: skip
+    close(sweep(MODEL, ids, cells, score, progress=False).values, by_hand(cells, score, ids=ids))
+
+
+def test_types_and_norms():
+    for kind in ({"dtype": torch.float32}, {"dtype": torch.bfloat16}, {"residual_in_fp32": False}, {"bias": True}):
+        model = tiny(seed=3, **kind)
+        cells = [[Scale(at.ssm_state(layer=i, pos=p), 0.0)] for i in range(N) for p in range(L)]
+        want = by_hand(cells, score, model=model).double()
+        found = sweep(model, IDS, cells, score, progress=False).values.double()
+        bound = {torch.float32: 1e-5, torch.bfloat16: 0.1}.get(kind.get("dtype"), 1e-10)
+        assert (found - want).abs().max() <= bound * want.abs().max()
+
+
+@pytest.mark.parametrize(("site", "share"), [("ssm_state", 0.37), ("resid_post", 0.24)])
+def test_nothing_is_computed_twice(site, share, monkeypatch):
+    """Tokens times layers of a whole grid, counted at the layers: a third of one run a cell, and less."""
+    done = 0
+    plain = Layer.forward
+
+    def counted(self, resid, *rest):
+        nonlocal done
+        done += resid.shape[0] * resid.shape[1]
+        return plain(self, resid, *rest)
+
+    monkeypatch.setattr(Layer, "forward", counted)
+    model, ids = tiny(n_layer=4, d_model=4), torch.randint(0, 29, (2, 48), generator=RNG)
+    cells = [[Zero(getattr(at, site)(layer=i, pos=p))] for i in range(4) for p in range(48)]
+    sweep(model, ids, cells, lambda logits: logits[:, -1, 3], progress=False)
+    naive = 2 * 48 * 4 * len(cells)
+    assert 0.18 * naive < done < share * naive
+
+
+def test_logits_are_made_when_a_metric_asks_for_them():
+    made = []
+    whole = torch.randn(2, 5, 7, generator=RNG)
+
+    def make():
+        made.append(1)
+        return whole
+
+    lazy = Logits(whole[:, -1], 5, make)
+    assert isinstance(lazy, torch.Tensor) and lazy.shape == (2, 5, 7) and lazy.dtype == whole.dtype
+    assert torch.equal(lazy[:, -1], whole[:, -1]) and torch.equal(lazy[:, 4], whole[:, 4])
+    assert torch.equal(lazy[:, -1, 3], whole[:, -1, 3]) and torch.equal(lazy[:, -1, :4], whole[:, -1, :4])
+    assert torch.equal(logit_diff(lazy, 3, 5), logit_diff(whole, 3, 5)) and not made
+    ways = [
+        lambda x: x[:, 1], lambda x: x[0, -1], lambda x: x[:, -2], lambda x: x[..., -1], lambda x: x.mean((1, 2)),
+        lambda x: x[:, torch.tensor(-1)], lambda x: x[torch.tensor([0]), -1], lambda x: x.softmax(-1)[:, -1],
+        lambda x: torch.stack([x, x]), lambda x: x + whole, lambda x: whole - x, lambda x: x.argmax(-1), torch.clone,
+        lambda x: torch.einsum("blv,blv->b", x, x), lambda x: x[x > 0],
+    ]  # fmt: skip
+    for count, way in enumerate(ways, 1):
+        found = way(lazy)
+        torch.testing.assert_close(found, way(whole), rtol=0, atol=0)
+        assert type(found) is torch.Tensor and len(made) >= count
+    with pytest.raises(RuntimeError):  # what torch cannot pass on raises
+        lazy.tolist()
+
+
+def test_errors():
+    good = [[Zero(at.u(layer=0, pos=0))]]
+    ran = []
+
+    def metric(logits):
+        ran.append(1)
+        return score(logits)
+
+    with pytest.raises(AddressError, match=r"there are indices 0\.\.2"):  # before anything runs
+        sweep(MODEL, IDS, [*good, [Zero(at.u(layer=3))]], metric, progress=False)
+    with pytest.raises(EditError, match="neither an edit nor an address"):
+        sweep(MODEL, IDS, [["u"]], metric, progress=False)
+    assert not ran
+    with pytest.raises(MambascopeError, match=r"one number a row; this one gave \(4, 32\)"):
+        sweep(MODEL, IDS, good, lambda logits: logits[:, -1], progress=False)
+    with pytest.raises(InputError, match="no metric is given"):
+        sweep(MODEL, IDS, good, {}, progress=False)
+    assert sweep(MODEL, IDS, [], score, progress=False).values.shape == (0, B)
+    with pytest.raises(InputError, match=r"memory=1000 bytes is too little .* memory=(\d+) or more") as raised:
+        sweep(MODEL, IDS, good, score, memory=1000, progress=False)
+    least = int(str(raised.value).split("memory=")[-1].split()[0])
+    sweep(MODEL, IDS, good, score, memory=least, progress=False)
+    with pytest.raises(InputError, match="too little"):
+        sweep(MODEL, IDS, good, score, memory=least - 1, progress=False)
+
+
+def test_memory_decides_the_groups_and_not_the_numbers():
+    cells = [[Zero(at.ssm_state(layer=i, pos=p))] for i in range(N) for p in range(L)]
+    random.Random(0).shuffle(cells)
+    wide = sweep(MODEL, IDS, cells, score, progress=False)
+    with pytest.raises(InputError) as raised:
+        sweep(MODEL, IDS, cells, score, memory=1, progress=False)
+    least = int(str(raised.value).split("memory=")[-1].split()[0])
+    tight = sweep(MODEL, IDS, cells, score, memory=least, progress=False)
+    assert len(tight.groups) > 2 * len(wide.groups)
+    assert sorted(c for group in tight.groups for c in group) == list(range(len(cells)))
+    close(tight.values, wide.values)
