@@ -85,30 +85,38 @@ def _out(address: Address) -> list[Any]:
     return [address.site, address.layer, address.pos]
 
 
-def prune(effects: EdgeEffects, *, keep: int | None = None, threshold: float | None = None) -> Circuit:
+def prune(*effects: EdgeEffects, keep: int | None = None, threshold: float | None = None) -> Circuit:
     """Keep the edges with the largest effects, then drop what no longer lies on a way from an embedding to logits.
 
     An edge counts by its mean size over the batch, `EdgeEffects.size`; one of no effect at all is never kept. What is
     dropped at the end changes nothing: its message is the other run's in any case, or nobody reads its receiver.
 
+    Where two factors of a product change together (B and u of a write, the state and C of a read) and are both zero in
+    the base, neither edge does anything alone, and the way breaks there. In the other direction, with base and donor
+    exchanged, each does: give the effects of both, and an edge counts by the larger.
+
     Args:
-        effects: of single edges. Edges that it does not name count as kept; they are not part of the circuit.
+        effects: of single edges; several of the same edges count by the largest size, such as those of both directions.
+            Edges that it does not name count as kept; they are not part of the circuit.
         keep: how many edges, before the last step. threshold: or the least size, in the metric's unit.
     Raises:
-        InputError: neither or both of keep and threshold; effects of several edges at once.
+        InputError: neither or both of keep and threshold; effects of several edges at once, or of different ones.
     """
     if (keep is None) == (threshold is None):
         raise InputError("give either keep=, a number of edges, or threshold=, a size in the metric's unit.")
     if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
         raise InputError(f"keep={keep!r}: an int of at least 0.")
-    single = [e for e in effects.edges if isinstance(e, Edge)]
-    if len(single) != len(effects.edges) or len(set(single)) != len(single):
+    if not effects or any(e.edges != effects[0].edges or e.length != effects[0].length for e in effects):
+        raise InputError("give the effects of at least one method, and where there are several, of the same edges.")
+    single = [e for e in effects[0].edges if isinstance(e, Edge)]
+    if len(single) != len(effects[0].edges) or len(set(single)) != len(single):
         raise InputError("a circuit is pruned from effects of single edges, each once; these hold tuples or repeats.")
-    size, towards = effects.size(), effects.towards()
+    size, by = torch.stack([e.size() for e in effects]).max(0)
+    towards = torch.stack([e.towards() for e in effects]).gather(0, by[None])[0]
     ranked = [i for i in size.argsort(descending=True, stable=True).tolist() if size[i] > 0]
     chosen = ranked[:keep] if threshold is None else [i for i in ranked if size[i] >= threshold]
     kept = {single[i]: float(towards[i]) for i in chosen}
-    rest = set(all_edges(effects.config, effects.length)) - set(single)
+    rest = set(all_edges(effects[0].config, effects[0].length)) - set(single)
     on_the_way = _connected({*kept, *rest})
     return Circuit(
         tuple(e for e in kept if e in on_the_way), tuple(effect for e, effect in kept.items() if e in on_the_way)

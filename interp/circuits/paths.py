@@ -16,7 +16,7 @@ from minimal_mamba.errors import AddressError, EditError, InputError
 from ..run import Lengths, Metric, MetricError, apply_metric
 from .graph import Edge, Group, position
 from .graph import edges as all_edges
-from .views import Values, send
+from .views import Values, layout, send
 
 Edges = Edge | tuple[Edge, ...]  # one edge, or some that are patched at once
 
@@ -100,7 +100,7 @@ def path_patch(
         EdgeEffects.
     Raises:
         AddressError: an edge of a layer or position that the run has not. InputError: prompts that do not match.
-    Cost: max(5, k) rows of a forward for each edge and row of the batch, and a readable step of the scan where the edge
+    Cost: one to k rows of a forward for each edge and row of the batch, and a readable step of the scan where the edge
         is inside it. The donor's values at the senders are kept.
     Source: Wang et al. 2022 (arXiv:2211.00593), appendix B; Goldowsky-Dill et al. 2023 (arXiv:2304.05969). Differs: an
         edge is one direct edge of the graph; a path of several through the same tokens is a tuple of its own.
@@ -108,18 +108,27 @@ def path_patch(
     named: list[Edges] = [e if isinstance(e, Edge) else tuple(e) for e in edges]
     ids, donor_ids = check(model, ids, donor_ids, lengths, [e for one in named for e in _several(one)])
     values = Values(model, donor_ids, {e for one in named for e in _several(one)}, lengths, backend)
-    views = max(5, model.config.d_conv)
-    jobs = max(1, rows // (views * len(ids)))
     base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
-    found = []
+    found: dict[int, Tensor] = {}
     with tqdm(total=len(named), desc="path patch", disable=not progress) as bar:
-        for first in range(0, len(named), jobs):
-            part = named[first : first + jobs]
-            found += patched(model, ids, values, [_several(e) for e in part], metric, lengths, backend)
+        for part in _alike(named, rows // len(ids), model.config.d_conv):
+            jobs = [_several(named[i]) for i in part]
+            found |= zip(part, patched(model, ids, values, jobs, metric, lengths, backend), strict=True)
             bar.update(len(part))
-    effects = torch.stack(found) - base if found else base.new_zeros(0, len(base))
+    effects = torch.stack([found[i] for i in range(len(named))]) - base if named else base.new_zeros(0, len(base))
     donor = _donor(metric, values, lengths)
     return EdgeEffects(tuple(named), effects, base, donor, model.config, ids.shape[1])
+
+
+def _alike(named: Sequence[Edges], room: int, k: int) -> Iterable[list[int]]:
+    """Indices of edges to be run together: those that need the same views, in as many copies as there is room for."""
+    kinds: dict[frozenset[tuple[str, str]], list[int]] = {}
+    for i, one in enumerate(named):
+        kinds.setdefault(frozenset((e.sender.site, e.receiver.site) for e in _several(one)), []).append(i)
+    for members in kinds.values():
+        *_, views = layout({e.group for e in _several(named[members[0]])}, k)
+        jobs = max(1, room // views)
+        yield from (members[first : first + jobs] for first in range(0, len(members), jobs))
 
 
 def patched(

@@ -2,7 +2,7 @@
 
 In a plain forward all readers of a site see the same tensor. Here each row is run as several *views*: copies of the row
 in the batch, in each of which a site holds what one of its readers is to see. The forward computes every node in the
-view of `VIEW`, from the messages meant for it; the tap takes the node's value from there and sends it on:
+view that `layout` gives it, from the messages meant for it; the tap takes the node's value from there and sends it on:
 
     message(sender -> receiver) = (1 - alpha) sender's value in this run + alpha sender's value in another run
 
@@ -24,13 +24,6 @@ from minimal_mamba.tap import Tap
 from ..run import Lengths, run
 from .graph import Edge, Group, position
 
-# The view in which a node is computed. Nodes that read the same site are in different ones, but for the readers of
-# ssm_state, which has a site for each: `state_read`, and `ssm_state` itself for the next token. u_t is in view t mod k,
-# where the windows of two u are disjoint.
-VIEW = {
-    "x": 0, "gate": 1, "state_write": 0, "dt": 1, "B": 2, "C": 3, "skip": 4, "decay": 1, "ssm_state": 0, "y": 0,
-    "mixer_out": 0,
-}  # fmt: skip
 READERS = {
     "u": ("state_write", "dt", "B", "C", "skip"),
     "dt": ("state_write", "decay"),
@@ -47,6 +40,32 @@ INSIDE = {("dt", "state_write"), ("dt", "decay"), ("decay", "ssm_state"), ("stat
           ("ssm_state", "y"), ("ssm_state", "ssm_state")}  # fmt: skip
 
 Alphas = Mapping[Group, Tensor]  # (jobs, b or 1, l), by the receiver's position
+
+
+def layout(groups: Iterable[Group], k: int) -> tuple[dict[str, int], int, int]:
+    """The view in which each node is computed, so that no two readers of a site are in one if their messages differ.
+
+    What is not told apart shares a view. The scan's own recurrence is in view 0; ssm_state has a site for each of its
+    readers, `state_read`, and `ssm_state` itself for the next token. u_t is in view t mod k where taps differ: there
+    the windows of two u do not meet.
+
+    Returns:
+        the view of each receiver; how many views u has, k or 1; how many there are in all, 1 to max(5, k).
+    """
+    kinds = {(sender, receiver) for sender, _, receiver, *_ in groups}
+    view = dict.fromkeys(("x", "gate", *READERS["u"], "decay", "ssm_state", "y", "mixer_out"), 0)
+    if any(receiver in ("x", "gate") for _, receiver in kinds):
+        view["gate"] = 1
+    apart = [r for r in READERS["u"] if ("u", r) in kinds and r != "state_write"]
+    shared = 1 if ("u", "state_write") in kinds else 0  # of those whose u is nobody's but the run's own
+    view |= dict.fromkeys((r for r in READERS["u"] if r != "state_write"), shared)
+    view |= {r: 1 + shared + i for i, r in enumerate(apart)}
+    if len(apart) == 4:  # nobody shares
+        view |= {r: 1 + i for i, r in enumerate(apart)}
+    if kinds & {("dt", "decay"), ("dt", "state_write")}:
+        view["decay"] = 1
+    taps = k if ("x", "u") in kinds else 1
+    return view, taps, max(taps, *(v + 1 for v in view.values()))
 
 
 class Values:
@@ -97,16 +116,17 @@ class Views(Tap):
     """The tap of one run with messages.
 
     Args:
-        shape: views, jobs, b. k: width of the conv. n_layer: of the model.
+        jobs, b: how many runs at once, of how many rows. k: width of the conv. n_layer: of the model.
         alphas: of the edges' groups; an edge of no group carries this run's value. places: the receivers' positions
             at which a group's alpha counts. values: what the other run sent.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], k: int, n_layer: int,
+        self, jobs: int, b: int, k: int, n_layer: int,
         alphas: Alphas, places: Mapping[Group, Sequence[int]], values: Values,
     ):  # fmt: skip
-        self.shape, self.k, self.n_layer = shape, k, n_layer
+        self.view, self.taps, count = layout(alphas, k)
+        self.shape, self.k, self.n_layer = (count, jobs, b), k, n_layer
         self.alphas, self.places, self.values = alphas, {g: set(p) for g, p in places.items()}, values
         self.done: set[tuple[Group, int]] = set()
         self.sent: dict[tuple[str, int | None], Tensor] = {}  # embed and mixer_out so far, (jobs, b, l, d)
@@ -178,12 +198,12 @@ class _Layer(Tap):
         """What each view is to hold; None where nothing changes."""
         if site == "resid_pre":
             self.resid = views[0]  # the same in all views
-            readers = {VIEW[s]: self.whole.residual(self.resid, s, self.layer) for s in ("x", "gate")}
+            readers = {self.whole.view[s]: self.whole.residual(self.resid, s, self.layer) for s in ("x", "gate")}
             return self._put(self.resid, readers)
         if site == "x":
-            return self._taps(views[VIEW["x"]])
+            return self._taps(views[self.whole.view["x"]])
         if site == "mixer_out":
-            self.whole.sent[site, self.layer] = views[VIEW[site]]
+            self.whole.sent[site, self.layer] = views[self.whole.view[site]]
             return None
         if site == "resid_post":
             after = self.resid + self.whole.sent["mixer_out", self.layer]
@@ -192,26 +212,27 @@ class _Layer(Tap):
             return self._put(after, {})
         if site == "ssm_state":
             assert t is not None
-            self.state = views[VIEW[site]]
+            self.state = views[self.whole.view[site]]
             group = ("ssm_state", self.layer, "ssm_state", self.layer, 1)
-            return self._put(self.state, {VIEW["ssm_state"]: self.whole.blend(self.state, group, t + 1)})
+            return self._put(self.state, {self.whole.view["ssm_state"]: self.whole.blend(self.state, group, t + 1)})
         if site == "state_read":
             group = ("ssm_state", self.layer, "y", self.layer, 0)
-            return self._put(self.state, {VIEW["y"]: self.whole.blend(self.state, group, t)})
+            return self._put(self.state, {self.whole.view["y"]: self.whole.blend(self.state, group, t)})
         if site not in READERS:
             return None
-        own = self._windows(views) if site == "u" else views[VIEW[site]]
+        own = self._windows(views) if site == "u" else views[self.whole.view[site]]
         groups = {reader: (site, self.layer, reader, self.layer, 0) for reader in READERS[site]}
-        return self._put(own, {VIEW[r]: self.whole.blend(own, group, t) for r, group in groups.items()})
+        return self._put(own, {self.whole.view[r]: self.whole.blend(own, group, t) for r, group in groups.items()})
 
     def _put(self, own: Tensor, held: Mapping[int, Tensor]) -> Tensor:
         """All views: what each is to hold, and the node's own value in the others."""
-        return torch.stack([held.get(v, own) for v in range(self.whole.shape[0])])
+        count = self.whole.shape[0]
+        return torch.stack([held.get(v, own) for v in range(count)]) if count > 1 else held.get(0, own)[None]
 
     def _taps(self, x: Tensor) -> Tensor:
         """x (jobs, b, l, e) as each view's u see it: the tap of lag j joins x_s to u_{s+j}, in view s+j mod k."""
         k, l = self.whole.k, x.shape[2]
-        held = dict.fromkeys(range(k), x)
+        held = dict.fromkeys(range(self.whole.taps), x)
         s = torch.arange(l, device=x.device)
         for lag in range(k):
             group = ("x", self.layer, "u", self.layer, lag)
@@ -221,13 +242,15 @@ class _Layer(Tap):
             shifted = torch.nn.functional.pad(self.whole.alphas[group][..., lag:], (0, min(lag, l)))
             self.whole.done.update((group, p) for p in self.whole.places[group])
             other = self.whole.values.whole("x", self.layer).to(x.dtype).expand_as(x)
-            for v in range(k):
+            for v in held:
                 weight = (shifted * ((s + lag) % k == v)).to(x.dtype)[..., None]
                 held[v] = torch.lerp(held[v], other, weight.expand_as(x))
         return self._put(x, held)
 
     def _windows(self, views: Tensor) -> Tensor:
         """u (jobs, b, l, e), each position from its own view."""
+        if self.whole.taps == 1:
+            return views[0]
         t = torch.arange(views.shape[3], device=views.device)
         return views[t % self.whole.k, :, :, t].permute(1, 2, 0, 3)
 
@@ -244,14 +267,14 @@ def send(
         logits (jobs, b, l, v), or with `lengths` of each row's last token (jobs, b, 1, v).
     Raises:
         NotReached: the backend passed over a site.
-    Cost: one forward of max(5, k) jobs b rows; a readable step of the scan at positions where an edge inside it counts.
+    Cost: one forward of 1 to max(5, k) views of jobs b rows; a readable step of the scan at the
+        positions of edges inside it.
     """
     jobs = next((len(a) for a in alphas.values()), 1)
-    shape = (max(5, model.config.d_conv), jobs, len(ids))
-    tap = Views(shape, model.config.d_conv, model.config.n_layer, alphas, places, values)
-    many = shape[0] * jobs
+    tap = Views(jobs, len(ids), model.config.d_conv, model.config.n_layer, alphas, places, values)
+    many = tap.shape[0] * jobs
     sizes = None if lengths is None else torch.as_tensor(lengths).repeat(many)
     ops = resolve(backend, model.device)
     out = model(ids.repeat(many, 1), lengths=sizes, last_only=lengths is not None, tap=tap, ops=ops)
     tap.check()
-    return out.logits.unflatten(0, shape)[0]
+    return out.logits.unflatten(0, tap.shape)[0]

@@ -5,6 +5,7 @@ import torch
 from helpers import tiny
 from plain_graph import evaluate, logits, name
 
+from analyses.planted import MODELS, plant
 from interp import Circuit, Edge, at, edge_attribution, edges, faithfulness, path_patch, prune, run
 from minimal_mamba.errors import CheckpointError, InputError
 
@@ -178,3 +179,92 @@ def test_bad_input_says_what_to_do():
     with pytest.raises(InputError, match="no edge of the graph"):
         faithfulness(MODEL, circuit_of(GRAPH), IDS, DONOR, metric, graph=GRAPH[:9])
     assert Edge(at.embed(pos=0), at.x(layer=0, pos=0)) in GRAPH
+
+
+# -- models whose circuits are known ---------------------------------------------------------------------------------
+
+PLANTED = [(name, seed) for name in MODELS for seed in range(2)]
+# edges whose effects the truth says in closed form; of the others it says where they may be
+KNOWN = {"x", "gate", "ssm_state", "y", "skip", "mixer_out", "logits"}
+
+
+def known(p):
+    """{edge: (b,)} of the planted edges into the sites of KNOWN; all other edges into them do nothing."""
+    truth, end = p.truth, p.ids.shape[1] - 1
+    moves = {(site, i, t): v for site, cells in truth.effects.items()
+             for i, row in enumerate(cells) for t, v in enumerate(row) if v.abs().max() > 1e-9}  # fmt: skip
+    found = {}
+    if p.name == "delay":
+        (first, a), (second, b) = ((i, t) for site, i, t in sorted(moves) if site == "mixer_out")
+        source = next(t for site, i, t in moves if site == "x" and i == first)
+        steps = [Edge(at.embed(pos=source), at.x(layer=first, pos=source)),
+                 Edge(at.mixer_out(layer=first, pos=a), at.x(layer=second, pos=a)),
+                 Edge(at.mixer_out(layer=second, pos=b), at.logits(pos=b))]  # fmt: skip
+        steps += [Edge(at.skip(layer=i, pos=t), at.mixer_out(layer=i, pos=t)) for i, t in ((first, a), (second, b))]
+        steps += [Edge(at.u(layer=i, pos=t), at.skip(layer=i, pos=t)) for i, t in ((first, a), (second, b))]
+        return dict.fromkeys(steps, p.gap)
+    for (site, i, t), value in moves.items():
+        if site == "x":
+            found[Edge(at.embed(pos=t), at.x(layer=i, pos=t))] = value
+        if site == "state_write":
+            found[Edge(at.state_write(layer=i, pos=t), at.ssm_state(layer=i, pos=t))] = value
+        if site == "ssm_state" and t < end:
+            found[Edge(at.ssm_state(layer=i, pos=t), at.ssm_state(layer=i, pos=t + 1))] = value
+        if site == "state_read":
+            found[Edge(at.ssm_state(layer=i, pos=t), at.y(layer=i, pos=t))] = value
+        if site == "mixer_out":
+            found[Edge(at.mixer_out(layer=i, pos=t), at.logits(pos=t))] = value
+            found[Edge(at.y(layer=i, pos=t), at.mixer_out(layer=i, pos=t))] = value
+    return found
+
+
+@pytest.mark.parametrize(("name", "seed"), PLANTED)
+def test_the_planted_edges_are_found_and_nothing_else(name, seed):
+    p = plant(name, seed)
+    graph, truth = edges(p.model.config, p.ids.shape[1]), known(p)
+    least = 1e-6 * float(p.gap.abs().mean())
+    both = [edge_attribution(p.model, *ids, p.metric) for ids in ((p.ids, p.donor_ids), (p.donor_ids, p.ids))]
+    some = list(dict.fromkeys([*truth, *prune(*both, threshold=least).edges, *graph[seed::9]]))
+    exact = path_patch(p.model, p.ids, p.donor_ids, some, p.metric, progress=False)
+    last = max(e.receiver.layer for e in truth if e.receiver.layer is not None)
+    touched = {
+        t for site in ("u", "mixer_out") for t in p.truth.effects[site].abs().amax((0, 2)).nonzero()[:, 0].tolist()
+    }
+    for effects in (exact, both[0]):
+        for edge, value in zip(effects.edges, effects.values, strict=True):
+            bent = edge.receiver.site == "x" or edge.receiver.layer not in (None, last)  # a SiLU comes after it
+            if edge in truth and not (effects is both[0] and bent):
+                torch.testing.assert_close(value, truth[edge], rtol=1e-8, atol=1e-8)
+            elif edge.receiver.site in KNOWN:
+                assert edge in truth or value.abs().max() < 1e-9
+            elif edge.receiver.pos not in touched or (name != "delay" and edge.receiver.layer != p.truth.layer):
+                assert value.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(("name", "seed"), PLANTED)
+def test_the_circuit_that_is_pruned_is_the_planted_one_and_carries_everything(name, seed):
+    p = plant(name, seed)
+    least = 1e-6 * float(p.gap.abs().mean())
+    there, back = (edge_attribution(p.model, *ids, p.metric) for ids in ((p.ids, p.donor_ids), (p.donor_ids, p.ids)))
+    circuit = prune(there, back, threshold=least)
+    assert {e for e in circuit.edges if e.receiver.site in KNOWN} == set(known(p))
+    assert all(effect > least for effect in circuit.effects)
+    for ids in ((p.ids, p.donor_ids), (p.donor_ids, p.ids)):
+        found = faithfulness(p.model, circuit, *ids, p.metric, progress=False)
+        torch.testing.assert_close(found.score(), torch.ones(1).double(), rtol=1e-9, atol=1e-9)
+    weakest = min(range(len(circuit)), key=lambda i: circuit.effects[i])
+    less = circuit_of([e for i, e in enumerate(circuit.edges) if i != weakest])
+    ways = ((p.ids, p.donor_ids), (p.donor_ids, p.ids))  # in `two` one factor of two is missed in one of them only
+    assert min(faithfulness(p.model, less, *ids, p.metric, progress=False).score() for ids in ways) < 0.99
+
+
+def test_two_factors_that_change_together_show_in_the_other_direction_only():
+    """In `two` a tick is at once u and, by B, the direction: beside a zero of the other, neither moves anything."""
+    p = plant("two", 0)
+    there, back = (edge_attribution(p.model, *ids, p.metric) for ids in ((p.ids, p.donor_ids), (p.donor_ids, p.ids)))
+    sites = [at.u(layer=p.truth.layer, pos=t) for t in range(12)], [at.B(layer=p.truth.layer, pos=t) for t in range(12)]
+    factors = [e for e in there.edges if e.receiver.site == "state_write" and e.sender in (*sites[0], *sites[1])]
+    assert max(float(there[e].abs().max()) for e in factors) < 1e-9
+    assert sum(float(back[e].abs().min()) > 0.5 for e in factors) == 2
+    assert len(prune(there, threshold=1e-6)) == 0
+    assert len(prune(back, threshold=1e-6)) == len(prune(there, back, threshold=1e-6)) > 8
