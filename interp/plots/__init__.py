@@ -1,6 +1,18 @@
 """Plots, one file a kind, each fit for a column of a paper. matplotlib loads when the first one is drawn."""
 
 from .heatmap import heatmap
+from .lens import lens_map, parts_bars, state_map
 from .probes import probe_curves
+from .steering import steering_plot
+from .timescales import field_curves, half_life_curves
 
-__all__ = ["heatmap", "probe_curves"]
+__all__ = [
+    "field_curves",
+    "half_life_curves",
+    "heatmap",
+    "lens_map",
+    "parts_bars",
+    "probe_curves",
+    "state_map",
+    "steering_plot",
+]

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from interp import Add, Set, Zero, at, run
 from interp.lens import direct_logit, logit_lens, state_lens
+from interp.plots import lens_map, parts_bars, state_map
 from minimal_mamba.errors import AddressError, EditError, InputError
 
 BACKENDS = ["reference", "torch"]
@@ -248,3 +249,44 @@ def test_what_cannot_be_asked_says_so():
         logit_lens(model, tokens, [40])
     with pytest.raises(AddressError):
         direct_logit(model, tokens, 1, pos=7)
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plt():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    yield pyplot
+    pyplot.close("all")
+
+
+def test_the_bars_are_the_means_of_the_parts_and_end_with_their_sum(plt):
+    model, tokens = tiny(bias=True), ids(7)
+    found = direct_logit(model, tokens, ANSWER, FOIL)
+    ax = parts_bars(found)
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    widths = dict(zip(names, (bar.get_width() for bar in ax.patches), strict=True))
+    assert names == ["embed", *(f"{i} {p}" for i in range(3) for p in ("state", "skip", "bias")), "sum"]
+    assert widths["1 state"] == pytest.approx(float(found.read[1].mean()))
+    assert sum(widths.values()) - widths["sum"] == pytest.approx(widths["sum"])
+
+
+def test_the_maps_show_layers_upward_and_dimensions_by_position(plt):
+    model, tokens = tiny(), ids(7)
+    lens = state_lens(model, tokens, ANSWER, FOIL, by=("pos", "n"))
+    image = state_map(lens, layer=1, tokens=list("abcdefg")).images[0]
+    assert_close(torch.tensor(image.get_array().data), lens.values[1].mean(0).T)
+    assert image.get_clim()[0] == -image.get_clim()[1]
+    assert_close(torch.tensor(state_map(lens).images[0].get_array().data), lens.values.sum(0).mean(0).T)
+    scores = logit_lens(model, tokens, [3])[..., 0].mean(1)
+    ax = lens_map(scores, label="logit (nats)")
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["embed", "0", "1", "2"]
+    assert_close(torch.tensor(ax.images[0].get_array().data), scores)
+    for wrong in (lambda: state_map(state_lens(model, tokens, 3)), lambda: state_map(lens, layer=3),
+                  lambda: lens_map(scores[0], label=""), lambda: lens_map(scores, label="", tokens=["a"])):  # fmt: skip
+        with pytest.raises(InputError):
+            wrong()

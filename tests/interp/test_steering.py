@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from analyses.planted import plant
 from interp import Add, at, generate, load_edits, logit_diff, run, save_edits
+from interp.plots import steering_plot
 from interp.steering import Direction, contrast, steering_curve
 from minimal_mamba.errors import AddressError, EditError, InputError
 
@@ -210,3 +211,18 @@ def test_what_has_no_meaning_says_so():
         contrast(place, values[:, None], values)
     with pytest.raises(InputError, match="at least one strength"):
         steering_curve(model, tokens, direction(place), lambda x: x[:, -1, 0], [], progress=False)
+
+
+def test_the_plot_shows_the_direction_and_the_band_of_its_controls():
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+
+    model, tokens = tiny(), ids(7)
+    curve = steering_curve(
+        model, tokens, direction(at.resid_post(layer=1)), lambda x: x[:, -1, 0], [-1.0, 1.0], controls=3, progress=False
+    )
+    ax = steering_plot(curve, label="logit (nats)")
+    controls, values = ax.lines[0].get_ydata(), ax.lines[1].get_ydata()
+    assert_close(torch.tensor(values), curve.values.mean(1))
+    assert_close(torch.tensor(controls), curve.controls.mean((0, 2)))
+    plt.close("all")

@@ -9,6 +9,7 @@ from helpers import tiny
 from torch.testing import assert_close
 
 from interp import Add, Scale, Set, Zero, at, logit_diff, run
+from interp.plots import field_curves, half_life_curves
 from interp.timescales import (
     decay_bands,
     effective_rank,
@@ -287,3 +288,19 @@ def test_edits_inside_the_recurrence_are_refused():
             fn(model, tokens, 1, edits=[Zero(at.ssm_state(layer=1, pos=3))])
     with pytest.raises(InputError, match="one vector a position"):
         gradient_field(model, tokens, lambda logits: logits[:, -1, 0], site=at.embed(pos=2))
+
+
+def test_the_curves_are_shares_of_pairs_and_of_what_is_read():
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+
+    model, tokens = tiny(), ids(7)
+    lives = half_lives(model)
+    ax = half_life_curves(lives, length=7)
+    x, y = ax.lines[1].get_data()
+    middle = float(lives[1].median())
+    assert y[list(x).index(middle)] == 0.5 and y[-1] == 1 and ax.get_xscale() == "log"
+    fields = [receptive_field(model, tokens, i) for i in range(3)]
+    drawn = field_curves(fields).lines[2].get_ydata()
+    assert_close(torch.tensor(drawn), fields[2].share.cumsum(1).mean(0))
+    plt.close("all")

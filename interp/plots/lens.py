@@ -1,0 +1,131 @@
+"""What the lenses see: maps over layers and positions, and bars of what adds up to a logit."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from minimal_mamba.errors import InputError
+
+from ..lens import DirectLogit, StateLens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # Okabe & Ito: told apart by the colour-blind too
+
+
+def lens_map(
+    values: Tensor,
+    *,
+    label: str,
+    ax: "Axes | None" = None,
+    tokens: Sequence[str] | None = None,
+    ends: tuple[float, float] | None = None,
+) -> "Axes":
+    """Draw a number for each layer and position, such as the mean of `logit_lens` for a token: layers upward.
+
+    Args:
+        values: (layers + 1, positions), row i is what enters layer i, the last what leaves the model.
+        label: what the colours mean, with the unit.
+        ax: where to draw; a new figure of column width (3.4 in) if None.
+        tokens: a label for each position. ends: of the colour scale; the data's if None.
+    Raises:
+        InputError: values that are no map, or labels that are not as many as the positions.
+    """
+    if values.dim() != 2:
+        raise InputError(
+            f"values has shape {tuple(values.shape)}; a map is (layers + 1, positions): take a mean first."
+        )
+    import matplotlib.pyplot as plt
+
+    rows, columns = values.shape
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.4, 1.0 + 0.22 * rows), constrained_layout=True)
+    shown = values.detach().cpu().double().numpy()
+    low, high = (None, None) if ends is None else ends
+    image = ax.imshow(
+        shown, cmap="cividis", vmin=low, vmax=high, aspect="auto", origin="lower", interpolation="nearest"
+    )
+    ax.set_yticks(range(rows), ["embed", *map(str, range(rows - 1))])
+    _ticks(ax, tokens, columns)
+    ax.set_ylabel("after layer")
+    ax.figure.colorbar(image, ax=ax).set_label(label)
+    return ax
+
+
+def parts_bars(found: DirectLogit, *, ax: "Axes | None" = None, unit: str = "nats") -> "Axes":
+    """Draw what each part of the model adds to a logit: the mean over the batch, with one standard error.
+
+    Parts that are 0 in every row are left out.
+    """
+    import matplotlib.pyplot as plt
+
+    parts: list[tuple[str, Tensor, str]] = [("embed", found.embed, GREY)]
+    for i in range(len(found.read)):
+        layer = (("state", found.read, BLUE), ("skip", found.skip, ORANGE), ("bias", found.bias, GREY))
+        parts += [(f"{i} {name}", values[i], colour) for name, values, colour in layer]
+    parts += [("norm bias", found.norm_bias, GREY), ("rest", found.rest, GREY)]
+    tiny = 1e-6 * float(found.logit.abs().max())
+    parts = [p for p in parts if float(p[1].abs().max()) > tiny]
+    parts.append(("sum", found.logit, "black"))
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.4, 0.7 + 0.17 * len(parts)), constrained_layout=True)
+    names, values, colours = zip(*parts, strict=True)
+    means, errors = zip(*map(_mean, values), strict=True)
+    ax.barh(range(len(parts)), means, xerr=errors, color=colours, height=0.7, error_kw={"lw": 0.8})
+    ax.axvline(0, color="black", lw=0.6)
+    ax.set_yticks(range(len(parts)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel(f"adds to the logit difference ({unit})")
+    ax.set_ylabel("layer and part")
+    return ax
+
+
+def state_map(
+    lens: StateLens, *, layer: int | None = None, ax: "Axes | None" = None, tokens: Sequence[str] | None = None,
+    unit: str = "nats",
+) -> "Axes":  # fmt: skip
+    """Draw what is read from the state by the position that wrote it and by state dimension, the mean over the batch.
+
+    Args:
+        lens: of `by=("pos", "n")`. layer: one of the lens's layers; their sum if None.
+        tokens: a label for each position.
+    Raises:
+        InputError: a lens by other axes, or a layer that it does not have.
+    """
+    if lens.by != ("pos", "n"):
+        raise InputError(f'this lens is by {lens.by}; make it with by=("pos", "n").')
+    if layer is not None and layer not in lens.layers:
+        raise InputError(f"layer={layer}: this lens has the layers {lens.layers}.")
+    import matplotlib.pyplot as plt
+
+    chosen = lens.values.sum(0) if layer is None else lens.values[lens.layers.index(layer)]
+    shown = chosen.mean(0).T.detach().cpu().double().numpy()  # (n, positions)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.4, 1.0 + 0.08 * len(shown)), constrained_layout=True)
+    top = float(abs(shown).max())
+    image = ax.imshow(shown, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower", interpolation="nearest")
+    _ticks(ax, tokens, shown.shape[1])
+    ax.set_ylabel("state dimension n")
+    ax.figure.colorbar(image, ax=ax).set_label(f"adds ({unit})")
+    if layer is None and len(lens.layers) == 1:
+        layer = lens.layers[0]
+    where = "all layers" if layer is None else f"layer {layer}"
+    ax.set_title(f"{where}: {shown.sum():.2f} of {float(lens.logit.mean()):.2f} {unit}", fontsize=9)
+    return ax
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """The mean over rows and one standard error, 0 of a single row."""
+    values = values.detach().double()
+    return float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def _ticks(ax: "Axes", tokens: Sequence[str] | None, count: int) -> None:
+    if tokens is not None and len(tokens) != count:
+        raise InputError(f"tokens has {len(tokens)} labels for {count} positions; give one for each.")
+    if tokens is not None:
+        ax.set_xticks(range(count), tokens, rotation=90, fontsize=7)
+    ax.set_xlabel("position" if tokens is None else "token")
+    ax.tick_params(length=0 if tokens is not None else 2)
