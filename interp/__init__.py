@@ -15,7 +15,7 @@ from .hooked import HookedMamba
 from .knockout import Knockout, KnockoutGrid, knockout, knockout_grid, knockout_leak
 from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
-from .plots import heatmap, probe_curves
+from .plots import attention_map, heatmap, knockout_map, probe_curves
 from .probes import LinearProbe, ProbeGrid, collect, probe, probe_grid
 from .run import Gradients, Run, generate, gradients, run
 from .steering import Direction, SteeringCurve, contrast, steering_curve
@@ -73,6 +73,7 @@ __all__ = [
     "accuracy",
     "at",
     "attention",
+    "attention_map",
     "attribution_grid",
     "collect",
     "contrast",
@@ -95,6 +96,7 @@ __all__ = [
     "knockout",
     "knockout_grid",
     "knockout_leak",
+    "knockout_map",
     "load_edits",
     "log_prob",
     "logit_diff",

@@ -304,16 +304,18 @@ def knockout_grid(
 def _layers(model: Mamba, cuts: Sequence[Knockout], sizes: Tensor, length: int) -> dict[int, LayerCuts]:
     """What is cut in each layer."""
     wanted: dict[int, list[dict[int, dict[str, set[int]]]]] = {}  # layer -> a row -> target -> route -> sources
+    each = sizes.tolist()
     for cut in cuts:
         try:
             layers = resolve(cut.layer, model.config.n_layer, "layer")
-            rows = range(len(sizes)) if cut.rows is None else resolve(cut.rows, len(sizes), "row")
+            rows = range(len(each)) if cut.rows is None else resolve(cut.rows, len(each), "row")
         except AddressError as error:
             raise AddressError(f"{cut}: {error}") from None
+        pairs = {size: cut.pairs(size) for size in {each[row] for row in rows}}
         for row in rows:
-            for target, sources in cut.pairs(int(sizes[row])).items():
+            for target, sources in pairs[each[row]].items():
                 for layer in layers:
-                    here = wanted.setdefault(layer, [{} for _ in sizes])[row].setdefault(target, {})
+                    here = wanted.setdefault(layer, [{} for _ in each])[row].setdefault(target, {})
                     for route in cut.through:
                         here.setdefault(route, set()).update(sources)
     return {

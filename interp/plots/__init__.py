@@ -1,5 +1,6 @@
 """Plots, one file a kind, each fit for a column of a paper. matplotlib loads when the first one is drawn."""
 
+from .attention import attention_map, knockout_map
 from .heatmap import heatmap
 from .lens import lens_map, parts_bars, state_map
 from .probes import probe_curves
@@ -16,3 +17,4 @@ __all__ = [
     "state_map",
     "steering_plot",
 ]
+__all__ = ["attention_map", "heatmap", "knockout_map"]

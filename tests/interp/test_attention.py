@@ -5,7 +5,7 @@ import torch
 from helpers import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from interp import Set, at, attention, contributions, gradients, logit_diff, run
+from interp import Set, at, attention, attention_map, contributions, gradients, logit_diff, run
 from minimal_mamba.errors import AddressError, InputError, MambascopeError
 from minimal_mamba.scan import causal_conv, selective_scan
 
@@ -210,3 +210,34 @@ def test_what_cannot_be_shown_is_said(options, kind, says):
 def test_a_reduced_map_cannot_be_summed_up():
     with pytest.raises(InputError, match="needs reduce=None"):
         attention(MODEL, IDS, layer=0, reduce="mean").reconstruct()
+
+
+def test_the_map_shows_the_weights_and_hides_what_is_later():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = attention(MODEL, IDS, layer=1, targets=[3, 5, 8], reduce="norm")
+    tokens = [f"w{i}" for i in range(L)]
+    image = attention_map(found, tokens=tokens).images[0]
+    shown = image.get_array()
+    later = torch.arange(L) > found.targets[0][:, None]
+    assert (torch.from_numpy(shown.mask) == later).all()
+    exact(torch.from_numpy(shown.data)[~later], found.weights.mean(0)[~later])
+    assert image.get_clim() == (0, found.weights.mean(0).max())
+    assert [t.get_text() for t in image.axes.get_yticklabels()] == ["w3", "w5", "w8"]
+    one = attention(MODEL, IDS, layer=1, channels=[4])
+    image = attention_map(one, row=1, limit=0.5).images[0]
+    exact(torch.from_numpy(image.get_array().data), one.weights[1, ..., 0])
+    assert image.get_clim() == (-0.5, 0.5)
+    plt.close("all")
+    with pytest.raises(InputError, match="pass reduce="):
+        attention_map(attention(MODEL, IDS, layer=1))
+    with pytest.raises(InputError, match="3 labels for 9"):
+        attention_map(found, tokens=tokens[:3])
+    ragged = attention(MODEL, IDS, layer=1, targets=-1, lengths=[9, 4], reduce="mean")
+    with pytest.raises(InputError, match="choose row="):
+        attention_map(ragged)
+    attention_map(ragged, row=1)
+    plt.close("all")

@@ -7,7 +7,20 @@ import torch
 from helpers import tiny
 from torch.nn import functional as F
 
-from interp import Add, Apply, Knockout, Set, Zero, at, knockout, knockout_grid, knockout_leak, logit_diff, run
+from interp import (
+    Add,
+    Apply,
+    Knockout,
+    Set,
+    Zero,
+    at,
+    knockout,
+    knockout_grid,
+    knockout_leak,
+    knockout_map,
+    logit_diff,
+    run,
+)
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -348,3 +361,36 @@ def test_bad_baselines_and_grids_are_said():
         knockout(MODEL, IDS, cut, baseline=torch.full((12,), torch.nan))
     with pytest.raises(InputError, match="window=4"):
         knockout_grid(MODEL, IDS, lambda x: x[:, -1, 0], window=4, progress=False)
+
+
+def test_the_map_shows_the_mean_and_marks_what_is_not_sure():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grid = knockout_grid(
+        MODEL,
+        IDS.repeat(2, 1)[:3],
+        lambda x: logit_diff(x, 3, 5),
+        layers=[0, (1, 2)],
+        sources=[2, 4, 7],
+        progress=False,
+    )
+    ax = knockout_map(grid, tokens=[f"w{i}" for i in range(L)], unit="nats")
+    mean = grid.effect().mean(-1)
+    assert torch.equal(torch.from_numpy(ax.images[0].get_array().data), mean)
+    assert ax.images[0].get_clim() == (-mean.abs().max(), mean.abs().max())
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["w2", "w4", "w7"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0", "1-2"]
+    unsure = (mean.abs() < 2 * grid.error()) & (mean.abs() >= mean.abs().max() / 20)
+    dots = sorted((int(y), int(x)) for x, y in ax.collections[0].get_offsets())
+    assert dots == [tuple(i) for i in unsure.nonzero().tolist()] and dots
+    plt.close("all")
+    with pytest.raises(InputError, match="labels"):
+        knockout_map(grid, tokens=["a"])
+    one = knockout_grid(MODEL, IDS[:1], lambda x: x[:, -1, 0], layers=[0], sources=2, progress=False)
+    with pytest.raises(InputError, match="at least 2 rows"):
+        one.error()
+    knockout_map(one)
+    plt.close("all")

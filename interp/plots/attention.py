@@ -1,0 +1,152 @@
+"""Token-to-token maps: hidden attention, and what knockouts of a source do. matplotlib loads when one is drawn."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimal_mamba.errors import InputError
+
+from ..attention import Attention
+from ..knockout import KnockoutGrid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+MEANING = {
+    "mean": "mean weight",
+    "mean_abs": "mean |weight|",
+    "norm": "size of what is read",
+}
+
+
+def attention_map(
+    found: Attention,
+    *,
+    row: int | None = None,
+    ax: "Axes | None" = None,
+    tokens: Sequence[str] | None = None,
+    title: str | None = None,
+    limit: float | None = None,
+    colorbar: bool = True,
+) -> "Axes":
+    """Draw a map reduced over the channels: targets downward, sources to the right, grey where the source is later.
+
+    Args:
+        found: what `attention` gave with `reduce=`, or of one channel.
+        row: of the batch; the mean over it if None.
+        ax: where to draw; a new figure of column width (3.4 in) if None.
+        tokens: one label for each position of the sequence.
+        limit: the end of the colour scale; the largest size drawn if None. Weights with a sign have a symmetric scale,
+            white at 0; sizes one from 0.
+    Raises:
+        InputError: several channels; a mean of rows whose positions differ; too few labels.
+    Returns:
+        The axes. A colour bar's arrow shows that values go beyond the limit.
+    """
+    weights = found.weights
+    if weights.dim() == 4:
+        if weights.shape[-1] > 1:
+            raise InputError(f"a map has one number a pair, here are {weights.shape[-1]} channels; pass reduce= first.")
+        weights = weights[..., 0]
+    if row is None and any(bool((p != p[0]).any()) for p in (found.targets, found.sources)):
+        raise InputError("the rows of this batch have other positions each, so their mean has no axes; choose row=.")
+    targets, sources = (p[row or 0].tolist() for p in (found.targets, found.sources))
+    _labelled(tokens, max(targets + sources) + 1)
+    import matplotlib.pyplot as plt
+
+    values = _numbers(weights.mean(0) if row is None else weights[row])
+    later = np.array(sources)[None] > np.array(targets)[:, None]
+    signed = found.reduce in (None, "mean")
+    top = float(abs(values).max()) if limit is None else limit
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.4, 3.0), constrained_layout=True)
+    colours = plt.get_cmap("RdBu_r" if signed else "viridis").with_extremes(bad="0.9")
+    image = ax.imshow(
+        np.ma.masked_array(values, later), cmap=colours, vmin=-top if signed else 0, vmax=top, interpolation="nearest"
+    )
+    _name(ax, "x", sources, tokens)
+    _name(ax, "y", targets, tokens)
+    ax.set_xlabel("source")
+    ax.set_ylabel("target")
+    if title:
+        ax.set_title(title)
+    if colorbar:
+        bar = ax.figure.colorbar(image, ax=ax, extend=_beyond(values, top, signed))
+        bar.set_label(MEANING[found.reduce] if found.reduce else "weight")
+    return ax
+
+
+def knockout_map(
+    grid: KnockoutGrid,
+    *,
+    ax: "Axes | None" = None,
+    tokens: Sequence[str] | None = None,
+    title: str | None = None,
+    unit: str | None = None,
+    limit: float | None = None,
+    colorbar: bool = True,
+) -> "Axes":
+    """Draw what cutting each source from the target does: windows of layers upward, sources to the right.
+
+    Colour is the mean effect over the batch, on a symmetric scale with white at 0. A dot marks a cell that has colour,
+    a twentieth of the scale or more, and whose mean is less than two standard errors from 0.
+
+    Args:
+        grid: what `knockout_grid` returned.
+        tokens: one label for each position up to the last source. unit: of the metric.
+        ax, title, limit, colorbar: as in `attention_map`.
+    """
+    _labelled(tokens, max(grid.sources) + 1)
+    import matplotlib.pyplot as plt
+
+    values = _numbers(grid.effect().mean(-1))
+    top = float(abs(values).max()) if limit is None else limit
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.4, 0.9 + 0.22 * len(grid.layers)), constrained_layout=True)
+    image = ax.imshow(
+        values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower", interpolation="nearest"
+    )
+    if len(grid.base) > 1:
+        doubtful = (abs(values) < 2 * _numbers(grid.error())) & (abs(values) >= top / 20)
+        up, right = doubtful.nonzero()
+        ax.scatter(right, up, s=3, color="0.45", linewidths=0)
+    _name(ax, "x", grid.sources, tokens)
+    names = [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in grid.layers]
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(length=0)
+    ax.set_xlabel("source that is cut")
+    ax.set_ylabel("layer" if all(len(g) == 1 for g in grid.layers) else "layers")
+    if title:
+        ax.set_title(title)
+    if colorbar:
+        bar = ax.figure.colorbar(image, ax=ax, extend=_beyond(values, top, True))
+        bar.set_label(f"effect ({unit})" if unit else "effect")
+    return ax
+
+
+def _numbers(values: "Tensor") -> NDArray[Any]:
+    found: NDArray[Any] = values.detach().cpu().double().numpy()
+    return found
+
+
+def _labelled(tokens: Sequence[str] | None, count: int) -> None:
+    if tokens is not None and len(tokens) < count:
+        raise InputError(f"tokens has {len(tokens)} labels for {count} positions; give one for each.")
+
+
+def _beyond(values: NDArray[Any], top: float, signed: bool) -> str:
+    if abs(values).max() <= top * (1 + 1e-9):
+        return "neither"
+    return "both" if signed else "max"
+
+
+def _name(ax: "Axes", which: str, positions: Sequence[int], tokens: Sequence[str] | None) -> None:
+    labels = [str(p) if tokens is None else tokens[p] for p in positions]
+    if which == "x":
+        ax.set_xticks(range(len(labels)), labels, rotation=0 if tokens is None else 90)
+    else:
+        ax.set_yticks(range(len(labels)), labels)
+    ax.tick_params(length=0)
