@@ -2,9 +2,9 @@
 
 The scan alone is y = M u (Ali, Zimerman & Wolf 2024, arXiv:2403.01590); the block form goes from the conv's input to
 the layer's output, with conv, SiLU, D and gate (after Zimerman, Ali & Wolf 2024, arXiv:2405.16504). Both sum to the
-run's own output, to 1e-10 in float64: `tests/interp/test_attention.py`. The scan's map says at which token something was
-written, the block's from which tokens it came there by the conv. Neither says what a token does to the answer: for that
-there is `knockout`. Cost: one forward, and of each target as many steps of (e, n) as there are tokens before it.
+run's own output, to 1e-10 in float64: `tests/interp/test_attention.py`. The scan's map says at which token something
+was written, the block's from which tokens it came there by the conv. Neither says what a token does to the answer: for
+that there is `knockout`. Cost: one forward, and of each target as many steps of (e, n) as there are tokens before it.
 
 The figure: one layer of the shipped model, the mean over prompts of the size in d_model of what a source brings to a
 target's output.

@@ -8,13 +8,14 @@ from .steering import steering_plot
 from .timescales import field_curves, half_life_curves
 
 __all__ = [
+    "attention_map",
     "field_curves",
     "half_life_curves",
     "heatmap",
+    "knockout_map",
     "lens_map",
     "parts_bars",
     "probe_curves",
     "state_map",
     "steering_plot",
 ]
-__all__ = ["attention_map", "heatmap", "knockout_map"]
