@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minimal_mamba.block import wide
 from minimal_mamba.scan import Ops, causal_conv, ssm_step
@@ -72,7 +73,7 @@ def conv(
     (b, l, _), k = x.shape, weight.shape[1]
     out = []
     recorded = tap.recorded("conv_state")
-    for first, stop, touched in stretches(l, tap.edited("conv_state")):
+    for first, stop, touched in stretches(l, sorted({*tap.edited("conv_state")} - {*tap.only_probed("conv_state")})):
         s = slice(first, stop)
         part = None if mask is None else mask[:, s]
         if touched:
@@ -86,16 +87,41 @@ def conv(
         y = long[:, 1 : 1 + m] * taps[:, 0] if bias is None else torch.addcmul(bias, long[:, 1 : 1 + m], taps[:, 0])
         for i in range(1, k):
             y = torch.addcmul(y, long[:, 1 + i : 1 + i + m], taps[:, i])
+        tokens = torch.full((b,), m, device=x.device) if part is None else part.sum(1)  # padding comes last
+        probed = tap.probed(range(first, stop), "conv_state")
+        after = None
+        if probed is not None:
+            later, after = _added([t - first for t in probed[0]], probed[1], taps, tokens, m)
+            y = y + later
         out.append(y.to(x.dtype))
         if at := [t for t in recorded if first <= t < stop]:
             tap.record("conv_state", windows[:, [t - first for t in at]], at)
         if part is None:
             window = windows[:, -1].clone()  # a view would keep the whole input
         else:
-            tokens = part.sum(1)  # of each row in this stretch; padding comes last
             rows = torch.arange(b, device=x.device)
             window = torch.where((tokens > 0)[:, None, None], windows[rows, (tokens - 1).clamp(min=0)], window)
+        window = window if after is None else window + after.to(window.dtype)
     return (out[0] if len(out) == 1 else torch.cat(out, 1)), window
+
+
+def _added(at: list[int], added: Tensor, taps: Tensor, tokens: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """What is added to windows acts on later tokens: (b, m, e) of a stretch, and (b, e, k) of the window after it.
+
+    The value s of k that is added to the window of t stands at s - j at t + j: conv_{t+j} += sum_s weight_{s-j} added_s.
+    """
+    (b, _, e, k), rows = added.shape, torch.arange(len(added), device=added.device)
+    if len(at) < m:
+        added = added.new_zeros(b, m, e, k).index_copy(1, torch.tensor(at, device=added.device), added)
+    later, after = added.new_zeros(b, m, e), added.new_zeros(b, e, k)
+    for j in range(min(k, m)):
+        if j:
+            acts = (added[:, : m - j, :, j:] * taps[:, : k - j]).sum(-1)
+            later = later + F.pad(acts, (0, 0, j, 0))
+        last = tokens - 1 - j  # of each row
+        stays = added[rows, last.clamp(min=0), :, j:] * (last >= 0)[:, None, None]
+        after = after + F.pad(stays, (0, j))
+    return later, after
 
 
 def _during(move: Toward, s: slice) -> Toward:

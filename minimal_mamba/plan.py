@@ -15,7 +15,7 @@ from .config import MambaConfig
 from .edits import Apply, Edit, Mean, Project, cast
 from .errors import AddressError, EditError, NotReached
 from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join, positions, row_by_row
-from .sites import RECURRENT_STATE
+from .sites import RECURRENT_STATE, SITES
 from .tap import Tap, Toward
 
 ADDED = ("ssm_state", "state_write")  # the sites whose probes a scan can take as something added to the state
@@ -44,7 +44,7 @@ class Plan(Tap):
         origin: Tensor | None = None,
         moves: Mapping[int, Toward] | None = None,
     ):
-        self.moves, self.moved = dict(moves or {}), set[int]()  # the latter: layers whose scan asked
+        self.moves, self.moved = moves or {}, set[int]()  # layers whose scan asked
         self.config, self.start, self.stop = config, start.cpu(), stop.cpu()
         self.origin = self.stop if origin is None else origin.cpu()
         self.record_at = list(dict.fromkeys(record))
@@ -298,10 +298,7 @@ class Plan(Tap):
                 "This is a fault of the backend; run with backend='reference'."
             )
         if missed := set(self.moves) - self.moved:
-            raise NotReached(
-                f"the scan of layers {sorted(missed)} passed over the move of {self.moves[min(missed)].site!r}: the "
-                "operations in use cannot contract its gradient. Use backend='torch'."
-            )
+            raise NotReached(f"the scans of layers {sorted(missed)} passed over a move; run with backend='torch'.")
         return {a: self._assemble(self.of[id(a)]) for a in self.record_at}
 
     def _assemble(self, items: list[Item]) -> Tensor:
@@ -335,6 +332,9 @@ class _LayerTap(Tap):
         probed = self._times([s for s in sites if s not in ADDED], _is_probe)
         return sorted({*self._times(sites, _is_edit), *probed})
 
+    def only_probed(self, *sites: str) -> list[int]:
+        return sorted({*self._times(sites, _is_probe)} - {*self._times(sites, _is_edit)})
+
     def recorded(self, *sites: str) -> list[int]:
         return self._times(sites, lambda item: item.edit is None)
 
@@ -342,17 +342,17 @@ class _LayerTap(Tap):
         self.plan.record_many(site, self.layer, values, times)
 
     def toward(self) -> Toward | None:
-        move = self.plan.moves.get(self.layer)
-        if move is not None:
-            self.plan.moved.add(self.layer)
-        return move
+        self.plan.moved.add(self.layer)
+        return self.plan.moves.get(self.layer)
 
-    def probed(self, times: Sequence[int]) -> tuple[list[int], Tensor] | None:
-        items = [item for site in ADDED for item in self.plan.items.get((site, self.layer), []) if _is_probe(item)]
+    def probed(self, times: Sequence[int], *sites: str) -> tuple[list[int], Tensor] | None:
+        items = [
+            item for site in sites or ADDED for item in self.plan.items.get((site, self.layer), []) if _is_probe(item)
+        ]
         taken = sorted({t for t in times for item in items if t in item.by_time})
         if not taken:
             return None
-        sizes = (self.plan.config.d_inner, self.plan.config.d_state)
+        sizes = [self.plan.config.size(axis) for axis in SITES[items[0].site].features]
         total: Tensor | None = None
         for item in items:
             places = [

@@ -61,6 +61,10 @@ class Tap:
         """
         return []
 
+    def only_probed(self, *sites: str) -> list[int]:
+        """The positions at which gradients in these sites are wanted and no edit acts: `probed` can serve them too."""
+        return []
+
     def recorded(self, *sites: str) -> list[int]:
         """The positions at which one of these sites of this layer is recorded, ascending."""
         return []
@@ -68,9 +72,11 @@ class Tap:
     def record(self, site: str, values: Tensor, times: Sequence[int]) -> None:
         """Hand over the values (b, len(times), ...) of positions that no edit touches."""
 
-    def probed(self, times: Sequence[int]) -> tuple[list[int], Tensor] | None:
+    def probed(self, times: Sequence[int], *sites: str) -> tuple[list[int], Tensor] | None:
         """Which of these positions take a gradient in `ssm_state` or `state_write`, and the zeros to add to the state.
 
+        Args:
+            sites: others of one shape, such as `conv_state`, instead.
         Returns:
             p positions, ascending, and (b, p, e, n), to be added to the state as a write of these positions: the sum of
             all probes, whose gradients are asked for later. None where no position takes one.

@@ -97,9 +97,12 @@ def test_edits_of_one_position_share_its_step(steps: Callable[[], tuple[int, int
 
 @pytest.mark.parametrize("l", [32, 128])
 def test_gradients_take_no_step(l: int, steps: Callable[[], tuple[int, int]]) -> None:
-    wrt = [at.ssm_state(), at.state_write(), at.resid_pre(), at.dt(layer=1), at.B()]
+    wrt = [at.ssm_state(), at.state_write(), at.resid_pre(), at.dt(layer=1), at.B(), at.conv_state()]
     gradients(MODEL, draw_ids(2, l), logit_diff_of_the_end, wrt, backend="torch")
     assert steps() == (0, 0)
+    beside = [Zero(at.conv_state(layer=1, pos=5)), Zero(at.ssm_state(layer=2, pos=5))]
+    gradients(MODEL, draw_ids(2, l), logit_diff_of_the_end, wrt, beside, backend="torch")
+    assert steps() == (1, 1)
 
 
 def logit_diff_of_the_end(logits: Tensor) -> Tensor:
