@@ -22,6 +22,7 @@ from minimal_mamba.tap import ScanInputs, Toward
 
 from .run import Lengths, Metric, Run, apply_metric, differentiate, run
 from .sweep import Grid
+from .sweep.parts import groups
 from .sweep.patch import chosen_layers, chosen_positions
 
 SCAN = ("decay", "state_write", "ssm_state", "state_read")
@@ -78,8 +79,7 @@ def attribution_grid(
         lengths: (b,) tokens in each row, the same in base and donor.
     Returns:
         Grid; `values` (layers, positions, b) is the base's metric plus the effect, so `effect()` is the attribution.
-        With `keep` the axis comes before the batch, (layers, positions, e, b), and the effects along it sum to the
-        cell's.
+        With `keep` its `parts` are along that axis, (layers, positions, parts, b), and their effects sum to the cell's.
     Raises:
         What `gradients` raises, also for a metric without a gradient; InputError for layers patched together.
     Cost: a forward of the donor, and a forward and a backward of the base, or one of each for every step; two forwards,
@@ -105,8 +105,8 @@ def attribution_grid(
             f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
             "rows and positions must match."
         )
-    groups = chosen_layers(layers, site, model.config.n_layer)
-    if any(len(group) > 1 for group in groups):
+    rows = chosen_layers(layers, site, model.config.n_layer)
+    if any(len(row) > 1 for row in rows):
         raise InputError(f"layers={layers!r}: an attribution is of one layer; patch_grid patches several together.")
     changes = (edits,) if isinstance(edits, Edit) else tuple(edits)
     pair = _Pair(model, ids, donor_ids, metric, changes, state, donor_state or state, lengths, backend)
@@ -116,7 +116,7 @@ def attribution_grid(
         columns = [p for p in columns if p >= start]
     if not columns or any(0 <= p < start for p in columns):
         raise AddressError(f"positions={positions!r}: these runs have their positions from {start} on.")
-    wanted = [group[0] if group else 0 for group in groups]
+    wanted = [row[0] if row else 0 for row in rows]
     passes = max(steps, 1) if path == "embed" or not steps else steps * len(wanted) * len(columns)
     bar = tqdm(total=passes, desc=f"attribution {site}", disable=not progress)
     with torch.inference_mode(False), torch.no_grad(), bar:
@@ -127,7 +127,8 @@ def attribution_grid(
             local = torch.stack([sizes + p if p < 0 else torch.full_like(sizes, p - start) for p in columns])
             index = local.to(whole.device).reshape(1, len(columns), *[1] * (whole.dim() - 3), len(ids))
             effect = whole.gather(1, index.expand(len(wanted), -1, *whole.shape[2:]))
-    return Grid(base + effect, base, donor, site, tuple(wanted), tuple(columns))
+    parts = tuple(groups(model, keep)) if keep else None
+    return Grid(base + effect, base, donor, site, tuple(wanted), tuple(columns), parts)
 
 
 class _Pair:

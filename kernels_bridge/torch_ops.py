@@ -108,7 +108,7 @@ def conv(
 def _added(at: list[int], added: Tensor, taps: Tensor, tokens: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """What is added to windows acts on later tokens: (b, m, e) of a stretch, and (b, e, k) of the window after it.
 
-    The value s of k that is added to the window of t stands at s - j at t + j: conv_{t+j} += sum_s weight_{s-j} added_s.
+    Slot s of the window of t is slot s - j of that of t + j: conv_{t+j} += sum_s weight_{s-j} added_{t,s}.
     """
     (b, _, e, k), rows = added.shape, torch.arange(len(added), device=added.device)
     if len(at) < m:

@@ -84,7 +84,8 @@ def test_an_axis_can_be_kept(site, keep, backend):
     close(got.effect(), by_hand(site, spread, keep))
     whole = grid(MODEL, IDS, DONOR, site=site, metric=spread, backend=backend)
     close(got.effect().sum(2) if keep else got.effect(), whole.effect())
-    assert got.values.shape[:2] == (3, L) and got.values.shape[-1] == 3
+    assert got.parts == (tuple(f"{keep} {i}" for i in range(MODEL.config.size(keep))) if keep else None)
+    assert got.values.shape == (3, L, *([len(got.parts)] if keep else []), 3)
 
 
 @BOTH
