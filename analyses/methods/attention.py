@@ -15,6 +15,8 @@ from pathlib import Path
 from analyses.hidden_reasoning import load_organism, pairs
 from interp import attention, attention_map
 
+from ._save import save
+
 LAYER, STEPS, PROMPTS = 3, 4, 32
 OPERATIONS = [f"op{i + 1}" for i in range(STEPS)]
 WORDS = ("hide", *OPERATIONS, "[\\n]", "0", *[word for op in OPERATIONS for word in (op, "[_]")][:-1])
@@ -34,8 +36,4 @@ def figure(folder: Path) -> list[Path]:
             found = attention(model, ids, layer=LAYER, form=form, reduce="norm")
             attention_map(found, ax=ax, tokens=WORDS, title=f"Layer {LAYER}, {title}")
         axes[0].set_xlabel("")
-        paths = [folder / f"attention.{kind}" for kind in ("png", "pdf")]
-        for path in paths:
-            fig.savefig(path, dpi=300, metadata={"CreationDate": None} if path.suffix == ".pdf" else {"Software": None})
-        plt.close(fig)
-    return paths
+        return save(fig, folder, "attention")

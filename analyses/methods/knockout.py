@@ -17,6 +17,8 @@ from torch import Tensor
 from analyses.hidden_reasoning import load_organism, pairs
 from interp import knockout_grid, knockout_map, logit_diff
 
+from ._save import save
+
 STEPS, PROMPTS = 4, 16
 OPERATIONS = [f"op{i + 1}" for i in range(STEPS)]
 WORDS = ("hide", *OPERATIONS, "[\\n]", "0", *[word for op in OPERATIONS for word in (op, "[_]")][:-1])
@@ -48,8 +50,4 @@ def figure(folder: Path) -> list[Path]:
         bar = fig.colorbar(axes[0].images[0], ax=axes, aspect=40, extend="min")
         bar.set_label(f"change of logit(answer) - logit(foil), nats (uncut: {gap:.1f})")
         axes[-1].set_xlabel(f"word cut from the last word ({PROMPTS} prompts)")
-        paths = [folder / f"knockout.{kind}" for kind in ("png", "pdf")]
-        for path in paths:
-            fig.savefig(path, dpi=300, metadata={"CreationDate": None} if path.suffix == ".pdf" else {"Software": None})
-        plt.close(fig)
-    return paths
+        return save(fig, folder, "knockout")

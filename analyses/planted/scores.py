@@ -19,8 +19,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from interp import (
-    at, direct_logit, gradient_field, gradients, half_lives, knockout_grid, logit_lens, mean_dt, patch_grid,
-    receptive_field, run, state_lens,
+    at,
+    direct_logit,
+    gradient_field,
+    gradients,
+    half_lives,
+    knockout_grid,
+    logit_lens,
+    mean_dt,
+    patch_grid,
+    receptive_field,
+    run,
+    state_lens,
 )  # fmt: skip
 
 from .models import MODELS, plant
