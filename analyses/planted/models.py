@@ -23,7 +23,7 @@ from .truth import Planted, Terms, delay_truth, previous, read_out, state_truth
 
 LENGTH, ROWS = 12, 4
 UNIT = 0.1  # what is written for 1: small beside the distractors, so that size says nothing
-RATES = (0.01, 0.02, 0.04)
+RATES = (0.05, 0.07, 0.1)
 
 
 def table(values: dict[int, float]) -> Tensor:
@@ -52,11 +52,12 @@ def _accumulate(seed: int) -> Planted:
     ids[:, more], donor[:, more] = rests[1], two
     ids[:, same], donor[:, same] = rests[2], rests[3]  # differs, and means the same
     ids[:, again], donor[:, again] = one, two
-    write, keep = table(values) * UNIT, math.exp(-rate)
+    value, keep = table(values), math.exp(-rate)
 
     def terms(cur: Tensor, prev: Tensor) -> Terms:
-        w = write[cur][..., None]
-        return torch.full_like(w, keep), w, torch.full_like(w, 1 / UNIT)
+        u = value[cur][..., None]
+        one = torch.ones_like(u)
+        return Terms(keep * one, one, UNIT * one, u, one / UNIT)
 
     return _planted(
         "accumulator", seed, bench, ids, donor, terms, [(e, n)], math.log(2) / rate, {e: "sum", always: "B and C"},
@@ -97,11 +98,11 @@ def _latch(seed: int) -> Planted:
         ids[:, 1], donor[:, 1] = high, low  # overwritten in all rows
         ids[:, last], donor[:, last] = low, final
     ids[:, last + 1], donor[:, last + 1] = fillers[0], fillers[1]
-    opens, value = table(sets), table(values)
+    opens, value, asks = table(sets), table(values), table({query: 1 / UNIT})
 
     def terms(cur: Tensor, prev: Tensor) -> Terms:
-        is_open = opens[cur][..., None]
-        return 1 - is_open, UNIT * is_open * value[cur][..., None], (cur == query).double()[..., None] / UNIT
+        is_open, u = opens[cur][..., None], value[cur][..., None]
+        return Terms(1 - is_open, wide * is_open, UNIT / wide * torch.ones_like(u), u, asks[cur][..., None])
 
     roles = {e: "value", always: "B", door: "dt", asked: "C"}
     return _planted(
@@ -149,15 +150,15 @@ def _recall(seed: int) -> Planted:
         wanted = given.roll(1, 1)[:, asks]
     answer, foil = torch.tensor(values)[wanted], torch.tensor(values)[given[:, asks]]
     coordinates = [(j, i) for j in range(3) for i in range(3)]
-    is_value = torch.stack([table({values[j]: UNIT}) for j, _ in coordinates], 1)  # (v, c)
+    is_value = torch.stack([table({values[j]: 1.0}) for j, _ in coordinates], 1)  # (v, c)
     is_key = torch.stack([table({keys[i]: 1.0}) for _, i in coordinates], 1)
     value_of = torch.tensor([values[j] for j, _ in coordinates])
     sign = (value_of == answer[:, None]).double() - (value_of == foil[:, None]).double()  # (b, c)
 
     def terms(cur: Tensor, prev: Tensor) -> Terms:
-        write = is_value[cur] * is_key[prev]
-        signs = sign[torch.arange(len(cur)) % ROWS]
-        return torch.full_like(write, math.exp(-rate)), write, is_key[cur] / UNIT * signs[:, None]
+        u, signs = is_value[cur], sign[torch.arange(len(cur)) % ROWS][:, None]
+        one = torch.ones_like(u)
+        return Terms(math.exp(-rate) * one, one, UNIT * is_key[prev], u, is_key[cur] / UNIT * signs)
 
     def sample(rows: int, seed: int) -> Tensor:
         rng = torch.Generator().manual_seed(seed)
@@ -203,11 +204,13 @@ def _two(seed: int) -> Planted:
     first, second, third = bench.draw(LENGTH - 2)[:3]
     for p, tick in ((first, ticks[asks]), (second, ticks[1 - asks]), (third, ticks[1 - asks])):
         ids[:, p], donor[:, p] = rests[0], tick
-    writes = torch.stack([table({t: UNIT}) for t in ticks], 1)
+    is_tick = torch.stack([table({t: 1.0}) for t in ticks], 1)
     reads = torch.stack([table({q: 1 / UNIT}) for q in queries], 1)
 
     def terms(cur: Tensor, prev: Tensor) -> Terms:
-        return torch.full((*cur.shape, 2), math.exp(-rate), dtype=torch.float64), writes[cur], reads[cur]
+        u = is_tick[cur]
+        one = torch.ones_like(u)
+        return Terms(math.exp(-rate) * one, one, UNIT * u, u, reads[cur])
 
     roles = {e[0]: "sum 0", e[1]: "sum 1", asked[0]: "C 0", asked[1]: "C 1"}
     return _planted(

@@ -2,14 +2,16 @@
 
 A circuit in the state is a sum over a few coordinates (e, n) of one layer,
 
-    answer = sum_c sum_s read_T[c] (prod_{s < t <= T} keep_t[c]) write_s[c]
+    answer = sum_c sum_s C_T[c] (prod_{s < t <= T} keep_t[c]) step_s[c] B_s[c] u_s[c]
 
-with keep, write and read looked up in a table by the token and the one before it. A delay line is two hops of the
+with all of these looked up in a table by the token and the one before it. A delay line is two hops of the
 convolution. Everything here follows from the tokens by these formulas; nothing runs the model.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +19,33 @@ from torch import Tensor
 from interp.run import Metric
 from minimal_mamba import Mamba
 
-Terms = tuple[Tensor, Tensor, Tensor]
+Node = tuple[str, int | None, int]  # site, layer, position
 SITES = ("resid_pre", "x", "conv_state", "u", "state_write", "ssm_state", "state_read", "y", "mixer_out")
 NEGLIGIBLE = 1e-6  # of the gap between donor and base; a test sees that no effect lies between this and NOTABLE
-NOTABLE = 0.02
+NOTABLE = 0.01
+
+
+class Terms(NamedTuple):
+    """What the tokens mean to each coordinate c of the state, each (b, l, c).
+
+    keep = exp(dt A); step = dt; step B u is written; C, in the unit of the metric, reads.
+    """
+
+    keep: Tensor
+    step: Tensor
+    B: Tensor
+    u: Tensor
+    C: Tensor
+
+    @property
+    def write(self) -> Tensor:
+        """What is written."""
+        return self.step * self.B * self.u
+
+    def at(self, p: int, other: "Terms", *names: str) -> "Terms":
+        """These terms, with those of the other prompts at position p."""
+        here = torch.arange(self.keep.shape[1])[:, None] == p
+        return self._replace(**{name: torch.where(here, getattr(other, name), getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True)
@@ -47,8 +72,12 @@ class Truth:
         coordinates: {(layer, e, n): (l, b)} what it moves to put the donor's h at one state coordinate, by position;
             all other coordinates move nothing.
         state: {(layer, e, n): (b, l)} the value of h itself in the base run.
+        edges: {(sender, receiver): (b,)} what it moves where one edge of the graph alone carries the donor's value, of
+            all edges that move anything; nodes as (site, layer, position).
         flows: from token to token, in the base run; a flow that is not here carries nothing.
         contributions: (b, l) what each token wrote that is read at the end, in the metric; all zero of a delay line.
+        frozen, forgotten: (l, b) what it moves where no time passes at one position (h_t = h_{t-1}), and where all that
+            was held before it is lost (h_t = write_t), in this layer.
         held: {(layer, e, n): (b,)} what each coordinate of the state adds to the metric at the end.
         half_life: {(layer, e, n): tokens} until a kept value is halved.
         channels: {(layer, e): role} of all channels of the circuit. All others are distractors.
@@ -59,8 +88,11 @@ class Truth:
     effects: dict[str, Tensor]
     coordinates: dict[tuple[int, int, int], Tensor]
     state: dict[tuple[int, int, int], Tensor]
+    edges: dict[tuple[Node, Node], Tensor]
     flows: frozenset[Flow]
     contributions: Tensor
+    frozen: Tensor
+    forgotten: Tensor
     held: dict[tuple[int, int, int], Tensor]
     half_life: dict[tuple[int, int, int], float]
     channels: dict[tuple[int, int], str]
@@ -111,8 +143,19 @@ def scan(keep: Tensor, write: Tensor) -> Tensor:
 
 def read_out(terms: Terms) -> Tensor:
     """(b,) the answer."""
-    keep, write, read = terms
-    return (scan(keep, write)[:, -1] * read[:, -1]).sum(-1)
+    return (scan(terms.keep, terms.write)[:, -1] * terms.C[:, -1]).sum(-1)
+
+
+# the edges inside a layer by which a coordinate's terms come and go: sender, receiver, what the donor's value changes
+EDGES = (
+    ("u", "dt", ("keep", "step")), ("u", "B", ("B",)), ("u", "C", ("C",)), ("dt", "decay", ("keep",)),
+    ("u", "state_write", ("u",)), ("dt", "state_write", ("step",)), ("B", "state_write", ("B",)), ("C", "y", ("C",)),
+    ("decay", "ssm_state", ("keep",)), ("state_write", "ssm_state", ("step", "B", "u")),
+)  # fmt: skip
+
+
+def _node(site: str, layer: int, p: int) -> Node:
+    return site, None if site in ("embed", "logits") else layer, p
 
 
 def state_truth(
@@ -130,17 +173,17 @@ def state_truth(
     """The truth of a circuit in the state.
 
     Args:
-        terms: (tokens, tokens before) -> keep, write, read, each (b, l, c); `read` in the metric's unit.
+        terms: (tokens, tokens before) -> Terms.
         coordinates: (e, n) of each c. binding: whether what a token writes depends on the token before it.
     """
     b, l = ids.shape
     prev, donor_prev = previous(ids), previous(donor_ids)
     own, other = terms(ids, prev), terms(donor_ids, donor_prev)
     base, donor = read_out(own), read_out(other)
-    keep, write, read = own
-    h, donor_h = scan(keep, write), scan(other[0], other[1])
+    keep, write = own.keep, own.write
+    h, donor_h = scan(keep, write), scan(other.keep, other.write)
     later = torch.stack([keep[:, p + 1 :].prod(1) for p in range(l)], 1)  # (b, l, c) from h_p to h_T
-    share = read[:, -1:] * later  # (b, l, c)
+    share = own.C[:, -1:] * later  # (b, l, c)
 
     def swap(p: int, *, token: bool, before: bool, after: bool) -> Tensor:
         """The answer's change where token p, the one before it or the one before its successor are the donor's."""
@@ -160,17 +203,41 @@ def state_truth(
         effects["x"][layer, p] = swap(p, token=True, before=False, after=True)
         effects["conv_state"][layer, p] = swap(p, token=False, before=False, after=True)
         effects["u"][layer, p] = swap(p, token=True, before=True, after=False)
-        effects["state_write"][layer, p] = ((other[1] - write) * share)[:, p].sum(-1)
+        effects["state_write"][layer, p] = ((other.write - write) * share)[:, p].sum(-1)
         effects["ssm_state"][layer, p] = ((donor_h - h) * share)[:, p].sum(-1)
     effects["resid_pre"][layer + 1 :, -1] = donor - base
     effects["state_read"][layer, -1] = effects["ssm_state"][layer, -1]
     effects["y"][layer, -1] = effects["mixer_out"][layer, -1] = donor - base
+
+    def edge(p: int, *names: str) -> Tensor:
+        return read_out(own.at(p, other, *names)) - base
+
+    moves: dict[tuple[Node, Node], Tensor] = {}
+    end = l - 1
+
+    def put(sender: str, p: int, receiver: str, q: int, moved: Tensor) -> None:
+        moves[_node(sender, layer, p), _node(receiver, layer, q)] = moved
+
+    for p in range(l):
+        put("embed", p, "x", p, effects["x"][layer, p])
+        put("x", p, "u", p, swap(p, token=True, before=False, after=False))
+        if p < end:
+            put("x", p, "u", p + 1, effects["conv_state"][layer, p])
+            put("ssm_state", p, "ssm_state", p + 1, effects["ssm_state"][layer, p])
+        for sender, receiver, names in EDGES:
+            put(sender, p, receiver, p, edge(p, *names))
+    put("ssm_state", end, "y", end, effects["ssm_state"][layer, end])
+    for sender, receiver in (("y", "mixer_out"), ("mixer_out", "logits")):
+        put(sender, end, receiver, end, donor - base)
 
     contributions = (write * share).sum(-1)  # (b, l)
     least = NEGLIGIBLE * float((donor - base).abs().max())
     carried = (write * share).abs().amax((0, 2)) > least
     flows = {Flow(layer, s, l - 1, "scan") for s in range(l) if carried[s]}
     flows |= {Flow(layer, s - binding, l - 1, "selection") for s in range(l) if carried[s]}
+    still = own._replace(keep=torch.ones_like(keep), step=torch.zeros_like(keep))
+    lost = own._replace(keep=torch.zeros_like(keep))
+    moves = {way: moved for way, moved in moves.items() if bool((moved.abs() > least).any())}
     moved = (donor_h - h) * share
     where = [(layer, e, n) for e, n in coordinates]
     return Truth(
@@ -178,8 +245,11 @@ def state_truth(
         effects,
         {c: moved[:, :, i].T for i, c in enumerate(where)},
         {c: h[:, :, i] for i, c in enumerate(where)},
+        moves,
         frozenset(flows),
         contributions,
+        torch.stack([read_out(own.at(p, still, "keep", "step")) - base for p in range(l)]),
+        torch.stack([read_out(own.at(p, lost, "keep")) - base for p in range(l)]),
         {c: (h * share)[:, -1, i] for i, c in enumerate(where)},
         dict.fromkeys(where, half_life),
         channels,
@@ -214,4 +284,13 @@ def delay_truth(
         effects["resid_pre"][layer, at] = gap
     flows = {Flow(first, source, middle, "conv"), Flow(second, middle, end, "conv")}
     nothing = torch.zeros(b, l, dtype=torch.float64)
-    return Truth(first, effects, {}, {}, frozenset(flows), nothing, {}, {}, channels, answer(ids))
+    moves: dict[tuple[Node, Node], Tensor] = {}
+    before: Node = ("embed", None, source)
+    for layer, p, q in ((first, source, middle), (second, middle, end)):
+        way = [before, *(_node(*node) for node in (("x", layer, p), ("u", layer, q), ("skip", layer, q)))]
+        before = ("mixer_out", layer, q)
+        moves |= dict.fromkeys(pairwise([*way, before]), gap)
+    moves[before, ("logits", None, end)] = gap
+    return Truth(
+        first, effects, {}, {}, moves, frozenset(flows), nothing, nothing.T, nothing.T, {}, {}, channels, answer(ids)
+    )

@@ -100,7 +100,10 @@ def test_knocking_out_what_a_token_wrote_takes_its_contribution(name, seed):
 @pytest.mark.parametrize(("name", "seed"), MORE)
 def test_no_effect_is_so_small_that_one_could_argue(name, seed):
     p = planted(name, seed)
-    size = torch.cat([v.flatten() for v in p.truth.effects.values()]).abs() / p.gap.abs().max()
+    t = p.truth
+    numbers = [*t.effects.values(), *t.edges.values(), t.contributions, t.frozen, t.forgotten, *t.held.values()]
+    size = torch.cat([v.reshape(-1, len(p.ids)).abs().amax(1) for v in numbers if v is not t.contributions])
+    size = torch.cat([size, t.contributions.abs().amax(0)]) / p.gap.abs().max()
     assert ((size < NEGLIGIBLE) | (size > NOTABLE)).all()
 
 
