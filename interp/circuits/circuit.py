@@ -28,18 +28,21 @@ class Circuit:
     """The edges kept, in the order of the forward, and the effect of each in the metric's unit.
 
     Args:
-        edges: no edge twice. effects: one for each, positive towards the donor; see `EdgeEffects.towards`.
+        edges: no edge twice. sizes: the mean size of each one's effect over the rows, `EdgeEffects.size`. towards: the
+            mean of the effects towards the donor, `EdgeEffects.towards`; near 0 where rows go either way.
     """
 
     edges: tuple[Edge, ...]
-    effects: tuple[float, ...]
+    sizes: tuple[float, ...]
+    towards: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.edges) != len(self.effects) or len(set(self.edges)) != len(self.edges):
-            raise InputError(f"a circuit has each edge once and an effect for each; got {len(self.edges)} edges.")
-        pairs = sorted(zip(self.edges, self.effects, strict=True), key=lambda pair: order(pair[0]))
-        object.__setattr__(self, "edges", tuple(e for e, _ in pairs))
-        object.__setattr__(self, "effects", tuple(float(x) for _, x in pairs))
+        if not len(set(self.edges)) == len(self.edges) == len(self.sizes) == len(self.towards):
+            raise InputError(f"a circuit has each edge once, with its size and mean; got {len(self.edges)} edges.")
+        ranked = sorted(range(len(self.edges)), key=lambda i: order(self.edges[i]))
+        object.__setattr__(self, "edges", tuple(self.edges[i] for i in ranked))
+        for name in ("sizes", "towards"):
+            object.__setattr__(self, name, tuple(float(getattr(self, name)[i]) for i in ranked))
 
     @property
     def nodes(self) -> tuple[Address, ...]:
@@ -50,16 +53,18 @@ class Circuit:
         return len(self.edges)
 
     def __str__(self) -> str:
-        lines = [f"  {effect:+.3g}  {edge}" for edge, effect in zip(self.edges, self.effects, strict=True)]
-        return "\n".join([f"Circuit of {len(self.edges)} edges between {len(self.nodes)} nodes", *lines])
+        rows = zip(self.edges, self.sizes, self.towards, strict=True)
+        lines = [f"  {size:.3g} ({towards:+.3g})  {edge}" for edge, size, towards in rows]
+        head = f"Circuit of {len(self.edges)} edges between {len(self.nodes)} nodes; size (towards donor)"
+        return "\n".join([head, *lines])
 
     __repr__ = __str__
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, whole or not at all."""
         rows = [
-            {"sender": _out(edge.sender), "receiver": _out(edge.receiver), "effect": effect}
-            for edge, effect in zip(self.edges, self.effects, strict=True)
+            {"sender": _out(edge.sender), "receiver": _out(edge.receiver), "size": size, "towards": towards}
+            for edge, size, towards in zip(self.edges, self.sizes, self.towards, strict=True)
         ]
         write_json(Path(path), {"version": VERSION, "edges": rows})
 
@@ -76,7 +81,7 @@ class Circuit:
                 raise ValueError(f"version {raw['version']!r}, where this mambascope reads {VERSION}")
             rows = raw["edges"]
             found = tuple(Edge(node(*row["sender"]), node(*row["receiver"])) for row in rows)
-            return cls(found, tuple(row["effect"] for row in rows))
+            return cls(found, tuple(row["size"] for row in rows), tuple(row["towards"] for row in rows))
         except (OSError, ValueError, LookupError, TypeError, MambascopeError) as error:
             raise CheckpointError(f"{path} holds no circuit: {error!r}. Circuit.save writes one.") from None
 
@@ -115,12 +120,10 @@ def prune(*effects: EdgeEffects, keep: int | None = None, threshold: float | Non
     towards = torch.stack([e.towards() for e in effects]).gather(0, by[None])[0]
     ranked = [i for i in size.argsort(descending=True, stable=True).tolist() if size[i] > 0]
     chosen = ranked[:keep] if threshold is None else [i for i in ranked if size[i] >= threshold]
-    kept = {single[i]: float(towards[i]) for i in chosen}
     rest = set(all_edges(effects[0].config, effects[0].length)) - set(single)
-    on_the_way = _connected({*kept, *rest})
-    return Circuit(
-        tuple(e for e in kept if e in on_the_way), tuple(effect for e, effect in kept.items() if e in on_the_way)
-    )
+    on_the_way = _connected({*(single[i] for i in chosen), *rest})
+    last = [i for i in chosen if single[i] in on_the_way]
+    return Circuit(tuple(single[i] for i in last), tuple(size[last].tolist()), tuple(towards[last].tolist()))
 
 
 def _connected(live: set[Edge]) -> set[Edge]:
@@ -171,6 +174,13 @@ class Faithfulness:
         gap = self.base - self.corrupt
         residual = (self.values - self.corrupt - self.score()[:, None] * gap) * gap.sign()
         return residual.std(-1) / b**0.5 / self._gap()
+
+    def missed(self) -> Tensor:
+        """(circuits,): mean |values - base| / mean |corrupt - base|; 0 where every row has the whole model's metric.
+
+        In `score` what one row has too much may make up for what another lacks; here it cannot.
+        """
+        return (self.values - self.base).abs().mean(-1) / self._gap()
 
     def _gap(self) -> Tensor:
         gap = (self.base - self.corrupt).abs().mean()
