@@ -1,5 +1,7 @@
 """`python -m kernels_bridge backends|check|bisect`: what is here, and the proof that it computes the same."""
 
+from typing import Annotated
+
 import torch
 import typer
 
@@ -12,9 +14,11 @@ app.command()(bisect)
 
 
 @app.command()
-def backends() -> None:
-    """What each backend needs, and whether it is here."""
-    typer.echo(table("cuda" if torch.cuda.is_available() else "cpu"))
+def backends(
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA if it is here")] = "",
+) -> None:
+    """What each backend needs, what of it is here, and how to install the rest."""
+    typer.echo(table(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 if __name__ == "__main__":

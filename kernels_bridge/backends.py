@@ -1,6 +1,9 @@
 """Which operations can run here: the table of backends, what each needs, and whether that is present."""
 
+import importlib.metadata
 import importlib.util
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +12,7 @@ import torch
 from minimal_mamba.errors import BackendUnavailable, nearest
 from minimal_mamba.scan import READABLE, Ops
 
+from .fused import FUSED
 from .torch_ops import TORCH
 
 
@@ -23,34 +27,65 @@ class Need:
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend of the table; `ops` is None for one that this version does not have yet."""
+    """A backend of the table."""
 
     name: str
     meaning: str
     needs: tuple[Need, ...]
-    ops: Ops | None
+    ops: Ops
 
     def missing(self, device: torch.device) -> list[Need]:
         """The needs that are not met on this device."""
         return [need for need in self.needs if not need.here(device)]
 
 
-def _importable(module: str) -> Callable[[torch.device], bool]:
-    return lambda device: importlib.util.find_spec(module) is not None
+def installed(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
-_INSTALL = "pip install 'mambascope[cuda]' --no-build-isolation on a machine with CUDA"
-_CUDA = Need("a model on a CUDA device", lambda device: device.type == "cuda", "move the model with model.to('cuda')")
-_MAMBA_SSM = Need("the package mamba_ssm", _importable("mamba_ssm"), _INSTALL)
-_CONV1D = Need("the package causal_conv1d", _importable("causal_conv1d"), _INSTALL)
-_LATER = Need("a later version of mambascope", lambda device: False, "use backend='torch' until then")
+def _at_least(package: str, oldest: str) -> Callable[[torch.device], bool]:
+    def numbers(version: str) -> list[int]:
+        return [int(n) for n in re.findall(r"\d+", version.split("+")[0])][:3]
+
+    def here(device: torch.device) -> bool:
+        found = installed(package)
+        return found is not None and numbers(found) >= numbers(oldest)
+
+    return here
+
+
+def _compiled(module: str) -> Callable[[torch.device], bool]:
+    """Whether an extension module is there as a file: one that something else put into `sys.modules` is none."""
+
+    def here(device: torch.device) -> bool:
+        if module in sys.modules:
+            return getattr(sys.modules[module], "__file__", None) is not None
+        return importlib.util.find_spec(module) is not None
+
+    return here
+
+
+_INSTALL = "pip install --no-build-isolation 'mambascope[cuda]', on a machine with CUDA and nvcc"
+_BUILT = f"it was installed without CUDA; uninstall it, then {_INSTALL}"
+_FUSED_NEEDS = (
+    Need("a model on a CUDA device", lambda device: device.type == "cuda", "move the model with model.to('cuda')"),
+    # older ones do not import beside transformers 5
+    Need("the package mamba-ssm, 2.3.1 or newer", _at_least("mamba-ssm", "2.3.1"), _INSTALL),
+    Need("its extension selective_scan_cuda", _compiled("selective_scan_cuda"), _BUILT),
+    Need("the package causal-conv1d, 1.5.3 or newer", _at_least("causal-conv1d", "1.5.3"), _INSTALL),
+    Need("its extension causal_conv1d_cuda", _compiled("causal_conv1d_cuda"), _BUILT),
+)
 
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("reference", "the readable model, one step a line", (), READABLE),
         Backend("torch", "plain PyTorch in blocks that fit the cache; any device", (), TORCH),
-        Backend("fused", "mamba-ssm's and causal-conv1d's CUDA kernels", (_CUDA, _MAMBA_SSM, _CONV1D, _LATER), None),
+        Backend("fused", "mamba-ssm's and causal-conv1d's CUDA kernels", _FUSED_NEEDS, FUSED),
     )
 }
 
@@ -70,7 +105,7 @@ def resolve(name: str = "auto", device: torch.device | str = "cpu") -> Ops:
         )
     backend = BACKENDS[name]
     missing = backend.missing(device)
-    if missing or backend.ops is None:
+    if missing:
         lacks = "; ".join(f"{need.name} ({need.remedy})" for need in missing)
         here = [b for b in BACKENDS if not BACKENDS[b].missing(device)]
         raise BackendUnavailable(f"backend={name!r} cannot run on {device}: it lacks {lacks}. Here: {', '.join(here)}.")
@@ -78,11 +113,18 @@ def resolve(name: str = "auto", device: torch.device | str = "cpu") -> Ops:
 
 
 def table(device: torch.device | str = "cpu") -> str:
-    """One line a backend: its meaning, and what it lacks on this device."""
+    """Each backend's meaning and what it lacks on this device; what is installed, and how to get what is missing."""
     device = torch.device(device)
-    lines = []
+    lines: list[str] = []
+    remedies: dict[str, list[str]] = {}
     for b in BACKENDS.values():
         missing = b.missing(device)
         state = "available" if not missing else "lacks " + "; ".join(n.name for n in missing)
         lines.append(f"{b.name:10} {b.meaning:55} {state}")
+        for need in missing:
+            remedies.setdefault(need.remedy, []).append(need.name)
+    packages = ("torch", "triton", "mamba-ssm", "causal-conv1d", "transformers")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else str(device)
+    lines += ["", f"on {name}, with " + ", ".join(f"{p} {installed(p) or '(none)'}" for p in packages)]
+    lines += [f"for {' and '.join(names)}: {remedy}" for remedy, names in remedies.items()]
     return "\n".join(lines)

@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 from .config import MambaConfig
 from .scan import Ops
+from .sites import SITES
 from .tap import Tap
 
+INSIDE = tuple(SITES)[tuple(SITES).index("mixer_in") + 1 : tuple(SITES).index("mixer_out")]  # the sites of `Mixer`
 Memory = tuple[Tensor, Tensor]  # a layer's ssm_state (b, e, n) and conv_state (b, e, k)
 
 
@@ -85,6 +87,8 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory, mask: Tensor | None, tap: Tap, ops: Ops) -> tuple[Tensor, Memory]:
         """Mix along the sequence: x (b, l, d), the memory before it, mask (b, l) -> (b, l, d), the memory after it."""
+        if ops.block is not None and not tap.touches(*INSIDE):
+            return tap("mixer_out", ops.block(self, x)), memory
         h, window = memory
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
         x, z = tap("x", x), tap("z", z)
@@ -117,8 +121,19 @@ class Layer(nn.Module):
         self.norm = make_norm(config)
         self.mixer = Mixer(config)
 
-    def forward(self, resid: Tensor, memory: Memory, mask: Tensor | None, tap: Tap, ops: Ops) -> tuple[Tensor, Memory]:
-        """Residual stream (b, l, d) and memory before the layer -> after it."""
+    def forward(
+        self, resid: Tensor, memory: Memory, mask: Tensor | None, tap: Tap, ops: Ops, normal: Tensor | None = None,
+        following: nn.Module | None = None,
+    ) -> tuple[Tensor, Tensor | None, Memory]:  # fmt: skip
+        """Residual stream (b, l, d) and memory before the layer -> after it.
+
+        `normal` is the norm of the stream where the layer before has made it, as this one does with the `following`
+        norm if the backend can.
+        """
         resid = tap("resid_pre", resid)
-        mixed, memory = self.mixer(tap("mixer_in", self.norm(resid)), memory, mask, tap, ops)
-        return tap("resid_post", resid + mixed), memory
+        if normal is None or tap.touches("resid_pre"):
+            normal = self.norm(resid)
+        mixed, memory = self.mixer(tap("mixer_in", normal), memory, mask, tap, ops)
+        if ops.add_norm is not None and following is not None and not tap.touches("resid_post"):
+            return *ops.add_norm(resid, mixed, following), memory
+        return tap("resid_post", resid + mixed), None, memory

@@ -88,6 +88,11 @@ class Edit:
         """The edit's tensor, if its kind has one."""
         return getattr(self, self.tensor) if self.tensor else None
 
+    @property
+    def blind(self) -> bool:
+        """Whether what it puts in place does not depend on what is there."""
+        return isinstance(self, Set | Zero) or (isinstance(self, Mean) and self.mean is not None)
+
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
         """What replaces `old` (rows, [positions,] features), given this place's share of the value."""
         raise NotImplementedError

@@ -133,15 +133,17 @@ class Mamba(nn.Module):
         blank = self._blank(b)  # the same for all layers: none writes to what it is given
         tap.begin(start, sizes)
 
+        if ops.begin is not None:
+            ops = ops.begin(self, state is None, keep_state)
         resid = self.embed(ids, tap)  # (b, l, d)
-        after = []
-        for i, layer in enumerate(self.backbone.layers):
+        normal, after, layers = None, [], self.backbone.layers
+        for i, (layer, following) in enumerate(zip(layers, self._following(), strict=True)):
             memory = blank if state is None else (state.ssm_state[i], state.conv_state[i])
-            resid, memory = layer(resid, memory, mask, tap.at_layer(i), ops)
+            resid, normal, memory = layer(resid, memory, mask, tap.at_layer(i), ops, normal, following)
             if keep_state:
                 after.append(memory)
 
-        logits = self.head(resid, sizes, mask, last_only, tap)  # (b, l, v)
+        logits = self.head(resid, sizes, mask, last_only, tap, normal)  # (b, l, v)
         if not keep_state:
             return MambaOutput(logits, None)
         h, window = zip(*after, strict=True)
@@ -153,23 +155,30 @@ class Mamba(nn.Module):
         """(b, l) True on tokens, False on padding; None where there is no padding."""
         return (torch.arange(l) < sizes[:, None]).to(self.device) if bool((sizes < l).any()) else None
 
+    def _following(self) -> list[nn.Module]:
+        """Of each layer the norm that comes after it."""
+        return [*(layer.norm for layer in self.backbone.layers[1:]), self.backbone.norm_f]
+
     def embed(self, ids: Tensor, tap: Tap = NO_TAP) -> Tensor:
         """The residual stream before layer 0: ids (b, l) -> (b, l, d)."""
         resid = tap("embed", self.backbone.embedding(ids))
         return resid.to(wide(self.dtype)) if self.config.residual_in_fp32 else resid
 
     def head(
-        self, resid: Tensor, sizes: Tensor, mask: Tensor | None = None, last_only: bool = False, tap: Tap = NO_TAP
-    ) -> Tensor:
+        self, resid: Tensor, sizes: Tensor, mask: Tensor | None = None, last_only: bool = False, tap: Tap = NO_TAP,
+        normal: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The residual stream after the last layer (b, l, d) -> logits (b, l, v), zero on padding.
 
-        With `last_only` (b, 1, v), of each row's last token.
+        With `last_only` (b, 1, v), of each row's last token. `normal` is the stream's norm, if it is there already.
         """
         last = (torch.arange(len(sizes)), sizes - 1)
         early = last_only and not tap.touches("final_norm", "logits")
         if early:
             resid = resid[last][:, None]  # (b, 1, d)
-        logits: Tensor = tap("logits", self.lm_head(tap("final_norm", self.backbone.norm_f(resid))))
+            normal = None if normal is None else normal[last][:, None]
+        normal = self.backbone.norm_f(resid) if normal is None else normal
+        logits: Tensor = tap("logits", self.lm_head(tap("final_norm", normal)))
         if last_only:
             return logits if early else logits[last][:, None]
         return logits if mask is None else logits * mask[:, :, None]

@@ -335,6 +335,17 @@ class _LayerTap(Tap):
     def only_probed(self, *sites: str) -> list[int]:
         return sorted({*self._times(sites, _is_probe)} - {*self._times(sites, _is_edit)})
 
+    def overwritten(self) -> list[int]:
+        found: set[int] = set()
+        for item in self.plan.items.get(("ssm_state", self.layer), []):
+            if item.edit is not None and item.edit.blind and item.index is None:
+                every = len(self.plan.start)
+                found |= {t for t, (i, _) in item.by_time.items() if int(item.write[i].sum()) == every}
+        return sorted(found - set(self._times(("decay", "state_write"), lambda item: item.edit is not None)))
+
+    def touches(self, *sites: str) -> bool:
+        return any((site, self.layer) in self.plan.items for site in sites)
+
     def recorded(self, *sites: str) -> list[int]:
         return self._times(sites, lambda item: item.edit is None)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import einsum
-from torch import Tensor
+from torch import Tensor, nn
 
 from .tap import NO_TAP, Tap
 
@@ -90,11 +90,24 @@ def selective_scan(
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations that a backend replaces, with the signatures of `causal_conv` and `selective_scan`."""
+    """The operations that a backend replaces.
+
+    Args:
+        conv, scan: with the signatures of `causal_conv` and `selective_scan`.
+    Those of a backend whose kernels do several lines of the forward at once; None: line by line.
+        block: (mixer, x (b, l, d)) -> mixer_out, all of `Mixer.forward` from a blank memory, of which it gives none
+            back; runs where no site inside is edited or recorded.
+        add_norm: (resid, mixed, norm) -> their sum, and its norm; runs where no site between is edited or recorded.
+        begin: (model, fresh, keep) -> the operations of one forward, `fresh` if it starts from a blank memory, `keep`
+            if the memory after it is asked for. It refuses a model that the kernels cannot run.
+    """
 
     name: str
     conv: Callable[..., tuple[Tensor, Tensor]]
     scan: Callable[..., tuple[Tensor, Tensor]]
+    block: Callable[[nn.Module, Tensor], Tensor] | None = None
+    add_norm: Callable[[Tensor, Tensor, nn.Module], tuple[Tensor, Tensor]] | None = None
+    begin: Callable[[nn.Module, bool, bool], "Ops"] | None = None
 
 
 READABLE = Ops("reference", causal_conv, selective_scan)

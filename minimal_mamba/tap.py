@@ -63,6 +63,13 @@ class Tap:
 
     def only_probed(self, *sites: str) -> list[int]:
         """The positions at which gradients in these sites are wanted and no edit acts: `probed` can serve them too."""
+
+    def overwritten(self) -> list[int]:
+        """Those positions whose edits put a state in place of whatever `ssm_state` was there, in all rows, ascending.
+
+        What `ssm_state` becomes there does not depend on what the tap is given, and neither `decay` nor `state_write`
+        is edited or takes a gradient.
+        """
         return []
 
     def recorded(self, *sites: str) -> list[int]:
@@ -88,7 +95,7 @@ class Tap:
         return None
 
     def touches(self, *sites: str) -> bool:
-        """Whether an edit or a recording names one of these sites."""
+        """Whether an edit, a recording or a gradient names one of these sites; of a layer's tap, in this layer."""
         return False
 
 

@@ -335,7 +335,7 @@ class _Batch(Tap):
         for i in range(self.first, self.base.depth):
             n = self.entered[i]
             tap = _Entering(self, i)
-            resid, _ = model.backbone.layers[i](resid, self.memory(i, n), None if mask is None else mask[:n], tap, ops)
+            resid, *_ = model.backbone.layers[i](resid, self.memory(i, n), None if mask is None else mask[:n], tap, ops)
         return resid
 
     def memory(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:

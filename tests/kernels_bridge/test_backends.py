@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ IDS = torch.tensor([[1, 2, 3]])
 def test_the_table_names_what_is_promised() -> None:
     assert list(BACKENDS) == ["reference", "torch", "fused"]
     assert all(name == backend.name for name, backend in BACKENDS.items())
-    assert all(b.ops is None or b.ops.name == b.name for b in BACKENDS.values())
+    assert all(b.ops.name == b.name for b in BACKENDS.values())
     assert not BACKENDS["reference"].needs and not BACKENDS["torch"].needs
 
 
@@ -59,9 +60,41 @@ def test_fused_on_a_cpu_says_what_is_missing_and_what_to_do() -> None:
 
 def test_every_need_that_is_not_met_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match=r"package mamba_ssm \(pip install .*package causal_conv1d \(pip"):
+    monkeypatch.setattr(backends, "installed", lambda name: None)
+    with pytest.raises(
+        BackendUnavailable, match=r"package mamba-ssm, 2.3.1 or newer \(pip install .*causal-conv1d.*\(pip"
+    ):
         resolve("fused", "cuda")
-    assert "lacks a model on a CUDA device; the package mamba_ssm; the package causal_conv1d" in table("cpu")
+    text = table("cpu")
+    assert "lacks a model on a CUDA device; the package mamba-ssm, 2.3.1 or newer; its extension" in text
+    assert "mamba-ssm (none)" in text and "for a model on a CUDA device: move the model with" in text
+
+
+@pytest.mark.parametrize(
+    ("mamba", "conv", "lacks"),
+    [
+        ("2.2.6.post3", "1.7.0", ["mamba-ssm"]),
+        ("2.3.0", "1.5.2", ["mamba-ssm", "causal-conv1d"]),
+        ("2.3.1", "1.5.3.post1", []),
+        ("2.3.2.post1+cu13", "1.10.0", []),
+        ("2.10.0", None, ["causal-conv1d"]),
+    ],
+)
+def test_versions_that_are_known_bad_are_refused(
+    mamba: str, conv: str | None, lacks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(backends, "installed", {"mamba-ssm": mamba, "causal-conv1d": conv}.get)
+    missing = [need.name.split(",")[0] for need in BACKENDS["fused"].missing(torch.device("cuda"))]
+    assert missing == [f"the package {name}" for name in lacks]
+
+
+def test_a_stub_of_an_extension_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "installed", lambda name: "9")
+    for name in ("selective_scan_cuda", "causal_conv1d_cuda"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    with pytest.raises(BackendUnavailable, match=r"lacks its extension selective_scan_cuda .it was installed without"):
+        resolve("fused", "cuda")
 
 
 def test_nothing_falls_back_unasked() -> None:
@@ -77,14 +110,14 @@ def test_auto_takes_the_fastest_that_lacks_nothing(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_table_prints_a_line_a_backend() -> None:
-    lines = table("cpu").splitlines()
+    lines = table("cpu").splitlines()[: len(BACKENDS)]
     assert [line.split()[0] for line in lines] == list(BACKENDS)
     assert lines[0].endswith("available") and lines[1].endswith("available")
     assert re.search(r"lacks .*a model on a CUDA device", lines[2])
 
 
 def test_the_command_prints_the_table() -> None:
-    command = [sys.executable, "-m", "kernels_bridge"]
+    command = [sys.executable, "-m", "kernels_bridge", "backends"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,122 @@
+"""mamba-ssm's and causal-conv1d's kernels, seen channel-last: the only file that knows their layout (b, e, l).
+
+A `Kernels` holds the functions that the packages export. Tests put others in their place, which run on a CPU; such a
+value has a name that says so, and no backend of the table has it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from minimal_mamba.block import wide
+
+NAME = "fused"
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels, with the names and signatures of the packages.
+
+    Args:
+        name: what `Run.backend` says. device: the type of device that they run on. dtypes: of weights that they take.
+    """
+
+    selective_scan_fn: Callable[..., Any]
+    selective_state_update: Callable[..., Tensor]
+    causal_conv1d_fn: Callable[..., Tensor]
+    causal_conv1d_update: Callable[..., Tensor]
+    mamba_inner_fn: Callable[..., Tensor]
+    layer_norm_fn: Callable[..., Any]
+    name: str = NAME
+    device: str = "cuda"
+    dtypes: tuple[torch.dtype, ...] = TYPES
+
+    def scan(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """The scan from a state of zeros.
+
+        Args:
+            u, dt: (b, l, e), dt after softplus. A: (e, n). B, C: (b, l, n). All of one type, float32 on a GPU.
+        Returns:
+            y (b, l, e), differentiable; the last state (b, e, n), WITHOUT a gradient: the kernel's backward ignores it.
+        """
+        u, dt, B, C = (x.transpose(1, 2) for x in (u, dt, B, C))  # (b, e, l), (b, n, l)
+        y, last = self.selective_scan_fn(u, dt, A, B, C, return_last_state=True)
+        return y.transpose(1, 2), last.detach()
+
+    def states(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The kernel's own inner states (b, l, e, n), at every position, in one call.
+
+        A scan has one group of channels a state dimension, and of group i C is the unit vector e_i, so that its y is
+        h[..., i]. Cost: one scan of n times the channels.
+        """
+        (b, l, _), n = u.shape, A.shape[1]
+        unit = repeat(torch.eye(n, dtype=u.dtype, device=u.device), "g n -> b g n l", b=b, l=l).contiguous()
+        y = self.selective_scan_fn(
+            repeat(u, "b l e -> b (g e) l", g=n),
+            repeat(dt, "b l e -> b (g e) l", g=n),
+            repeat(A, "e n -> (g e) n", g=n),
+            repeat(B, "b l n -> b g n l", g=n).contiguous(),
+            unit,
+        )
+        return rearrange(y, "b (g e) l -> b l e g", g=n)
+
+    def scan_step(self, h: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """One token, without gradients: h (b, e, n), u, dt (b, e), B, C (b, n) -> h, y (b, e)."""
+        h = h.clone(memory_format=torch.contiguous_format)  # the kernel writes to it, and a carried state is a value
+        zero = torch.zeros_like(A[:, 0])  # without D or dt_bias the kernel's launcher fails
+        u, dt, B, C = (x.contiguous() for x in (u, dt, B, C))
+        return h, self.selective_state_update(h, u, dt, A, B, C, D=zero, dt_bias=zero)
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The causal convolution of x (b, l, e) after zeros, with weight (e, k): (b, l, e)."""
+        # a copy even where one token makes a transposed view contiguous: its strides are not what the kernel takes
+        x = x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return self.causal_conv1d_fn(x, weight, bias).transpose(1, 2)
+
+    def conv_step(self, x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One token, without gradients: x (b, e), the window before it (b, e, k) -> conv (b, e), window."""
+        after = window.to(x.dtype).clone(memory_format=torch.contiguous_format)  # the kernel writes to it
+        y = self.causal_conv1d_update(x.contiguous(), after, weight, bias)
+        return y, after.to(window.dtype)
+
+    def block(self, mixer: nn.Module, x: Tensor) -> Tensor:
+        """All of `Mixer.forward` from a blank memory: x (b, l, d) -> mixer_out (b, l, d)."""
+        m: Any = mixer
+        w = wide(m.A_log.dtype)
+        xz = rearrange(m.in_proj.weight @ rearrange(x, "b l d -> d (b l)"), "e (b l) -> b e l", l=x.shape[1])
+        if m.in_proj.bias is not None:
+            xz = xz + m.in_proj.bias.to(xz.dtype)[:, None]
+        mixed = self.mamba_inner_fn(
+            xz, m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight,
+            None,  # the bias of out_proj: its backward there sums over all axes
+            -torch.exp(m.A_log.to(w)), None, None, m.D.to(w), delta_bias=m.dt_proj.bias.to(w), delta_softplus=True,
+        )  # fmt: skip
+        return mixed if m.out_proj.bias is None else mixed + m.out_proj.bias.to(mixed.dtype)
+
+    def add_norm(self, resid: Tensor, mixed: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """resid + mixed (b, l, d), in the type of resid, and its norm, in that of mixed."""
+        n: Any = norm
+        normal, resid = self.layer_norm_fn(
+            mixed, n.weight, getattr(n, "bias", None), residual=resid, eps=n.eps, prenorm=True,
+            residual_in_fp32=resid.dtype == torch.float32, is_rms_norm=not isinstance(norm, nn.LayerNorm),
+        )  # fmt: skip
+        return resid, normal
+
+
+@cache
+def load() -> Kernels:
+    """The real kernels; ImportError where the packages are not whole."""
+    from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+    from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
+    from mamba_ssm.ops.triton.layer_norm import layer_norm_fn
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    return Kernels(
+        selective_scan_fn, selective_state_update, causal_conv1d_fn, causal_conv1d_update, mamba_inner_fn, layer_norm_fn
+    )
