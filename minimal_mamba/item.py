@@ -230,3 +230,13 @@ def fit_basis(source: object, value: Tensor, full: list[int], gone: list[bool]) 
             f"{source}: a basis here is (m, {', '.join(map(str, tail))}); this one is {tuple(value.shape)}."
         )
     return value
+
+
+def is_probe(item: Item) -> bool:
+    """Whether an item is there for its gradient alone."""
+    return isinstance(item.edit, Probe)
+
+
+def is_edit(item: Item) -> bool:
+    """Whether an item changes something."""
+    return item.edit is not None and not is_probe(item)

@@ -14,11 +14,22 @@ from .address import Address, Span, resolve
 from .config import MambaConfig
 from .edits import Apply, Edit, Mean, Project, cast
 from .errors import AddressError, EditError, NotReached
-from .item import Item, Probe, covers, fit, fit_basis, index_at, index_of, join, positions, row_by_row
-from .sites import RECURRENT_STATE, SITES
+from .item import (
+    Item,
+    covers,
+    fit,
+    fit_basis,
+    index_at,
+    index_of,
+    is_edit,
+    is_probe,
+    join,
+    positions,
+    row_by_row,
+)
+from .layer_tap import LayerTap
+from .sites import RECURRENT_STATE
 from .tap import Tap, Toward
-
-ADDED = ("ssm_state", "state_write")  # the sites whose probes a scan can take as something added to the state
 
 
 class Plan(Tap):
@@ -140,7 +151,7 @@ class Plan(Tap):
             item.begin(start.cpu(), lengths.cpu())
 
     def at_layer(self, layer: int) -> "Tap":
-        return _LayerTap(self, layer)
+        return LayerTap(self, layer)
 
     def touches(self, *sites: str) -> bool:
         return any(site in sites for site, _ in self.items)
@@ -154,7 +165,7 @@ class Plan(Tap):
         if not items:
             return value
         self._own = None
-        for kind in (_is_edit, _is_probe):
+        for kind in (is_edit, is_probe):
             for item in filter(kind, items):
                 value = self._edit(item, layer, value) if t is None else self._edit_at(item, layer, value, t)
         self._own = None
@@ -310,90 +321,6 @@ class Plan(Tap):
         gone = [0] if not isinstance(address.layer, Span | tuple) else []
         gone += [2 + a for a, g in enumerate(items[0].dropped) if g]
         return out.squeeze(tuple(gone)) if gone else out
-
-
-class _LayerTap(Tap):
-    """A plan seen from one layer."""
-
-    def __init__(self, plan: Plan, layer: int):
-        self.plan, self.layer = plan, layer
-
-    def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
-        return self.plan.pass_by(site, self.layer, value, t)
-
-    def _times(self, sites: Sequence[str], kind: Callable[[Item], bool]) -> list[int]:
-        found: set[int] = set()
-        for site in sites:
-            for item in filter(kind, self.plan.items.get((site, self.layer), [])):
-                found.update(item.by_time)
-        return sorted(found)
-
-    def edited(self, *sites: str) -> list[int]:
-        probed = self._times([s for s in sites if s not in ADDED], _is_probe)
-        return sorted({*self._times(sites, _is_edit), *probed})
-
-    def only_probed(self, *sites: str) -> list[int]:
-        return sorted({*self._times(sites, _is_probe)} - {*self._times(sites, _is_edit)})
-
-    def overwritten(self) -> list[int]:
-        found: set[int] = set()
-        for item in self.plan.items.get(("ssm_state", self.layer), []):
-            if item.edit is not None and item.edit.blind and item.index is None:
-                every = len(self.plan.start)
-                found |= {t for t, (i, _) in item.by_time.items() if int(item.write[i].sum()) == every}
-        return sorted(found - set(self._times(("decay", "state_write"), lambda item: item.edit is not None)))
-
-    def touches(self, *sites: str) -> bool:
-        return any((site, self.layer) in self.plan.items for site in sites)
-
-    def recorded(self, *sites: str) -> list[int]:
-        return self._times(sites, lambda item: item.edit is None)
-
-    def record(self, site: str, values: Tensor, times: Sequence[int]) -> None:
-        self.plan.record_many(site, self.layer, values, times)
-
-    def toward(self) -> Toward | None:
-        self.plan.moved.add(self.layer)
-        return self.plan.moves.get(self.layer)
-
-    def probed(self, times: Sequence[int], *sites: str) -> tuple[list[int], Tensor] | None:
-        items = [
-            item for site in sites or ADDED for item in self.plan.items.get((site, self.layer), []) if _is_probe(item)
-        ]
-        taken = sorted({t for t in times for item in items if t in item.by_time})
-        if not taken:
-            return None
-        sizes = [self.plan.config.size(axis) for axis in SITES[items[0].site].features]
-        total: Tensor | None = None
-        for item in items:
-            places = [
-                (*item.by_time[t], torch.full_like(item.by_time[t][0], p))
-                for p, t in enumerate(taken)
-                if t in item.by_time
-            ]
-            if not places:
-                continue
-            i, j, p = (torch.cat(parts) for parts in zip(*places, strict=True))
-            share = item.share(self.layer)  # gathered at once: one position at a time costs the square in the backward
-            assert share is not None
-            spread = (-1,) + (1,) * len(item.index or ())
-            chosen = item.features(1) if item.index else ()
-            at = tuple(a.to(share.device) for a in (item.rows[i].reshape(spread), p.reshape(spread), *chosen))
-            added = share.new_zeros(len(self.plan.start), len(taken), *sizes).index_put(
-                at, share[i.to(share.device), j.to(share.device)]
-            )
-            item.done += len(i)
-            total = added if total is None else total + added
-        assert total is not None
-        return taken, total
-
-
-def _is_probe(item: Item) -> bool:
-    return isinstance(item.edit, Probe)
-
-
-def _is_edit(item: Item) -> bool:
-    return item.edit is not None and not _is_probe(item)
 
 
 def _named(source: object, fn: Callable[..., list[int]], *args: object) -> list[int]:

@@ -63,6 +63,7 @@ class Tap:
 
     def only_probed(self, *sites: str) -> list[int]:
         """The positions at which gradients in these sites are wanted and no edit acts: `probed` can serve them too."""
+        return []
 
     def overwritten(self) -> list[int]:
         """Those positions whose edits put a state in place of whatever `ssm_state` was there, in all rows, ascending.

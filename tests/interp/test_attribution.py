@@ -308,7 +308,7 @@ def test_memories_at_different_places_are_refused():
 
 
 def test_a_scan_that_passes_over_a_move_is_not_believed(monkeypatch):
-    monkeypatch.setattr("minimal_mamba.plan._LayerTap.toward", lambda self: None)
+    monkeypatch.setattr("minimal_mamba.layer_tap.LayerTap.toward", lambda self: None)
     with pytest.raises(NotReached, match="passed over a move"):
         grid(MODEL, IDS, DONOR, site="ssm_state", metric=spread, backend="torch")
 
