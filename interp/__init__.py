@@ -20,7 +20,7 @@ from .probes import LinearProbe, ProbeGrid, collect, probe, probe_grid
 from .run import Gradients, Run, generate, gradients, run
 from .steering import Direction, SteeringCurve, contrast, steering_curve
 from .store import load_edits, save_edits
-from .sweep import Grid, Sweep, patch_grid, sweep
+from .sweep import Grid, Sweep, load_grid, patch_grid, replay, sweep
 from .timescales import (
     Flow,
     Rank,
@@ -98,6 +98,7 @@ __all__ = [
     "knockout_leak",
     "knockout_map",
     "load_edits",
+    "load_grid",
     "log_prob",
     "logit_diff",
     "logit_lens",
@@ -111,6 +112,7 @@ __all__ = [
     "probe_grid",
     "prune",
     "receptive_field",
+    "replay",
     "run",
     "save_edits",
     "set_where",

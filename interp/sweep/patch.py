@@ -9,6 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from kernels_bridge import resolve as resolve_backend
 from minimal_mamba import Add, Address, Edit, Mamba, Set, Zero, at
 from minimal_mamba.address import Span, resolve, selector
 from minimal_mamba.errors import AddressError, EditError, InputError, nearest
@@ -19,6 +20,7 @@ from ..run import Lengths, Metric, run
 from .engine import MEMORY, run_cells
 from .grid import Grid, Layers
 from .parts import Part, check
+from .store import function, model_digest, save_grid
 
 Source = str | Callable[[Address], Edit | Iterable[Edit]]
 LayerSpec = int | slice | Sequence[int | slice | Sequence[int]] | None
@@ -125,9 +127,23 @@ def patch_grid(
 
     folder = None if path is None else Path(path)
     made = one_way(ids, donor_ids, folder)
+    recipe = {
+        "model": model_digest(model) if folder else None, "site": site, "layers": names if rows[0] else None,
+        "positions": columns, "source": f"function {function(source)}" if callable(source) else source, "std": std,
+        "parts": {name: None if isinstance(part, Tensor) else dict(part) for name, part in chosen.items()},
+        "seed": seed, "both": both, "backend": resolve_backend(backend, model.device).name, "memory": memory,
+        "named": isinstance(metric, Mapping),
+    }  # fmt: skip
+    inputs = {"ids": ids, "donor_ids": donor_ids, "lengths": None if lengths is None else sizes}
+    inputs |= {f"part/{name}": part for name, part in chosen.items() if isinstance(part, Tensor)}
+    given = {name: x for name, x in inputs.items() if x is not None}
+    if folder:
+        save_grid(folder, made, recipe, given)
     if both:
         assert donor_ids is not None
         back = one_way(donor_ids, ids, None if folder is None else folder / "noising")
+        if folder:
+            save_grid(folder / "noising", back, recipe, given)
         made = {name: replace(grid, noising=back[name]) for name, grid in made.items()}
     return made if isinstance(metric, Mapping) else made["metric"]
 

@@ -1,0 +1,158 @@
+"""A sweep on disk: interrupted, it goes on to the same numbers; whatever is wrong with a folder raises."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import tiny
+
+from interp import Scale, Zero, at, load_grid, logit_diff, patch_grid, replay, sweep
+from interp.sweep import batch
+from interp.sweep.parts import bands
+from minimal_mamba.errors import CheckpointError, EditError
+
+MODEL = tiny(seed=6, dtype=torch.float32)
+RNG = torch.Generator().manual_seed(0)
+IDS, DONOR = (torch.randint(0, 29, (3, 40), generator=RNG) for _ in range(2))
+CELLS = [[Scale(at.ssm_state(layer=i, pos=p), 1.5)] for i in range(3) for p in range(40)]
+MEMORY = 1 << 20  # small: several groups
+
+
+def score(logits):
+    return logit_diff(logits, 3, 5)
+
+
+def third(logits):
+    return logits[:, 2, 1] + logits[:, -1, 1]
+
+
+def swept(path=None, metric=score, cells=CELLS, **kwargs):
+    return sweep(MODEL, IDS, cells, metric, memory=MEMORY, progress=False, path=path, **kwargs)
+
+
+def test_an_interrupted_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    want = swept()
+    assert len(want.groups) > 5
+    calls = 0
+
+    def breaks(logits):
+        nonlocal calls
+        calls += 1
+        if calls > 60:
+            raise KeyboardInterrupt
+        return score(logits)
+
+    with pytest.raises(KeyboardInterrupt):
+        swept(tmp_path / "s", breaks)
+    kept = sorted(f.name for f in (tmp_path / "s").glob("group-*"))
+    assert 0 < len(kept) < len(want.groups)
+    ran = []
+    plain = batch._Batch.run
+    monkeypatch.setattr(batch._Batch, "run", lambda self, ops: ran.append(1) or plain(self, ops))
+    again = swept(tmp_path / "s")
+    assert torch.equal(again.values, want.values) and torch.equal(again.base, want.base)
+    assert len(ran) == len(want.groups) - len(kept)  # what was done is not done again
+    ran.clear()
+    assert torch.equal(swept(tmp_path / "s").values, want.values) and not ran
+
+
+def test_a_folder_that_is_something_else(tmp_path):
+    swept(tmp_path / "s", cells=CELLS[:4])
+    changed = {
+        "cells": {"cells": [*CELLS[:3], [Zero(at.u(layer=0, pos=0))]]},
+        "base": {"metric": third, "cells": CELLS[:4]},
+        "backend": {"backend": "reference", "cells": CELLS[:4]},
+        "lengths": {"lengths": [40, 39, 40], "cells": CELLS[:4]},
+    }
+    for what, kwargs in changed.items():
+        with pytest.raises(CheckpointError, match=f"holds another sweep: they differ in .*{what}"):
+            swept(tmp_path / "s", **kwargs)
+    with torch.no_grad():
+        other = tiny(seed=6, dtype=torch.float32)
+        other.backbone.layers[0].mixer.D[0] += 1
+    with pytest.raises(CheckpointError, match=r"differ in .*model"):
+        sweep(other, IDS, CELLS[:4], score, memory=MEMORY, progress=False, path=tmp_path / "s")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds other files and no sweep\.json"):
+        swept(tmp_path / "other")
+    assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
+
+
+def test_damaged_files(tmp_path):
+    want = swept(tmp_path / "s")
+    file = sorted((tmp_path / "s").glob("group-*"))[1]
+    good = file.read_bytes()
+    flipped = good[:-3] + bytes([good[-3] ^ 64]) + good[-2:]
+    for bad in (good[: len(good) // 2], b"", good[:-4], flipped):
+        file.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"group-00001\.safetensors is damaged .* Delete this file"):
+            swept(tmp_path / "s")
+    file.unlink()  # what the error says to do
+    assert torch.equal(swept(tmp_path / "s").values, want.values)
+    (tmp_path / "s" / "sweep.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        swept(tmp_path / "s")
+
+
+def grids(path, **kwargs):
+    given = {"site": "ssm_state", "metric": {"a": score, "b": third}, "positions": [-1, 3], "lengths": [40, 30, 35]}
+    return patch_grid(MODEL, IDS, DONOR, path=path, progress=False, memory=MEMORY, **given | kwargs)
+
+
+def same(one, two):
+    for name in ("values", "base", "donor"):
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=0, atol=0, equal_nan=True)
+    assert (one.site, one.layers, one.positions, one.parts) == (two.site, two.layers, two.positions, two.parts)
+    assert (one.noising is None) == (two.noising is None)
+    if one.noising is not None:
+        same(one.noising, two.noising)
+
+
+CASES = [
+    {"both": True, "layers": [0, (1, 2)]},
+    {"parts": bands(MODEL, 2), "source": "mean"},
+    {"parts": {"first": {"e": [0, 3]}, "second": {"n": 2}}, "source": "noise", "std": 0.5, "seed": 3},
+    {"site": "embed", "metric": score, "lengths": None},
+]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_a_saved_grid_comes_back_and_replays(tmp_path, case):
+    kwargs = {"metric": {"a": score, "b": score}} | CASES[case]
+    made = grids(tmp_path / "g", **kwargs)
+    back = load_grid(tmp_path / "g")
+    anew = replay(tmp_path / "g", MODEL, kwargs["metric"], progress=False)
+    for found in (back, anew):
+        if isinstance(made, dict):
+            assert found.keys() == made.keys()
+            for name, grid in made.items():
+                same(grid, found[name])
+        else:
+            same(made, found)
+
+
+def test_a_replay_that_is_not_the_same_raises(tmp_path):
+    grids(tmp_path / "g", metric=score)
+    with torch.no_grad():
+        other = tiny(seed=6, dtype=torch.float32)
+        other.lm_head.weight[3] += 1
+    with pytest.raises(CheckpointError, match="made with another model"):
+        replay(tmp_path / "g", other, score, progress=False)
+    with pytest.raises(CheckpointError, match="values of 'metric' are not the same numbers"):
+        replay(tmp_path / "g", MODEL, lambda logits: score(logits) + 1, progress=False)
+    with pytest.raises(EditError, match=r"the source of .* was donor"):
+        replay(tmp_path / "g", MODEL, score, source=Zero, progress=False)
+    grids(tmp_path / "z", metric=score, source=Zero)
+    same(replay(tmp_path / "z", MODEL, score, source=Zero, progress=False), load_grid(tmp_path / "z"))
+    with pytest.raises(CheckpointError, match="holds no finished grid"):
+        load_grid(tmp_path)
+    file = tmp_path / "g" / "grid.safetensors"
+    shutil.copy(tmp_path / "z" / "grid.safetensors", file)
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        load_grid(tmp_path / "g")
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_grid(tmp_path / "g")
+    assert json.loads((tmp_path / "g" / "sweep.json").read_text())["version"] == 1
