@@ -50,5 +50,5 @@ def figure(folder: Path) -> list[Path]:
     )
     ax = steering_plot(curve, label=f"logit({TO}) - logit({FROM}) (nats)")
     ax.axhline(0, color="black", lw=0.6, ls=":")
-    ax.set_title(f"answers of {FROM}, steered after layer {LAYER}")
+    ax.set_title(f"answers of {FROM}, steered after layer {LAYER}", fontsize=9)
     return save(ax.figure, folder, "steering")

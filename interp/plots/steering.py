@@ -30,7 +30,7 @@ def steering_plot(curve: SteeringCurve, *, label: str, ax: "Axes | None" = None,
         ax.fill_between(
             x, (middle - 2 * spread).numpy(), (middle + 2 * spread).numpy(), color="#999999", alpha=0.3, lw=0
         )
-        ax.plot(x, middle.numpy(), color="#666666", ls="--", lw=1, label=f"{len(means)} random directions")
+        ax.plot(x, middle.numpy(), color="#666666", ls="--", lw=1, label=f"{len(means)} random directions, ± 2 s.d.")
     ax.errorbar(x, values.mean(1).numpy(), yerr=error, color="#0072B2", marker="o", ms=3, lw=1.2, capsize=2,
                 label="direction")  # fmt: skip
     if baseline:

@@ -7,7 +7,8 @@ import torch
 from helpers import tiny
 from torch.testing import assert_close
 
-from interp import Add, Set, Zero, at, run
+from analyses.planted import plant
+from interp import Add, Set, Zero, at, gradients, run
 from interp.lens import direct_logit, logit_lens, state_lens
 from interp.plots import lens_map, parts_bars, state_map
 from minimal_mamba.errors import AddressError, EditError, InputError
@@ -235,6 +236,15 @@ def test_a_float32_model_has_the_same_parts_to_its_precision():
     assert_close(found.total(), found.logit, rtol=0, atol=1e-4)
 
 
+def test_a_bfloat16_model_is_taken_apart_up_to_its_rounding():
+    model, tokens = tiny(dtype=torch.bfloat16), ids(31)
+    lens = state_lens(model, tokens, ANSWER, FOIL, by=("pos", "n"))
+    assert lens.values.dtype == torch.float32
+    assert_close(lens.values.sum((2, 3)), lens.direct.read, rtol=0, atol=1e-5)
+    assert_close(lens.total(), lens.logit, rtol=0, atol=1e-5)
+    assert lens.direct.rest.abs().max() < 0.1 < lens.direct.read.abs().max()  # `gated` is rounded, and so is the stream
+
+
 def test_what_cannot_be_asked_says_so():
     model, tokens = tiny(), ids(7)
     for wrong in (29, -1, torch.tensor([1, 2, 3]), torch.ones(31), torch.tensor([True, False])):
@@ -249,6 +259,28 @@ def test_what_cannot_be_asked_says_so():
         logit_lens(model, tokens, [40])
     with pytest.raises(AddressError):
         direct_logit(model, tokens, 1, pos=7)
+
+
+# -- planted circuits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ["accumulator", "latch", "recall", "two"])
+def test_the_lens_finds_what_each_token_wrote_and_where_it_is_kept(name, seed):
+    known = plant(name, seed)
+    head = at.logits(pos=-1)
+    target = gradients(known.model, known.ids, known.metric, [head])[head]  # (b, v): the metric is linear in the logits
+    lens = state_lens(known.model, known.ids, target, by=("pos", "e", "n"))
+    assert_close(lens.logit, known.answer(known.ids), rtol=0, atol=1e-6)
+    found = lens.values[known.truth.layer]
+    assert known.truth.contributions.abs().max() > 0.5
+    assert_close(found.sum((2, 3)), known.truth.contributions, rtol=0, atol=1e-6)
+    for layer, e, n in known.truth.coordinates:
+        lens.values[layer, :, :, e, n] = 0
+    assert lens.values.abs().max() < 1e-6  # and nothing anywhere else
+    direct = lens.direct
+    direct.read[known.truth.layer] = 0
+    assert max(part.abs().max() for part in (direct.read, direct.skip, direct.bias, direct.rest)) < 1e-6
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ import torch
 from helpers import tiny
 from torch.testing import assert_close
 
+from analyses.planted import plant
 from interp import Add, Scale, Set, Zero, at, logit_diff, run
 from interp.plots import field_curves, half_life_curves
 from interp.timescales import (
+    ReceptiveField,
     decay_bands,
     effective_rank,
     gradient_field,
@@ -50,6 +52,15 @@ def test_the_typical_step_is_the_one_that_the_model_takes_where_dt_low_is_zero()
     assert_close(out[at.dt(layer=1)], typical_dt(model)[1].expand(1, 7, 24))
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ["accumulator", "recall", "two"])
+def test_planted_half_lives_are_found(name, seed):
+    known = plant(name, seed)
+    lives = half_lives(known.model, mean_dt(known.model, known.ids))
+    for place, tokens in known.truth.half_life.items():
+        assert float(lives[place]) == pytest.approx(tokens, rel=1e-6)
+
+
 @pytest.mark.parametrize("bands", [1, 4, 7, [0.5, 2.0, 10.0], [1e9]])
 def test_every_pair_is_in_one_band_and_bands_rise(bands):
     model = tiny()
@@ -64,6 +75,14 @@ def test_every_pair_is_in_one_band_and_bands_rise(bands):
         assert len(masks) == len(bands) + 1
         for mask, low, high in zip(masks, [0, *bands], [*bands, math.inf], strict=True):
             assert torch.equal(mask, (life >= low) & (life < high))
+
+
+def test_a_pair_at_the_cut_is_in_the_slower_band():
+    model = tiny()
+    life = half_lives(model)[0]
+    cut = float(life[7, 3])
+    fast, slow = decay_bands(model, 0, [cut])
+    assert slow[7, 3] and torch.equal(fast, life < cut)
 
 
 def test_bands_follow_the_step_size_that_is_given():
@@ -127,6 +146,15 @@ def test_even_time_and_one_decay_give_the_geometric_series(l, backend):
     q = math.exp(-rate * 0.7)  # within distance w lies (1 - q^(w+1)) / (1 - q^l)
     within = [(1 - q ** (w + 1)) / (1 - q**l) for w in range(l)]
     assert found.width(0.8).tolist() == [next(w for w, part in enumerate(within) if part >= 0.8)] * 2
+
+
+def test_the_width_is_the_first_distance_that_is_enough():
+    share = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.4, 0.3, 0.0, 0.0]], dtype=torch.float64)
+    field = ReceptiveField(share, torch.tensor([0.0, 0.3], dtype=torch.float64))
+    assert field.width(0.5).tolist() == [0, 1] and field.width(0.7).tolist() == [1, 1]
+    assert field.width(0.75).tolist() == [1, math.inf]  # the rest of the second row is older than the run
+    assert field.width(0.76).tolist() == [2, math.inf] and field.width(1.0).tolist() == [2, math.inf]
+    assert_close(field.mean_distance(), torch.tensor([0.75, 3 / 7], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("pos", [-1, 4])
