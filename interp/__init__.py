@@ -12,7 +12,8 @@ from .attention import Attention, Contributions, attention, contributions
 from .attribution import attribution_grid
 from .circuits import Circuit, Edge, EdgeEffects, Faithfulness, edge_attribution, edges, faithfulness, path_patch, prune
 from .hooked import HookedMamba
-from .knockout import Knockout, KnockoutGrid, knockout, knockout_grid, knockout_leak
+from .knockout import Knockout, knockout, knockout_leak
+from .knockout_grid import KnockoutGrid, knockout_grid
 from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
 from .plots import attention_map, heatmap, knockout_map, probe_curves

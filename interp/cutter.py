@@ -1,8 +1,8 @@
-"""How a knockout runs: a tap on a batch in which every row stands several times.
+"""How a knockout runs: in a layer with cuts every row of the batch stands several times.
 
-Block 0 is the run. Block i > 0 makes, in each layer anew, the outputs of the targets that are cut from one set of
-sources: at the layer's entrance it takes over block 0's values, without what is cut; at its exit block 0 takes the
-targets' outputs from there. All of it is moves between rows of whole tensors, so a scan is never broken.
+Block 0 is the run. Block i > 0 makes the outputs of the targets that are cut from one set of sources: at the layer's
+entrance it takes over block 0's values, without what is cut; at its exit block 0 takes the targets' outputs from there.
+All of it is moves between rows of whole tensors, so a scan is never broken.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minimal_mamba import Mamba, Plan, Tap
+from minimal_mamba import Mamba, Ops, Plan, Tap
+from minimal_mamba.block import Memory
 from minimal_mamba.errors import InputError
 
 # the sources of one target: a set of positions for each route
@@ -72,10 +73,10 @@ def layer_cuts(rows: Sequence[Mapping[int, Sources]], length: int, device: torch
 
 
 class Cutter(Tap):
-    """The tap of a knockout's run.
+    """A run with cuts, layer by layer, and the tap of what lies before and after the layers.
 
     Args:
-        edits: a plan for each block; record: the plan of what block 0 keeps.
+        edits: a plan for each block of the largest layer; record: the plan of what block 0 keeps. Both have begun.
         layers: the cuts of each layer that has some.
         baseline: (n_layer, b or 1, l or 1, d).
     """
@@ -85,13 +86,14 @@ class Cutter(Tap):
     ):
         self.model, self.edits, self.kept, self.layers, self.baseline = model, edits, record, layers, baseline
 
-    def begin(self, start: Tensor, lengths: Tensor) -> None:
-        b = len(start) // len(self.edits)
-        for plan in (*self.edits, self.kept):
-            plan.begin(start[:b], lengths[:b])
-
-    def at_layer(self, layer: int) -> Tap:
-        return _LayerCutter(self, layer)
+    def run(self, layer: int, resid: Tensor, memory: Memory, mask: Tensor | None, ops: Ops) -> Tensor:
+        """One layer: the residual stream before it (b, l, d), its memory, mask (b, l) -> the stream after it."""
+        blocks = 1 + len(self.layers[layer].slots) if layer in self.layers else 1
+        h, window = (part.repeat(blocks, 1, 1) for part in memory)
+        wider = None if mask is None else mask.repeat(blocks, 1)
+        tap = _LayerCutter(self, layer)
+        after, _ = self.model.backbone.layers[layer](resid.repeat(blocks, 1, 1), (h, window), wider, tap, ops)
+        return after[: len(resid)]
 
     def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
         return self.pass_by(site, None, value, t)
@@ -103,9 +105,9 @@ class Cutter(Tap):
         self, site: str, layer: int | None, value: Tensor, t: int | None, cut: Callable[..., Tensor] | None = None
     ) -> Tensor:
         """Edit every block, cut, and record block 0."""
-        b = len(value) // len(self.edits)
+        b = len(self.kept.start)
         if (site, layer) in self.edits[0].items:
-            blocks = zip(self.edits, value.split(b), strict=True)
+            blocks = zip(self.edits, value.split(b), strict=False)  # plans for the largest layer, blocks of this one
             value = torch.cat([plan.pass_by(site, layer, block, t) for plan, block in blocks])
         if cut is not None:
             value = cut(site, value, b)
@@ -147,7 +149,7 @@ class _LayerCutter(Tap):
         slots = self.cuts.slots
         if site == "mixer_in":
             baseline = self._baseline(main)
-            blocks[: len(slots)] = [torch.where(slot.into[..., None], baseline, main) for slot in slots]
+            blocks = [torch.where(slot.into[..., None], baseline, main) for slot in slots]
         elif site == "x":
             self.lost = [main - block for block in blocks]
         elif site == "z":
@@ -158,10 +160,10 @@ class _LayerCutter(Tap):
             for i, slot in enumerate(slots):
                 blocks[i] = torch.where(slot.own[..., None], blocks[i] + newest * self.lost[i], blocks[i])
         elif site == "mixer_out":
-            for i, block in enumerate(blocks[: len(slots)]):
+            for i, block in enumerate(blocks):
                 main = torch.where((self.cuts.take == i + 1)[..., None], block, main)
         else:
-            blocks[: len(slots)] = [(main, *blocks)[slot.select] for slot in slots]
+            blocks = [(main, *blocks)[slot.select] for slot in slots]
             if site == "B":
                 for i, slot in enumerate(slots):  # without B nothing is written, and nothing else changes
                     blocks[i] = blocks[i].masked_fill(slot.mute[..., None], 0)

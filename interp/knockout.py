@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kernels_bridge import resolve as resolve_backend
 from minimal_mamba import Address, Apply, Edit, Mamba, Plan, at
@@ -32,7 +31,7 @@ from minimal_mamba.address import resolve, selector
 from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 
 from .cutter import Cutter, LayerCuts, layer_cuts
-from .run import Lengths, Metric, Run, _each, apply_metric, run, span
+from .run import Lengths, Run, _each, run, span
 
 ROUTES = ("scan", "conv", "selection", "all")
 Baseline = str | Tensor
@@ -133,8 +132,9 @@ def knockout(
         Run. With "all" no value of `mixer_in` at a source of that layer changes a bit of `mixer_out` at its targets.
     Raises:
         AddressError, EditError, InputError: before anything runs.
-    Cost: one forward of b (1 + m) rows, m the most sets of sources that targets of one row and layer are cut from;
-        one more for each set with "selection", or with "conv" beside "all". On `torch` no readable steps.
+    Cost: one forward, whose layers with cuts have b (1 + m) rows, m the most sets of sources that targets of one row
+        are cut from in that layer; one more for each set with "selection", or with "conv" beside "all". On `torch` no
+        readable steps.
     Source: Geva et al. 2023 (arXiv:2304.14767) for attention; Endy et al. 2025 (arXiv:2505.24244) for Mamba's scan.
         Differs: any routes and pairs; in their code the sources are cut from all targets together, in the scan only.
     """
@@ -144,19 +144,22 @@ def knockout(
     ops = resolve_backend(backend, model.device)
     ids, sizes = model.check(ids, lengths)
     b, l = ids.shape
-    layers = _layers(model, found, sizes, l)
+    layers = cuts_of(model, found, sizes, l)
     blocks = 1 + max(len(layer.slots) for layer in layers.values())
     changes, places = _each(edits, Edit), _each(record, Address)
     start, stop = span(ids, sizes, None)
     plans = [Plan(model.config, changes, (), start, stop) for _ in range(blocks)]
     kept = Plan(model.config, (), places, start, stop)
-    values = _baseline(model, ids, baseline, changes, lengths, backend)
-    tap = Cutter(model, plans, kept, layers, values)
-    sized = None if lengths is None else sizes.repeat(blocks)
-    out = model(ids.repeat(blocks, 1), lengths=sized, last_only=last_only, tap=tap, ops=ops)
-    for plan in plans:
-        plan.results()  # raises for an edit that did not happen
-    return Run(ids, out.logits[:b], sizes, None, ops.name, model.config.vocab_size, kept.results())
+    for plan in (*plans, kept):
+        plan.begin(start, sizes)
+    tap = Cutter(model, plans, kept, layers, baseline_of(model, ids, baseline, changes, lengths, backend))
+    mask, before = model.mask(sizes, l), model.initial_state(b)
+    resid = model.embed(ids, tap)
+    for i, memory in enumerate(zip(before.ssm_state, before.conv_state, strict=True)):
+        resid = tap.run(i, resid, memory, mask, ops)
+    logits = model.head(resid, sizes, mask, last_only, tap)
+    plans[0].results()  # raises for an edit that did not happen
+    return Run(ids, logits, sizes, None, ops.name, model.config.vocab_size, kept.results())
 
 
 @torch.no_grad()
@@ -182,7 +185,7 @@ def knockout_leak(
     """
     found = (cuts,) if isinstance(cuts, Knockout) else tuple(cuts)
     everything = at.mixer_out()
-    fixed = _baseline(model, model.check(ids, lengths)[0], baseline, (), lengths, backend)
+    fixed = baseline_of(model, model.check(ids, lengths)[0], baseline, (), lengths, backend)
 
     def outputs(edits: Sequence[Edit]) -> Tensor:
         return knockout(
@@ -208,100 +211,7 @@ def knockout_leak(
     return changes
 
 
-@dataclass(frozen=True, eq=False)
-class KnockoutGrid:
-    """What cutting each source from one target, in each window of layers, does to a metric.
-
-    Args:
-        values: (windows, sources, b) the metric under one knockout, raw, in its unit.
-        base: (b,) the metric of the run without one.
-        layers: of each window. sources: positions. target: position. through: the routes that were cut.
-    """
-
-    values: Tensor
-    base: Tensor
-    layers: tuple[tuple[int, ...], ...]
-    sources: tuple[int, ...]
-    target: int
-    through: tuple[str, ...]
-
-    def effect(self) -> Tensor:
-        """values - base, (windows, sources, b)."""
-        return self.values - self.base
-
-    def error(self) -> Tensor:
-        """(windows, sources): one standard error of the mean effect, over the rows of the batch."""
-        if len(self.base) < 2:
-            raise InputError(f"a standard error needs at least 2 rows; this grid has {len(self.base)}.")
-        return self.effect().std(-1) / len(self.base) ** 0.5
-
-
-@torch.no_grad()
-def knockout_grid(
-    model: Mamba,
-    ids: Tensor,
-    metric: Metric,
-    *,
-    target: int = -1,
-    sources: int | slice | Sequence[int] | None = None,
-    layers: Sequence[int | Sequence[int]] | None = None,
-    window: int = 1,
-    through: str | Sequence[str] = "all",
-    baseline: Baseline = "zero",
-    lengths: Lengths = None,
-    backend: str = "auto",
-    batch: int = 256,
-    progress: bool = True,
-) -> KnockoutGrid:
-    """Cut one source at a time from one target, in one window of layers at a time.
-
-    Args:
-        metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
-        target: the position that reads. sources: all that are at or before it in every row, if None.
-        layers: the windows, each a layer or several. None: every `window` successive layers.
-        through, baseline: as in `knockout`.
-        batch: rows at a time, of which each cell takes b.
-    Returns:
-        KnockoutGrid; every cell equals one `knockout`.
-    Cost: 1 + windows * sources * (1 + m) forwards of b rows, m as in `knockout`, run `batch` rows at a time.
-    """
-    ids, sizes = model.check(ids, lengths)
-    b, n_layer = len(ids), model.config.n_layer
-    if layers is None:
-        if not 1 <= window <= n_layer:
-            raise InputError(f"window={window}: 1 to {n_layer} layers.")
-        layers = [range(i, i + window) for i in range(n_layer - window + 1)]
-    groups = [tuple(resolve(selector(group, "layer"), n_layer, "layer")) for group in layers]
-    places = [resolve(target, int(size), "target")[0] for size in sizes]
-    if sources is None:
-        probe = Knockout(0, target, 0, through)
-        sources = range(min(places) + (0 if probe.through == ("conv",) else 1))
-    columns = resolve(selector(sources, "source"), int(sizes.min()), "source")
-    cells = [(group, source) for group in groups for source in columns]
-    last_only = lengths is not None
-    fixed = _baseline(model, ids, baseline, (), lengths, backend)
-    base = apply_metric(metric, run(model, ids, lengths=lengths, backend=backend, last_only=last_only).logits)
-    values = []
-    step = max(1, batch // b)
-    with tqdm(total=len(cells), desc=f"knockout {through}", disable=not progress) as bar:
-        for first in range(0, len(cells), step):
-            some = cells[first : first + step]
-            cuts = [
-                Knockout(source, target, group, through, rows=range(i * b, (i + 1) * b))
-                for i, (group, source) in enumerate(some)
-            ]
-            out = knockout(
-                model, ids.repeat(len(some), 1), cuts, lengths=sizes.repeat(len(some)) if last_only else None,
-                baseline=fixed if fixed.shape[1] == 1 else fixed.repeat(1, len(some), 1, 1), backend=backend,
-                last_only=last_only,
-            )  # fmt: skip
-            values += [apply_metric(metric, logits) for logits in out.logits.split(b)]
-            bar.update(len(some))
-    grid = torch.stack(values).unflatten(0, (len(groups), len(columns)))
-    return KnockoutGrid(grid, base, tuple(groups), tuple(columns), target, Knockout(0, 0, 0, through).through)
-
-
-def _layers(model: Mamba, cuts: Sequence[Knockout], sizes: Tensor, length: int) -> dict[int, LayerCuts]:
+def cuts_of(model: Mamba, cuts: Sequence[Knockout], sizes: Tensor, length: int) -> dict[int, LayerCuts]:
     """What is cut in each layer."""
     wanted: dict[int, list[dict[int, dict[str, set[int]]]]] = {}  # layer -> a row -> target -> route -> sources
     each = sizes.tolist()
@@ -327,7 +237,7 @@ def _layers(model: Mamba, cuts: Sequence[Knockout], sizes: Tensor, length: int) 
     }  # fmt: skip
 
 
-def _baseline(
+def baseline_of(
     model: Mamba, ids: Tensor, given: Baseline, edits: Sequence[Edit], lengths: Lengths, backend: str
 ) -> Tensor:
     """The baseline as (n_layer, b or 1, l or 1, d)."""

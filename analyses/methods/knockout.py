@@ -3,8 +3,8 @@
 A source is cut from a target through the scan, the conv, the selection (dt, B, C), or altogether. The scan alone is the
 usual knockout (Endy et al. 2025, arXiv:2505.24244), and leaks: what the source was lives on in the next tokens, which
 took it in by the conv. `all` leaks not a bit; `knockout_leak` measures it for any knockout. Proof, against the matrix
-form with zeroed entries and the mixer written out with loops: `tests/interp/test_knockout.py`. Cost: a cell is a
-forward of twice the batch, thrice with the selection; cells run together.
+form with zeroed entries and the mixer written out with loops: `tests/interp/test_knockout.py`. Cost: of each
+cell the layers of its window, with twice the batch (thrice with the selection), and those above from the target on.
 
 The figure: the shipped model's answer under the knockout of each word, layer by layer and in all layers at once, on one
 scale for all routes.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from minimal_mamba.errors import InputError
 
 from ..attention import Attention
-from ..knockout import KnockoutGrid
+from ..knockout_grid import KnockoutGrid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -308,6 +308,24 @@ def test_every_cell_of_a_grid_is_a_knockout(through):
     assert grid.error().shape == (2, 3) and (grid.effect() == grid.values - grid.base).all()
 
 
+@BOTH
+@pytest.mark.parametrize("target", [0, 4, -2])
+def test_metrics_of_grids_may_read_every_position(target, backend):
+    """Also before the target, where a cut changes nothing, and after it; layers of a window need not be neighbours."""
+
+    def metric(logits):
+        return logits[:, :, 3].sum(1) - logits[:, 0, 5] * logits[:, -1].logsumexp(-1)
+
+    options = {"target": target, "layers": [(0, 2), 1], "backend": backend, "progress": False}
+    grid = knockout_grid(MODEL, IDS, metric, **options)
+    assert grid.sources == tuple(range(target % L + 1))
+    with torch.no_grad():
+        for i, layers in enumerate(([0, 2], 1)):
+            for j, source in enumerate(grid.sources):
+                one = knockout(MODEL, IDS, Knockout(source, target, layers), backend=backend)
+                torch.testing.assert_close(grid.values[i, j], metric(one.logits), rtol=1e-10, atol=1e-11)
+
+
 def test_grids_of_padded_batches_and_of_given_baselines():
     own = clean(MODEL, IDS, at.mixer_in())[0].roll(1, 2)
     lengths = [9, 6]
