@@ -7,6 +7,7 @@ from plain_graph import evaluate, logits, name
 
 from analyses.planted import MODELS, plant
 from interp import Circuit, Edge, at, edge_attribution, edges, faithfulness, path_patch, prune, run
+from interp.plots.circuit import circuit as circuit_plot
 from minimal_mamba.errors import CheckpointError, InputError
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -182,6 +183,32 @@ def test_bad_input_says_what_to_do():
     with pytest.raises(InputError, match="no edge of the graph"):
         faithfulness(MODEL, circuit_of(GRAPH), IDS, DONOR, metric, graph=GRAPH[:9])
     assert Edge(at.embed(pos=0), at.x(layer=0, pos=0)) in GRAPH
+
+
+def test_a_drawing_has_an_arrow_an_edge_as_wide_as_its_effect():
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import to_hex
+    from matplotlib.patches import FancyArrowPatch
+
+    found = prune(edge_attribution(MODEL, IDS, DONOR, metric), keep=60)
+    ax = circuit_plot(found, tokens=list("abcd"), unit="nats", title="drawn")
+    ax.figure.canvas.draw()
+    arrows = [p for p in ax.patches if isinstance(p, FancyArrowPatch)]
+    assert len(arrows) == len(found) > 5
+    top = max(found.sizes)
+    for arrow, size, towards in zip(arrows, found.sizes, found.towards, strict=True):
+        assert arrow.get_linewidth() == pytest.approx(max(0.4, 2.2 * size / top))
+        colour = "#737373" if abs(towards) < size / 2 else "#0072b2" if towards > 0 else "#d55e00"
+        assert to_hex(arrow.get_edgecolor()) == colour
+    columns = sorted({n.pos for n in found.nodes})
+    assert [t.get_text() for t in ax.get_xticklabels()] == [f"{'abcd'[t]}\n{t}" for t in columns]
+    assert len({(a.get_xdata()[0], a.get_ydata()[0]) for a in ax.lines}) == len(found.nodes)  # no two in one place
+    plt.close(ax.figure)
+    with pytest.raises(InputError, match="no edges"):
+        circuit_plot(circuit_of([]))
+    with pytest.raises(InputError, match="labels"):
+        circuit_plot(found, tokens=["a"])
 
 
 # -- models whose circuits are known ---------------------------------------------------------------------------------
