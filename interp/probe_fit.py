@@ -64,15 +64,13 @@ class Space:
         inverse = torch.where(alive, 1 / std.where(alive, 1), 0)
         c = (x - mean) * inverse
         n, f = c.shape
-        if f <= n:
-            variance, v = torch.linalg.eigh(c.T @ c / n)
-        else:  # the same components, from the rows' inner products
-            variance, u = torch.linalg.eigh(c @ c.T / n)
-            v = c.T @ u / (variance.clamp(min=1e-300) * n).sqrt()
+        wide = f > n  # then the same components come from the rows' inner products
+        variance, v = torch.linalg.eigh((c @ c.T if wide else c.T @ c) / n)
         keep = (variance > 1e-10 * variance[-1].clamp(min=1e-300)).nonzero()[:, 0].flip(0)[: how.dims]
+        v = c.T @ v[:, keep] / (variance[keep] * n).sqrt() if wide else v[:, keep]
         level = variance[keep].mean()
         scale = (1 - how.shrinkage) * variance[keep] + how.shrinkage * level if how.whiten else level
-        return cls(mean, inverse[:, None] * v[:, keep] / scale.sqrt())
+        return cls(mean, inverse[:, None] * v / scale.sqrt())
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, f) -> (rows, k)."""

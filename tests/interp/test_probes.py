@@ -9,7 +9,8 @@ from helpers import tiny
 
 from analyses.planted import plant
 from interp import Add, Project, at, collect, probe, probe_curves, probe_grid, run
-from interp.probe_fit import PENALTIES, How, MissingExtra, Space, fit
+from interp.probe_fit import PENALTIES, How, MissingExtra, Space, fit, like
+from interp.probes import _permute
 from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.errors import AddressError, EditError, InputError
 
@@ -41,7 +42,7 @@ def test_classes_in_a_few_directions_are_found_and_the_controls_are_at_chance(cl
     n, f, seeds = (300, 40, 3) if kind == "ridge" else (120, 20, 1)
     y = torch.arange(n) % classes
     centres = 3 * rows(classes, f, seed=1) / math.sqrt(f) * 2
-    x = rows(n, f) + centres[y]
+    x = rows(n, f) + centres[y] + 3
     found = probe(x, y, kind=kind, dims=f, seeds=seeds)
     assert found.score > 0.95 and 0.9 < found.interval[0] < found.score <= found.interval[1] <= 1
     assert found.chance == pytest.approx(1 / classes) and found.classes == tuple(range(classes))
@@ -144,6 +145,8 @@ def test_a_group_is_never_on_both_sides():
     assert probe(x, coin[groups], seeds=0).score > 0.95
     assert abs(split.score - 0.5) < binomial(0.5, 40) and split.groups == 40
     assert all(abs(v - 0.5) < binomial(0.5, 40) for v in split.controls["shuffled"])  # whole groups are permuted
+    mixed = _permute(coin[groups], groups, torch.Generator().manual_seed(1)).reshape(40, 6)
+    assert (mixed == mixed[:, :1]).all() and mixed.sum() == 6 * coin.sum()
     for g in range(40):
         assert len(split.fold[groups == g].unique()) == 1
     assert sorted(split.fold.bincount().tolist()) == [48] * 5
@@ -167,8 +170,8 @@ def test_the_pipeline_against_scikit_learn():
         theirs = torch.as_tensor(pca.fit_transform(StandardScaler().fit_transform(x[:n].numpy())))
         ours = space(x[:n]) * ((n - 1) / n) ** 0.5
         torch.testing.assert_close(ours.abs(), theirs.abs(), rtol=1e-7, atol=1e-9)
-        w, b = fit(space(x[:n]), y[:n], torch.arange(n), how)
-        fits = [Ridge(alpha=p).fit(space(x[:n]).numpy(), y[:n].numpy()) for p in PENALTIES]
+        w, b = fit(space(x[:n]) + 2, y[:n], torch.arange(n), how)
+        fits = [Ridge(alpha=p).fit(space(x[:n]).numpy() + 2, y[:n].numpy()) for p in PENALTIES]
         nearest = min(fits, key=lambda r: float(abs(torch.as_tensor(r.coef_) - w[0]).max()))
         torch.testing.assert_close(w[0], torch.as_tensor(nearest.coef_), rtol=1e-8, atol=1e-10)
         assert b.item() == pytest.approx(nearest.intercept_, abs=1e-10)
@@ -181,7 +184,22 @@ def test_the_penalty_is_chosen_by_what_it_gives_on_rows_held_out():
         w, _ = fit(z, y, torch.arange(60), How(40, True, True, 0.0, "ridge", 0))
         return w.norm().item()
 
+    z, groups = rows(20, 15).repeat(6, 1) + 0.05 * rows(120, 15, seed=1), torch.arange(20).repeat(6)
+    coin = rows(20, 1, seed=2)[:, 0].repeat(6)
+    by_group, by_row = (fit(z, coin, g, How(15, True, True, 0.0, "ridge", 0))[0] for g in (groups, torch.arange(120)))
+    assert by_group.norm() < 0.5 * by_row.norm()
     assert size(0.0) > 0.95 and size(30.0) < 0.5 * 30 / math.sqrt(60)  # heavy where there is only noise
+
+
+@pytest.mark.parametrize(("n", "f"), [(50, 200), (400, 20)])
+def test_the_noise_has_the_mean_and_the_covariance_of_the_features(n, f):
+    x = rows(n, f) @ rows(f, f, seed=1) / f**0.5 + 5
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.cat([like(x, rng) for _ in range(40)])
+    assert (drawn.mean(0) - x.mean(0)).abs().max() < 5 / (40 * n) ** 0.5 * x.std(0).max()
+    ours, theirs = drawn.T.cov(), x.T.cov()
+    assert (ours - theirs).norm() < 0.15 * theirs.norm()
+    assert ours.trace().item() == pytest.approx(theirs.trace().item(), rel=0.03)
 
 
 # -- on models --------------------------------------------------------------------------------------------------------
@@ -257,6 +275,8 @@ def test_the_planted_count_as_classes_over_several_positions_at_once():
     grid = probe_grid(model, ids, labels, site="ssm_state", positions=columns, layers=layer, progress=False)
     assert grid.positions == ((1, 2, 3), (0, 1)) and grid[0, 0].rows == 300 and grid[0, 0].groups == 100
     assert grid[0, 1].rows == 100
+    fold = grid[0, 0].fold.reshape(3, 100)
+    assert (fold == fold[0]).all()  # a prompt's rows stay together
     alone = probe_grid(model, ids, labels[:, 1], site="ssm_state", positions=1, layers=[layer], progress=False)
     assert alone[0, 0].score == grid[0, 1].score > 0.95 and grid[0, 0].score > 0.9
 
