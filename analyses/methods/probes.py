@@ -4,9 +4,9 @@ A probe is trained on some prompts and scored on others, beside what the same pi
 from noise with the features' mean and covariance (`interp.probes`). A probe that reads says that the value is there,
 not that the model uses it; patching and projections do. Here: the value so far of the hidden prompts of the model that
 ships, at each word of the written-out part, against what the word itself gives away (the best guess that knows only the
-last operation). Cost: one forward a layer and (1 + seeds) * folds small eigendecompositions a cell.
-Source: Alain & Bengio 2016 (arXiv:1610.01644); Hewitt & Liang 2019 (arXiv:1909.03368). Proof:
-`tests/interp/test_probes.py`.
+last operation). The bars are 95 % intervals. Cost: one forward a layer, and (1 + seeds) * folds small
+eigendecompositions a cell. Source: Alain & Bengio 2016 (arXiv:1610.01644); Hewitt & Liang 2019 (arXiv:1909.03368).
+Proof: `tests/interp/test_probes.py`.
 """
 
 from pathlib import Path
@@ -17,7 +17,9 @@ from analyses.hidden_reasoning.organism import load_organism
 from analyses.hidden_reasoning.task import MASKED, draw
 from interp import probe_curves, probe_grid
 
-STEPS, ROWS, SEED = 6, 200, [11, 0]
+from ._save import save
+
+STEPS, ROWS, SEED = 6, 180, [11, 0]
 SITES = {"ssm_state": "SSM state", "conv_state": "conv state", "resid_post": "residual stream after the layer"}
 
 
@@ -37,21 +39,15 @@ def figure(folder: Path) -> list[Path]:
 
     model, _ = load_organism("masked")
     rows = draw(STEPS, ROWS, SEED)
-    first = STEPS + 3  # the echo of operation j is at first + 2 j, its hidden value after it
-    positions = [first + i for i in range(2 * STEPS - 1)]
     labels = rows.ids.new_full(rows.ids.shape, -1)
-    labels[:, positions] = rows.values.repeat_interleave(2, 1)[:, : 2 * STEPS - 1]
-    words = [w for j in range(STEPS) for w in (f"op{j + 1}", "[_]")][:-1]
-    alone = [share for share in last_word_alone(STEPS) for _ in range(2)][:-1]
-    style = {
-        "font.size": 7,
-        "axes.titlesize": 7,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "pdf.fonttype": 42,
-    }
-    with plt.rc_context(style):
-        fig, axes = plt.subplots(3, 1, figsize=(3.4, 4.8), sharex=True, sharey=True, constrained_layout=True)
+    labels[:, STEPS + 3 :] = rows.values.repeat_interleave(2, 1)  # at the echo of each operation, and after it
+    positions = range(STEPS + 5, rows.ids.shape[1] - 1)  # from the second on: the first word is its own value
+    words = [w for j in range(1, STEPS) for w in (f"op{j + 1}", "[_]")][:-1]
+    alone = [share for share in last_word_alone(STEPS)[1:] for _ in range(2)][:-1]
+    with plt.rc_context(
+        {"font.size": 7, "axes.titlesize": 7, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
+    ):
+        fig, axes = plt.subplots(3, 1, figsize=(3.4, 4.5), sharex=True, sharey=True, constrained_layout=True)
         for ax, (site, title) in zip(axes, SITES.items(), strict=True):
             grid = probe_grid(
                 model,
@@ -70,9 +66,4 @@ def figure(folder: Path) -> list[Path]:
         axes[-1].set_xlabel("word at which the value so far is read")
         handles, names = axes[0].get_legend_handles_labels()
         fig.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=6)
-        paths = [folder / "probes.png", folder / "probes.pdf"]
-        for path in paths:
-            kind = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
-            fig.savefig(path, dpi=300, metadata=kind)
-        plt.close(fig)
-    return paths
+    return save(fig, folder, "probes")
