@@ -1,7 +1,9 @@
 """A sweep as a heatmap, fit for a column of a paper. matplotlib loads when the first one is drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from minimal_mamba.errors import InputError
 
@@ -22,39 +24,49 @@ def heatmap(
     normalise: bool = True,
     limit: float | None = None,
     colorbar: bool = True,
+    interval: float | None = None,
 ) -> "Axes":
     """Draw a sweep: layers upward, positions to the right, colour the mean over the batch.
 
     Args:
         grid: what `patch_grid` returned.
         ax: where to draw; a new figure of column width (3.4 in) if None.
+            A grid with parts has one layer, drawn as parts over positions, or one position, drawn as layers over parts.
         tokens: one label for each of the grid's positions. rows: one for each of its layers or groups of layers.
         unit: of the metric; said beside the colour bar when not normalised.
         normalise: draw `recovered()` (0 base, 1 donor) instead of the mean effect in the metric's unit.
         limit: the colour scale is symmetric, -limit to limit, with white at 0; the largest size drawn if None.
+        interval: such as 0.95: a dot marks the cells whose bootstrap interval over the batch holds 0, to a thousandth of
+            the colour scale.
     Raises:
-        InputError: labels that are not as many as what they name.
+        InputError: labels that are not as many as what they name; parts over several layers and positions.
     Returns:
         The axes. The scale is symmetric and its ends are the data's, or `limit`, where a colour bar's arrow shows that
         values go beyond it.
     """
-    for what, labels, count in (("tokens", tokens, len(grid.positions)), ("rows", rows, len(grid.layers))):
+    cells, (up, ups), (across, columns) = _axes(grid)
+    tokens = columns if tokens is None and across == "part" else tokens
+    for what, labels, count in (("tokens", tokens, len(columns)), ("rows", rows, len(ups))):
         if labels is not None and len(labels) != count:
             raise InputError(f"{what} has {len(labels)} labels for the grid's {count}; give one for each.")
     import matplotlib.pyplot as plt
 
-    values = (grid.recovered() if normalise else grid.effect().mean(-1)).detach().cpu().double().numpy()
+    values = cells(grid.recovered() if normalise else grid.effect().mean(-1)).detach().cpu().double().numpy()
     top = float(abs(values).max()) if limit is None else limit
     if ax is None:
-        _, ax = plt.subplots(figsize=(3.4, 0.7 + 0.22 * len(grid.layers)), constrained_layout=True)
+        _, ax = plt.subplots(figsize=(3.4, 0.7 + 0.22 * len(ups)), constrained_layout=True)
     image = ax.imshow(
         values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower", interpolation="nearest"
     )
-    ax.set_yticks(range(len(grid.layers)), [_layer_name(g) for g in grid.layers] if rows is None else rows)
-    columns = [str(p) for p in grid.positions] if tokens is None else tokens
-    ax.set_xticks(range(len(columns)), columns, rotation=0 if tokens is None else 90)
-    ax.set_xlabel("position" if tokens is None else "token")
-    ax.set_ylabel("layer")
+    if interval is not None:
+        low, high = (cells(end).cpu() for end in grid.interval(interval, normalise=normalise))
+        least = 1e-3 * top  # smaller than any colour shows, such as the rounding of a cell where nothing differs
+        y, x = ((low <= least) & (high >= -least)).nonzero().T.tolist()
+        ax.scatter(x, y, s=2, color="0.35", linewidths=0)
+    ax.set_yticks(range(len(ups)), ups if rows is None else rows)
+    ax.set_xticks(range(len(columns)), columns if tokens is None else tokens, rotation=0 if tokens is None else 90)
+    ax.set_xlabel(across if tokens is None or across == "part" else "token")
+    ax.set_ylabel(up)
     ax.tick_params(length=0)
     if title:
         ax.set_title(title)
@@ -63,6 +75,25 @@ def heatmap(
         bar = ax.figure.colorbar(image, ax=ax, extend=beyond)
         bar.set_label("moved (0 base, 1 donor)" if normalise else f"effect ({unit})" if unit else "effect")
     return ax
+
+
+def _axes(
+    grid: Grid,
+) -> tuple[Callable[[Tensor], Tensor], tuple[str, Sequence[str]], tuple[str, Sequence[str]]]:
+    """What makes (rows, columns) of the grid's cells, and the name and labels of each axis."""
+    layers = ("layer", [_layer_name(g) for g in grid.layers])
+    positions = ("position", [str(p) for p in grid.positions])
+    if grid.parts is None:
+        return lambda cells: cells, layers, positions
+    parts = ("part", list(grid.parts))
+    if len(grid.positions) == 1:
+        return lambda cells: cells[:, 0], layers, parts
+    if len(grid.layers) == 1:
+        return lambda cells: cells[0].T, parts, positions
+    raise InputError(
+        f"a grid of {len(grid.layers)} layers, {len(grid.positions)} positions and {len(grid.parts)} parts has three "
+        "axes: sweep one layer, layers=[i], or one position, positions=[p]."
+    )
 
 
 def _layer_name(group: int | tuple[int, ...]) -> str:

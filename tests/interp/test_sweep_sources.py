@@ -9,7 +9,22 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import Add, Grid, Mean, Scale, Set, Zero, ablate, at, decay_bands, log_prob, logit_diff, patch_grid, run
+from interp import (
+    Add,
+    Grid,
+    Mean,
+    Scale,
+    Set,
+    Zero,
+    ablate,
+    at,
+    decay_bands,
+    heatmap,
+    log_prob,
+    logit_diff,
+    patch_grid,
+    run,
+)
 from interp.sweep import bands, groups
 from minimal_mamba.errors import AddressError, EditError, InputError, ShapeMismatch
 
@@ -225,3 +240,29 @@ def test_a_sweep_stays_within_its_memory(backend, d_state, length, mib):
     grown, count = map(int, done.stdout.split())
     assert count > 1  # the budget is what stopped a group
     assert memory / 3 < grown < memory * 1.1
+
+
+def test_a_heat_map_of_parts_and_of_intervals():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    parts = groups(MODEL, "n", 2)
+
+    def labels(grid, **kwargs):
+        ax = heatmap(grid, normalise=False, **kwargs)
+        image = ax.images[0].get_array()
+        axes = [[t.get_text() for t in ticks] for ticks in (ax.get_yticklabels(), ax.get_xticklabels())]
+        return image, *axes, (ax.get_ylabel(), ax.get_xlabel()), ax
+
+    one = sweep(parts=parts, positions=[4])
+    image, rows, columns, names, _ = labels(one)
+    assert (rows, columns, names) == (["0", "1", "2"], list(parts), ("layer", "part"))
+    torch.testing.assert_close(torch.tensor(image.data), one.effect().mean(-1)[:, 0])
+    layer = sweep(parts=parts, layers=[1])
+    image, rows, columns, names, _ = labels(layer)
+    assert (rows, columns, names) == (list(parts), [str(p) for p in range(L)], ("part", "position"))
+    torch.testing.assert_close(torch.tensor(image.data), layer.effect().mean(-1)[0].T)
+    with pytest.raises(InputError, match="3 layers, 6 positions and 3 parts has three axes"):
+        heatmap(sweep(parts=parts), normalise=False)
+    values = torch.tensor([[[1.0, 1.1, 0.9], [-1.0, 1.0, 0.1]]], dtype=torch.float64)  # clear, and not
+    *_, ax = labels(Grid(values, torch.zeros(3).double(), torch.ones(3).double(), "u", (0,), (0, 1)), interval=0.9)
+    assert ax.collections[0].get_offsets().tolist() == [[1.0, 0.0]]
