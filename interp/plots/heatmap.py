@@ -31,7 +31,7 @@ def heatmap(
     Args:
         grid: what `patch_grid` returned.
         ax: where to draw; a new figure of column width (3.4 in) if None.
-            A grid with parts has one layer, drawn as parts over positions, or one position, drawn as layers over parts.
+            A grid with parts has one layer (drawn as parts over positions) or one position (layers over parts).
         tokens: one label for each of the grid's positions. rows: one for each of its layers or groups of layers.
         unit: of the metric; said beside the colour bar when not normalised.
         normalise: draw `recovered()` (0 base, 1 donor) instead of the mean effect in the metric's unit.
