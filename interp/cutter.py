@@ -15,6 +15,8 @@ from minimal_mamba import Mamba, Ops, Plan, Tap
 from minimal_mamba.block import Memory
 from minimal_mamba.errors import InputError
 
+CUT = ("mixer_in", "x", "z", "conv", "dt_low", "B", "C", "mixer_out")  # the sites at which a cut acts
+
 # the sources of one target: a set of positions for each route
 Sources = Mapping[str, frozenset[int]]
 
@@ -92,7 +94,7 @@ class Cutter(Tap):
         h, window = (part.repeat(blocks, 1, 1) for part in memory)
         wider = None if mask is None else mask.repeat(blocks, 1)
         tap = _LayerCutter(self, layer)
-        after, _ = self.model.backbone.layers[layer](resid.repeat(blocks, 1, 1), (h, window), wider, tap, ops)
+        after, *_ = self.model.backbone.layers[layer](resid.repeat(blocks, 1, 1), (h, window), wider, tap, ops)
         return after[: len(resid)]
 
     def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
@@ -136,13 +138,14 @@ class _LayerCutter(Tap):
         self.kept.record(site, values[: len(self.cutter.kept.start)], times)
 
     def touches(self, *sites: str) -> bool:
-        return self.edits.touches(*sites) or self.kept.touches(*sites)
+        cut = self.cuts is not None and any(site in CUT for site in sites)
+        return cut or self.edits.touches(*sites) or self.kept.touches(*sites)
 
     def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
         return self.cutter.pass_by(site, self.layer, value, t, None if self.cuts is None else self._cut)
 
     def _cut(self, site: str, value: Tensor, b: int) -> Tensor:
-        if site not in ("mixer_in", "x", "z", "conv", "dt_low", "B", "C", "mixer_out"):
+        if site not in CUT:
             return value
         assert self.cuts is not None
         main, *blocks = value.split(b)

@@ -153,6 +153,8 @@ def knockout(
     for plan in (*plans, kept):
         plan.begin(start, sizes)
     tap = Cutter(model, plans, kept, layers, baseline_of(model, ids, baseline, changes, lengths, backend))
+    if ops.begin is not None:
+        ops = ops.begin(model, True, False)
     mask, before = model.mask(sizes, l), model.initial_state(b)
     resid = model.embed(ids, tap)
     for i, memory in enumerate(zip(before.ssm_state, before.conv_state, strict=True)):

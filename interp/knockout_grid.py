@@ -20,7 +20,7 @@ from minimal_mamba.errors import InputError
 from .cutter import Cutter
 from .knockout import Baseline, Knockout, baseline_of, cuts_of
 from .run import Lengths, Metric, apply_metric, span
-from .sweep.engine import Base
+from .sweep.batch import Base
 from .sweep.logits import Logits
 
 
@@ -134,14 +134,15 @@ def _cells(
     wide_baseline = baseline if baseline.shape[1] == 1 else baseline.repeat(1, cells, 1, 1)
     tap = Cutter(model, [plan], plan, layers, wide_baseline)
     mask, blank = model.mask(sizes, l), model.initial_state(1)
+    fresh, later = (base.ops if base.ops.begin is None else base.ops.begin(model, new, False) for new in (True, False))
     resid = (base.streams[min(group)] if min(group) else model.embed(base.ids)).repeat(cells, 1, 1)
     for i in range(min(group), max(group) + 1):
         h, window = (part[i].repeat(cells * b, 1, 1) for part in (blank.ssm_state, blank.conv_state))
-        resid = tap.run(i, resid, (h, window), mask, base.ops)
+        resid = tap.run(i, resid, (h, window), mask, fresh)
     resid, mask = resid[:, first:], None if mask is None else mask[:, first:]
     for i in range(max(group) + 1, base.depth):
         h, window = (part.repeat(cells, 1, 1) for part in memories[i])
-        resid = tap.run(i, resid, (h, window), mask, base.ops)
+        resid = tap.run(i, resid, (h, window), mask, later)
     last = model.head(resid, sizes - first, last_only=True)  # (cells b, 1, v)
     if base.padded:
         yield from last.split(b)
