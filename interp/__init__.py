@@ -8,6 +8,7 @@ effect = logit_diff(patched, answer, foil)  # nats, at each row's own last token
 from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale, Set, Zero, at
 
 from .ablation import ablate, derangement, forget, freeze, mean_of, set_where
+from .agreement import Agreement, agreement
 from .attention import Attention, Contributions, attention, contributions
 from .attribution import attribution_grid
 from .circuits import Circuit, Edge, EdgeEffects, Faithfulness, edge_attribution, edges, faithfulness, path_patch, prune
@@ -41,6 +42,7 @@ __all__ = [
     "SITES",
     "Add",
     "Address",
+    "Agreement",
     "Apply",
     "Attention",
     "Circuit",
@@ -72,6 +74,7 @@ __all__ = [
     "Zero",
     "ablate",
     "accuracy",
+    "agreement",
     "at",
     "attention",
     "attention_map",

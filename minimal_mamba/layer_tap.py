@@ -48,7 +48,8 @@ class LayerTap(Tap):
         return sorted(found - set(self._times(("decay", "state_write"), lambda item: item.edit is not None)))
 
     def touches(self, *sites: str) -> bool:
-        return any((site, self.layer) in self.plan.items for site in sites)
+        move = self.plan.moves.get(self.layer)
+        return any((site, self.layer) in self.plan.items or (move and site == move.site) for site in sites)
 
     def recorded(self, *sites: str) -> list[int]:
         return self._times(sites, lambda item: item.edit is None)

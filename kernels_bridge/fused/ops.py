@@ -22,6 +22,7 @@ from minimal_mamba.errors import BackendUnavailable
 from minimal_mamba.scan import Ops, causal_conv, ssm_step
 from minimal_mamba.tap import NO_TAP, Tap
 
+from .. import torch_ops
 from ..torch_ops import stretches
 from .kernels import NAME, Kernels, load
 from .virtual import Program
@@ -94,6 +95,8 @@ def scan(
         state that is written or read, n + 1 for a gradient, n + 2 for a replaced state. Everything in float32: with 16
         bits the tokens would round the states that they carry.
     """
+    if tap.toward() is not None:  # needs dL/dh of every token, which the kernel's backward keeps to itself
+        return torch_ops.selective_scan(u, dt, A, B, C, h, tap=tap)
     l, wide = u.shape[1], h.dtype
     u, dt, B, C = (x.to(wide) for x in (u, dt, B, C))
     replaced = tap.overwritten()

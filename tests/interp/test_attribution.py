@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
+from stand_ins import STAND_INS, register
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp import Add, Scale, Set, Zero, accuracy, at, attribution_grid, gradients, logit_diff, patch_grid, run
@@ -305,6 +306,14 @@ def test_memories_at_different_places_are_refused():
             grid(MODEL, IDS, DONOR, site="ssm_state", metric=spread, **kwargs)
     with pytest.raises(AddressError, match="from 7 on"):
         grid(MODEL, IDS, DONOR, site="ssm_state", metric=spread, state=whole, positions=[3])
+
+
+@pytest.mark.parametrize("site", [*SCAN, "recurrent_state"])
+def test_the_fused_backend_gives_it_too(site, monkeypatch):
+    """With stand-ins for the kernels; a block that nothing else touches is still opened."""
+    register(STAND_INS, monkeypatch)
+    got = grid(MODEL, IDS, DONOR, site=site, metric=spread, layers=[0, 2], backend="fused")
+    close(got.effect(), by_hand(site, spread)[[0, 2]])
 
 
 def test_a_scan_that_passes_over_a_move_is_not_believed(monkeypatch):
