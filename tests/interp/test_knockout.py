@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import tiny
+from stand_ins import STAND_INS, register
 from torch.nn import functional as F
 
 from interp import (
@@ -23,7 +24,7 @@ from interp import (
 )
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
 
-BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
+BOTH = pytest.mark.parametrize("backend", ["reference", "torch", "fused"])  # fused: plain PyTorch in kernel layout
 ROUTES = ("scan", "conv", "selection", "all")
 MODEL = tiny(seed=6)
 N, L = MODEL.config.n_layer, 9
@@ -31,6 +32,11 @@ RNG = torch.Generator().manual_seed(0)
 IDS = torch.randint(0, 29, (2, L), generator=RNG)
 OUT = at.mixer_out()
 K = MODEL.config.d_conv
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    register(STAND_INS, monkeypatch)
 
 
 def clean(model, ids, *places, **options):
@@ -104,8 +110,7 @@ def test_scan_is_the_matrix_form_with_zeroed_entries(backend):
         assert (out - clean(MODEL, IDS, at.mixer_out(layer=[0, 1]))[0]).abs().max() > 0.1
 
 
-@BOTH
-def test_every_route_is_its_equation(backend):
+def test_every_route_is_its_equation():
     """One target of each row of the batch, with its own sources for each route, against loops over the equation."""
     value = clean(MODEL, IDS, at.mixer_in(layer=1))[0]
     rng = torch.Generator().manual_seed(2)
@@ -121,13 +126,12 @@ def test_every_route_is_its_equation(backend):
                 mine = sorted(sources - {t}) if route == "conv" else sorted(sources)
                 cuts += [Knockout(mine, t, 1, route, rows=row)] if mine else []
         with torch.no_grad():
-            out = knockout(MODEL, IDS, cuts, record=OUT, baseline=baseline, backend=backend)[OUT][1]
-            plain = clean(MODEL, IDS, OUT)[0][1]
+            expected = clean(MODEL, IDS, OUT)[0][1]  # nothing else in the layer changes
             for row, t, cut in wanted:
-                expected = written_out(MODEL.backbone.layers[1].mixer, value[row], t, cut, baseline)
-                torch.testing.assert_close(out[row, t], expected, rtol=1e-10, atol=1e-11)
-                plain[row, t] = expected
-            torch.testing.assert_close(out, plain, rtol=1e-10, atol=1e-11)  # and nothing else in the layer
+                expected[row, t] = written_out(MODEL.backbone.layers[1].mixer, value[row], t, cut, baseline)
+            for backend in ("reference", "torch", "fused"):
+                out = knockout(MODEL, IDS, cuts, record=OUT, baseline=baseline, backend=backend)[OUT][1]
+                torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-11)
 
 
 @BOTH
