@@ -1,0 +1,139 @@
+"""The second environment: mamba-ssm and causal-conv1d as they are, without CUDA (`make test-kernels`).
+
+Real are the packages' Python code, their autograd functions, and their Triton kernels, in Triton's interpreter. The two
+compiled modules, which have no path for a CPU, are stood in for, function by function, by the packages' own references
+and their gradients by autograd; a last state's gradient is not among what they are asked for, as in the real ones.
+transformers binds mamba_ssm when it is imported, so these tests run in a process and an environment of their own; where
+the packages are missing, or compiled, this folder is left out.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EXTENSIONS = ("selective_scan_cuda", "causal_conv1d_cuda")
+
+
+def here() -> bool:
+    """Whether this is the second environment."""
+    try:
+        importlib.metadata.version("mamba-ssm")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return not any(importlib.util.find_spec(name) for name in EXTENSIONS if name not in sys.modules)
+
+
+# -- selective_scan_cuda ----------------------------------------------------------------------------------------------
+
+
+def scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+
+    assert u.dtype == delta.dtype == B.dtype == C.dtype and A.dtype == torch.float32
+    assert D is None or D.dtype == torch.float32
+    assert delta_bias is None or delta_bias.dtype == torch.float32
+    assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (u, delta, B, C))
+    args = (u, delta, A, B, C, D)
+    out, last = selective_scan_ref(*args, None, delta_bias, delta_softplus, return_last_state=True)
+    x = torch.stack([torch.full_like(last, torch.nan), last], -1).flatten(-2)[:, :, None]  # (b, e, chunks, 2n)
+    if z is None:
+        return out, x
+    return out, x, selective_scan_ref(*args, z, delta_bias, delta_softplus)
+
+
+def scan_bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softplus, recompute_out_z):
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+
+    given = (u, delta, A, B, C, D, z, delta_bias)
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().clone().requires_grad_() for t in given]
+        found = selective_scan_ref(*leaves, delta_softplus)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        grads = iter(torch.autograd.grad(found, wanted, dout))
+    du, ddelta, dA, dB, dC, dD, dz_new, dbias = [None if leaf is None else next(grads) for leaf in leaves]
+    result = [du, ddelta, dA, dB, dC, dD, dbias]
+    if z is not None:
+        result.append(dz_new if dz is None else dz.copy_(dz_new))
+        if recompute_out_z:
+            result.append(found.detach())
+    return result
+
+
+# -- causal_conv1d_cuda -----------------------------------------------------------------------------------------------
+
+
+def conv_fwd(x, weight, bias, seq_idx, initial_states, out, final_states_out, silu):
+    assert seq_idx is None and initial_states is None and final_states_out is None
+    out.copy_(_conv(x, weight, bias, silu))
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    (_, e, _), k = x.shape, weight.shape[1]
+    assert 2 <= k <= 4 and (x.stride(2) == 1 or (x.stride(1) == 1 and e % 8 == 0))
+    y = F.conv1d(
+        F.pad(x.float(), (k - 1, 0)), weight.float()[:, None], None if bias is None else bias.float(), groups=e
+    )
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def conv_bwd(x, weight, bias, dout, seq_idx, initial_states, dfinal, dx, dweight, dbias, dinitial, silu):
+    """By hand: torch's custom operators run below autograd."""
+    l, k = x.shape[2], weight.shape[1]
+    x, w, g = F.pad(x.float(), (k - 1, 0)), weight.float(), dout.float()
+    if silu:
+        y = F.conv1d(x, w[:, None], None if bias is None else bias.float(), groups=len(w))
+        g = g * (y.sigmoid() * (1 + y * (1 - y.sigmoid())))
+    dweight.copy_(torch.stack([(g * x[:, :, i : i + l]).sum((0, 2)) for i in range(k)], 1))
+    if dbias is not None:
+        dbias.copy_(g.sum((0, 2)))
+    g = F.pad(g, (0, k - 1))
+    dx.copy_(sum(w[:, i, None] * g[:, :, k - 1 - i : k - 1 - i + l] for i in range(k)))
+
+
+def conv_update(x, conv_state, weight, bias, out, silu, cache_seqlens, indices):
+    from causal_conv1d.causal_conv1d_interface import causal_conv1d_update_ref
+
+    assert cache_seqlens is None and indices is None and conv_state.dtype == x.dtype
+    out.copy_(causal_conv1d_update_ref(x, conv_state, weight, bias, "silu" if silu else None))
+
+
+def stand_in() -> None:
+    scan, conv = (types.ModuleType(name) for name in EXTENSIONS)
+    scan.fwd, scan.bwd = scan_fwd, scan_bwd  # type: ignore[attr-defined]
+    conv.causal_conv1d_fwd, conv.causal_conv1d_bwd = conv_fwd, conv_bwd  # type: ignore[attr-defined]
+    conv.causal_conv1d_update = conv_update  # type: ignore[attr-defined]
+    sys.modules |= {"selective_scan_cuda": scan, "causal_conv1d_cuda": conv}
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------------
+
+
+def interpret() -> None:
+    """Let Triton's kernels run in its interpreter, without a device."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    class Device(contextlib.nullcontext):
+        def __init__(self, *args: Any):
+            super().__init__()
+
+    torch.cuda.device = Device  # type: ignore[misc,assignment]
+    torch.cuda.get_device_properties = lambda *a, **k: types.SimpleNamespace(multi_processor_count=2)  # type: ignore
+    tuned = triton.autotune
+    triton.autotune = lambda configs, key, **kw: tuned(configs=configs[:1], key=key, **kw)
+
+
+torch.set_num_threads(1)
+if here():
+    stand_in()
+    interpret()
+else:
+    collect_ignore_glob = ["*.py"]

@@ -1,0 +1,186 @@
+"""The fused backend on the packages' own Python code, in their layout, against the readable model in float64.
+
+The autograd functions are the real ones, so what they leave out is left out here; the compiled modules are stood in for
+by the packages' references (`conftest`), in float32. The same logic at float64's precision: `test_fused.py`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import tiny
+from scenes import CONFIG, MODEL, everything, scene_of
+from stand_ins import register
+from torch import Tensor
+
+from interp import Scale, Set, Zero, at, generate, gradients, logit_diff, run
+from kernels_bridge import backends
+from kernels_bridge.fused import FUSED, load
+from minimal_mamba import Mamba
+from minimal_mamba.errors import BackendUnavailable
+from minimal_mamba.sites import ADDRESSABLE
+
+KERNELS = dataclasses.replace(load(), name="fused[reference kernels]", device="cpu")
+SINGLE = tiny(seed=5).float()
+EXACT = Mamba(SINGLE.config).double()
+EXACT.load_state_dict(SINGLE.state_dict())
+
+
+@pytest.fixture(autouse=True)
+def substituted() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        register(KERNELS, patch)
+        yield
+
+
+def draw_ids(b: int, l: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 29, (b, l), generator=torch.Generator().manual_seed(seed))
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return float((got.detach().double() - want.detach()).norm() / want.detach().norm().clamp(min=1e-9))
+
+
+def test_users_never_get_these_kernels() -> None:
+    missing = [need.name for need in backends._FUSED_NEEDS if not need.here(torch.device("cuda"))]
+    assert missing == ["its extension selective_scan_cuda", "its extension causal_conv1d_cuda"]
+    with pytest.raises(BackendUnavailable, match=r"on cpu; move the model with model.to\('cuda'\)"):
+        SINGLE(draw_ids(1, 2), ops=FUSED)
+
+
+@pytest.mark.parametrize("l", [1, 2, 3, 5, 17, 33])
+def test_every_length(l: int) -> None:
+    ids = draw_ids(2, l)
+    want = run(EXACT, ids, backend="reference", keep_state=True)
+    for keep in (True, False):
+        got = run(SINGLE, ids, backend="fused", keep_state=keep)
+        assert got.backend == "fused[reference kernels]" and error(got.logits, want.logits) < 3e-6
+    assert got.state is None
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("site", list(ADDRESSABLE))
+def test_under_drawn_edits(site: str, keep: bool) -> None:
+    """Logits, recordings, states and gradients; each error is held against the readable model's own in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        for seed in range(2):
+            scene = scene_of(seed, site=site)
+            patch.setattr("scenes.MODEL", EXACT)
+            want = everything(scene, "reference", keep)
+            patch.setattr("scenes.MODEL", SINGLE)
+            plain, got = everything(scene, "reference", keep), everything(scene, "fused", keep)
+            for name, value in want.items():
+                scale = max(1.0, float(value.nan_to_num().abs().max())) if value.numel() else 1.0
+                assert torch.equal(value.isnan(), got[name].isnan()), name
+                gaps = [float((x[name].double() - value).nan_to_num().norm()) for x in (got, plain)]
+                assert gaps[0] <= 4 * gaps[1] + 2e-5 * scale * math.sqrt(value.numel() or 1), (name, gaps)
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_gradients_of_every_parameter(block: bool) -> None:
+    """Of a loss on the logits: through `mamba_inner_fn`'s own backward, and, with a site named inside, the scan's."""
+    ids = draw_ids(3, 17)
+    found = {}
+    for name, model, backend in (("want", EXACT, "reference"), ("got", SINGLE, "fused")):
+        record = [] if block else [at.u(layer=i) for i in range(CONFIG.n_layer)]
+        out = run(model, ids, record=record, backend=backend, lengths=[17, 9, 1])
+        loss = torch.logsumexp(out.logits, -1).square().sum()
+        found[name] = torch.autograd.grad(loss, [*model.parameters()])
+    for (name, _), want, got in zip(EXACT.named_parameters(), found["want"], found["got"], strict=True):
+        assert want.any() and error(got, want) < 2e-5, name
+
+
+def test_gradients_of_biases() -> None:
+    """mamba-ssm's own backward of the block sums that of `out_proj.bias` over all axes; ours keeps it outside."""
+    small = tiny(seed=5, bias=True, dtype=torch.float32)
+    exact = Mamba(small.config).double()
+    exact.load_state_dict(small.state_dict())
+    grads = [
+        torch.autograd.grad(run(m, draw_ids(2, 5), backend=b).logits.square().sum(), [*m.parameters()])
+        for m, b in ((exact, "reference"), (small, "fused"))
+    ]
+    for (name, _), want, got in zip(exact.named_parameters(), *grads, strict=True):
+        assert want.any() and error(got, want) < 2e-5, name
+
+
+def test_gradients_of_states_carried_and_edited() -> None:
+    """The last state's gradient, which the kernel's backward ignores; the initial state's; sites' own."""
+    ids = draw_ids(2, 7)
+    found = {}
+    for name, model, backend in (("want", EXACT, "reference"), ("got", SINGLE, "fused")):
+        blank = model.initial_state(2)
+        g = torch.Generator().manual_seed(1)
+        start = [
+            torch.randn(t.shape, generator=g).to(t.dtype).requires_grad_()
+            for t in (*blank.ssm_state, *blank.conv_state)
+        ]
+        state = dataclasses.replace(blank, ssm_state=tuple(start[:3]), conv_state=tuple(start[3:]))
+        out = run(model, ids, [Scale(at.ssm_state(layer=1, pos=3), 0.5)], backend=backend, state=state, keep_state=True)
+        loss = sum(h.square().sum() for h in out.state.ssm_state) + out.logits.square().sum()
+        found[name] = torch.autograd.grad(loss, [*start, *model.parameters()])
+        metric = lambda x: logit_diff(x[:, -1], torch.tensor([3, 4]), torch.tensor([5, 6]))  # noqa: E731
+        places = [at.ssm_state(), at.state_write(layer=0), at.decay(layer=1, pos=[2, 3]), at.conv_state(layer=2)]
+        sites = gradients(model, ids, metric, places, [Set(at.ssm_state(layer=1, pos=4), 0.2)], backend=backend)
+        found[name] = [*found[name], *(sites[p] for p in places)]
+    for want, got in zip(found["want"], found["got"], strict=True):
+        assert want.any() and error(got, want) < 2e-5
+
+
+def test_decoding() -> None:
+    """`selective_state_update` is the real Triton kernel here."""
+    edits = [Set(at.ssm_state(layer=1, pos=6), 0.3), Zero(at.state_write(layer=0, pos=5)), Scale(at.dt(layer=2), 0.9)]
+    want, got = generate(EXACT, draw_ids(2, 5), 5, edits, backend="reference", lengths=[5, 3]), None
+    got = generate(SINGLE, draw_ids(2, 5), 5, edits, backend="fused", lengths=[5, 3])
+    assert torch.equal(want.ids, got.ids) and error(got.logits, want.logits) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", [True, False])
+def test_sixteen_bits_err_as_the_readable_model_does(dtype: torch.dtype, keep: bool) -> None:
+    small = tiny(seed=5).to(dtype)
+    exact = Mamba(small.config).double()
+    exact.load_state_dict(small.state_dict())
+    ids, edits = draw_ids(2, 17), [Set(at.ssm_state(layer=1, pos=4), 0.3)] if keep else []
+    want = run(exact, ids, edits, backend="reference").logits
+    ours, plain = (
+        error(run(small, ids, edits, backend=b, keep_state=keep).logits, want) for b in ("fused", "reference")
+    )
+    assert 0 < ours <= 1.5 * plain
+
+
+@pytest.mark.filterwarnings("ignore:(User provided device_type|CUDA is not available)")  # the block asks for CUDA's
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", [True, False])
+def test_autocast(dtype: torch.dtype, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 weights under autocast err at most twice as the readable model whose weights are rounded; gradients, of
+    which a rounding more or less in so small a model moves all, four times.
+    """
+    ids, small = draw_ids(2, 17), tiny(seed=5).to(dtype)
+    want, plain = (run(m, ids, backend="reference", keep_state=keep).logits for m in (EXACT, small))
+    with torch.autocast("cpu", dtype), monkeypatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda *device: True)  # the block asks about CUDA's only
+        patch.setattr(torch, "get_autocast_gpu_dtype", lambda: dtype)
+        got = run(SINGLE, ids, backend="fused", keep_state=keep).logits
+    assert error(got, want) <= 2 * error(plain, want)
+    true, grads, rounded = (
+        torch.autograd.grad(x.double().square().sum(), [*m.parameters()])
+        for x, m in ((want, EXACT), (got, SINGLE), (plain, small))
+    )
+    assert all(g.dtype == torch.float32 for g in grads)
+    ours, theirs = (sum(error(g, t) for g, t in zip(x, true, strict=True)) / len(true) for x in (grads, rounded))
+    assert 0 < ours <= 4 * theirs
+
+
+def test_the_kernels_own_states_in_one_call() -> None:
+    done = run(
+        MODEL,
+        draw_ids(2, 9),
+        backend="reference",
+        record=[getattr(at, s)(layer=0) for s in ("u", "dt", "B", "ssm_state")],
+    )
+    u, dt, B, h = (done[a].float() for a in (getattr(at, s)(layer=0) for s in ("u", "dt", "B", "ssm_state")))
+    A = -torch.exp(MODEL.backbone.layers[0].mixer.A_log).float()
+    assert error(KERNELS.states(u, dt, A, B), h.double()) < 1e-6
