@@ -62,6 +62,26 @@ def test_every_cell_of_the_truth_is_that_of_one_run(name, seed):
             close(moved - p.answer(p.ids), p.truth.effects[site].flatten(0, 1), 1e-8)
 
 
+@pytest.mark.parametrize(("name", "seed"), EVERY)
+def test_an_edge_moves_what_it_is_said_to_move(name, seed):
+    """By hand: the donor's dt, B, C or decay at one position. (Every edge of the graph: tests/interp/test_circuits.py.)"""
+    p = planted(name, seed)
+    layers, (b, l) = p.model.config.n_layer, p.ids.shape
+    cells = [(layer, pos) for layer in range(layers) for pos in range(l)]
+    with torch.no_grad():
+        for sender, site in (("u", "dt"), ("u", "B"), ("u", "C"), ("dt", "decay")):
+            where = getattr(at, site)
+            donor = run(p.model, p.donor_ids, record=[where()])[where()]
+            edits = [
+                Set(where(layer=layer, pos=pos), donor[layer, :, pos], rows=range(b * i, b * (i + 1)))
+                for i, (layer, pos) in enumerate(cells)
+            ]
+            moved = p.metric(run(p.model, p.ids.repeat(len(cells), 1), edits).logits).unflatten(0, (len(cells), b))
+            for i, (layer, pos) in enumerate(cells):
+                told = p.truth.edges.get(((sender, layer, pos), (site, layer, pos)), torch.zeros(b).double())
+                close(moved[i] - p.answer(p.ids), told, 1e-8)
+
+
 @pytest.mark.parametrize(("name", "seed"), [(name, 1) for name in MODELS])
 def test_a_coordinate_moves_what_it_is_said_to_move_and_all_others_nothing(name, seed):
     p = planted(name, seed)
