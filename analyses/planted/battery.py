@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from interp import (
     mean_dt,
     patch_grid,
     path_patch,
+    probe,
     prune,
     receptive_field,
     run,
@@ -38,6 +40,7 @@ from interp import (
     steering_curve,
 )  # fmt: skip
 from interp.circuits.paths import Edges
+from interp.sweep import groups
 
 from .models import plant
 from .scores import REPORT, Cells, Found, above, compare, coordinates
@@ -54,6 +57,17 @@ def patching(site: str) -> Callable[[Planted], Found]:
         return compare(p, grid.effect(), p.truth.effects[site])
 
     return method
+
+
+def by_channel(p: Planted) -> Found:
+    """`patch_grid` of each channel's state at one position: cells (layer, e)."""
+    pos = p.ids.shape[1] - 2
+    grid = patch_grid(
+        p.model, p.ids, p.donor_ids, site="ssm_state", metric=p.metric, positions=[pos], parts=groups(p.model, "e"),
+        progress=False,
+    )  # fmt: skip
+    truth = coordinates(p, {c: v[pos] for c, v in p.truth.coordinates.items()}).sum(2)  # (layers, e, b)
+    return compare(p, grid.effect()[:, 0], truth)
 
 
 def by_gradient(p: Planted) -> Found:
@@ -254,6 +268,24 @@ def steering(p: Planted) -> Found:
     return compare(p, torch.stack(values), truth)
 
 
+# -- what can be read -------------------------------------------------------------------------------------------------
+
+
+def probing(p: Planted) -> Found:
+    """`probe` of what each channel hands to out_proj at the last position: cells (layer, e) above shuffled labels."""
+    ids, gated = p.sample(120, p.seed), at.gated(pos=-1)
+    with torch.no_grad():
+        values = run(p.model, ids, record=[gated])[gated]  # (layers, b, e)
+    labels = p.label(ids)
+    reported: Cells = set()
+    for layer, e in product(range(len(values)), range(values.shape[2])):
+        if values[layer, :, e].std() > 0:
+            found = probe(values[layer, :, e, None], labels, folds=3, seeds=1)
+            if found.interval[0] > max(found.chance, *found.controls["shuffled"]):
+                reported.add((layer, e))
+    return Found(reported, {c for c, role in p.truth.channels.items() if role in ("sum", "value", "second hop")})
+
+
 # -- lenses -----------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +362,7 @@ def largest(difference: bool) -> Callable[[Planted], Found]:
 
 METHODS: dict[str, Callable[[Planted], Found]] = {
     **{f"`patch_grid`, `{s}`": patching(s) for s in ("ssm_state", "state_write", "conv_state", "resid_pre")},
+    "`patch_grid`, `ssm_state`, by channel": by_channel,
     **{f"`attribution_grid`, `{s}`": attributing(s) for s in ("ssm_state", "state_write", "conv_state", "resid_pre")},
     "`attribution_grid`, `resid_pre`, 8 steps": attributing("resid_pre", 8),
     "`gradients` x difference, by coordinate": by_gradient,
@@ -344,6 +377,7 @@ METHODS: dict[str, Callable[[Planted], Found]] = {
     "`ablate`, by channel": ablating,
     "`freeze`": stopping("freeze"),
     "`forget`": stopping("forget"),
+    "`probe`, channel by channel": probing,
     "`contrast` and `steering_curve`": steering,
     "`receptive_field`": fields,
     "`gradient_field`": gradient_fields,

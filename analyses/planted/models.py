@@ -172,18 +172,15 @@ def _recall(seed: int) -> Planted:
         coordinates=[(e[j], n[i]) for j, i in coordinates], half_life=math.log(2) / rate,
         channels={(layer, c): r for c, r in roles.items()}, binding=True,
     )  # fmt: skip
+
+    def bound_value(x: Tensor) -> Tensor:
+        rows, at = torch.arange(len(x)), (x[:, :-1] == x[:, -1:]).double().argmax(1)
+        return x[rows, at + 1]
+
     return Planted(
-        "recall",
-        seed,
-        model,
-        ids,
-        donor,
-        _difference(answer, foil),
-        (answer, foil),
-        lambda x: read_out(terms(x, previous(x))),
-        sample,
-        truth,
-    )
+        "recall", seed, model, ids, donor, _difference(answer, foil), (answer, foil),
+        lambda x: read_out(terms(x, previous(x))), sample, bound_value, truth,
+    )  # fmt: skip
 
 
 def _two(seed: int) -> Planted:
@@ -212,7 +209,7 @@ def _two(seed: int) -> Planted:
         one = torch.ones_like(u)
         return Terms(math.exp(-rate) * one, one, UNIT * u, u, reads[cur])
 
-    roles = {e[0]: "sum 0", e[1]: "sum 1", asked[0]: "C 0", asked[1]: "C 1"}
+    roles = {e[asks]: "sum", e[1 - asks]: "other sum", asked[asks]: "C", asked[1 - asks]: "other C"}
     return _planted(
         "two", seed, bench, ids, donor, terms, list(zip(e, n, strict=True)), math.log(2) / rate, roles,
         (yes, no), kinds, queries[asks],
@@ -246,18 +243,14 @@ def _delay(seed: int) -> Planted:
         return (x[:, source] == answer[rows]).double() - (x[:, source] == foil[rows]).double()
 
     truth = delay_truth(ids, donor, list(zip(layers, taps, strict=True)), closed, model.config.n_layer, roles)
+
+    def symbol(x: Tensor) -> Tensor:
+        return torch.where(torch.isin(x[:, source], which), x[:, source], -1)
+
     return Planted(
-        "delay",
-        seed,
-        model,
-        ids,
-        donor,
-        _difference(answer, foil),
-        (answer, foil),
-        closed,
-        _sampler(kinds, None),
-        truth,
-    )
+        "delay", seed, model, ids, donor, _difference(answer, foil), (answer, foil), closed, _sampler(kinds, None),
+        symbol, truth,
+    )  # fmt: skip
 
 
 def _planted(
@@ -271,10 +264,13 @@ def _planted(
         half_life=half_life, channels=channels,
     )  # fmt: skip
     answer, foil = (torch.full((ROWS,), token) for token in tokens)
+
+    def closed(x: Tensor) -> Tensor:
+        return read_out(terms(x, previous(x)))
+
     return Planted(
-        name, seed, bench.model, ids, donor, _difference(answer, foil), (answer, foil),
-        lambda x: read_out(terms(x, previous(x))), _sampler(kinds, query),
-        truth,
+        name, seed, bench.model, ids, donor, _difference(answer, foil), (answer, foil), closed, _sampler(kinds, query),
+        closed, truth,
     )  # fmt: skip
 
 

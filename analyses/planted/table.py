@@ -12,18 +12,37 @@ from .scores import REPORT, Table, score_all
 
 # By nature, not by fault: of each cell below 1 the reason. A test sees that no such cell is without one, and none idle.
 REASONS: dict[str, str] = {
-    "saturated": "the gate is shut in the base run: softplus is flat there, so a gradient sees no door to open",
-    "product": "what is written is B u of the same token, both 0 in the base run: one alone does nothing, and the slope "
-    "of a product of zeros is 0",
-    "chain": "with all edges on their way together the gap is shared out along each chain: of a chain of m edges each "
-    "gets a part, however much depends on it",
-    "broken": "an edge without an effect of its own is left out, and the chain behind it goes with it",
-    "size": "how much is read, not what for: distractors are read too, and more",
-    "slope": "where the metric could be moved, not what moved it: tokens lean on the answer that are the same in both runs",
-    "mean": "the mean step size is that of the few tokens that open; between them nothing fades",
+    "saturated": "the door is shut in the base run, and softplus is flat there: a gradient sees no door to open",
+    "product": "B and u of a token are both 0 in the base run, and what is written is their product, of slope 0",
+    "together": "all edges go from base to donor together: an edge counts that does something only beside others, and "
+    "half way a shut door is half open",
+    "broken": "two edges are needed at once (u and B, or u and dt); each alone does nothing and is left out, and the "
+    "chain with it: single effects do not give this circuit",
+    "size": "how much is read, not what for: distractors are read too",
+    "slope": "where the metric could be moved, not what moved it: tokens count that are the same in both runs",
+    "read": "distractors that carry the tokens can be read as well: what can be decoded need not be used",
+    "mean": "the mean step size is that of the few tokens that open; at all others nothing fades",
     "control": "size is no evidence: this must fail",
 }
-WHY: dict[tuple[str, str], str] = {}
+WHY: dict[tuple[str, str], str] = {
+    ("`attribution_grid`, `resid_pre`", "latch"): "saturated",
+    ("`attribution_grid`, `resid_pre`", "two"): "product",
+    ("`edge_attribution`", "latch"): "saturated",
+    ("`edge_attribution`", "two"): "product",
+    **{("`edge_attribution`, 8 steps", name): "together" for name in ("latch", "two")},
+    **{
+        (f"`prune` of `{of}`", name): "broken" for of in ("path_patch", "edge_attribution") for name in ("latch", "two")
+    },
+    **{
+        (method, name): "size"
+        for method in ("`attention`, of the block, by size", "`receptive_field`")
+        for name in MODELS
+    },
+    **{("`gradient_field`", name): "slope" for name in MODELS},
+    **{("`probe`, channel by channel", name): "read" for name in MODELS if name != "delay"},
+    ("`half_lives`, of the mean dt", "latch"): "mean",
+    **{(f"control: largest {what}", name): "control" for what in ("state", "difference") for name in MODELS},
+}
 
 
 def results(seeds: int) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Planted:
         ids, donor_ids: (b, l); they differ where it matters and where it does not. metric: (b, l, v) -> (b,).
         tokens: (b,) answer and (b,) foil; the metric is the difference of their logits.
         answer: (ids) -> (b,), the metric in closed form, for any prompts of the kind that `sample` draws.
-        sample: (n, seed) -> (n, l) more prompts.
+        sample: (n, seed) -> (n, l) more prompts. label: (ids) -> (b,) what is computed: a number, or a token.
     """
 
     name: str
@@ -119,6 +119,7 @@ class Planted:
     tokens: tuple[Tensor, Tensor]
     answer: Callable[[Tensor], Tensor]
     sample: Callable[[int, int], Tensor]
+    label: Callable[[Tensor], Tensor]
     truth: Truth
 
     @property

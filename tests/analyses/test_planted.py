@@ -64,7 +64,7 @@ def test_every_cell_of_the_truth_is_that_of_one_run(name, seed):
 
 @pytest.mark.parametrize(("name", "seed"), EVERY)
 def test_an_edge_moves_what_it_is_said_to_move(name, seed):
-    """By hand: the donor's dt, B, C or decay at one position. (Every edge of the graph: tests/interp/test_circuits.py.)"""
+    """By hand: the donor's dt, B, C or decay at one position."""
     p = planted(name, seed)
     layers, (b, l) = p.model.config.n_layer, p.ids.shape
     cells = [(layer, pos) for layer in range(layers) for pos in range(l)]
