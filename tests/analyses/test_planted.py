@@ -117,6 +117,17 @@ def test_knocking_out_what_a_token_wrote_takes_its_contribution(name, seed):
             )
 
 
+@pytest.mark.parametrize(("name", "seed"), EVERY)
+def test_a_position_without_time_or_memory_moves_what_it_is_said_to_move(name, seed):
+    p = planted(name, seed)
+    (b, l), layer = p.ids.shape, p.truth.layer
+    with torch.no_grad():
+        for site, value, told in ((at.dt, 0.0, p.truth.frozen), (at.decay, 0.0, p.truth.forgotten)):
+            edits = [Set(site(layer=layer, pos=t), value, rows=range(b * t, b * (t + 1))) for t in range(l)]
+            moved = p.metric(run(p.model, p.ids.repeat(l, 1), edits).logits).unflatten(0, (l, b)) - p.answer(p.ids)
+            close(moved, told, 1e-8)
+
+
 @pytest.mark.parametrize(("name", "seed"), MORE)
 def test_no_effect_is_so_small_that_one_could_argue(name, seed):
     p = planted(name, seed)
