@@ -24,6 +24,7 @@ def blocks(text):
 def shared():
     space: dict = {}
     exec(compile(blocks(SHARED)[0], "README.md", "exec"), space)
+    assert space["ids"].shape == (8, 14)
     return space
 
 
@@ -46,6 +47,8 @@ def test_every_file_that_the_page_names_is_there_and_every_method_has_its_sectio
     links = re.findall(r"\]\(([^)#]+)\)", PAGE)
     for target in links:
         assert (FOLDER / target).exists(), target
+    titles = [section.splitlines()[0] for section in SECTIONS]
+    assert re.findall(r"^\| \[(.+)\]\(#(.+)\) \|", SHARED, re.M) == [(t, t.lower().replace(" ", "-")) for t in titles]
     for name in gallery.methods():
         assert f"({name}.py)" in PAGE, f"{name} has no section"
         assert any(target.startswith(f"figures/{name}") for target in links), f"{name} shows no figure"
