@@ -36,8 +36,8 @@ def heatmap(
         unit: of the metric; said beside the colour bar when not normalised.
         normalise: draw `recovered()` (0 base, 1 donor) instead of the mean effect in the metric's unit.
         limit: the colour scale is symmetric, -limit to limit, with white at 0; the largest size drawn if None.
-        interval: such as 0.95: a dot marks the cells whose bootstrap interval over the batch holds 0, to a thousandth of
-            the colour scale.
+        interval: such as 0.95: a dot marks the cells whose bootstrap interval over the batch holds 0, to a
+            thousandth of the colour scale.
     Raises:
         InputError: labels that are not as many as what they name; parts over several layers and positions.
     Returns:

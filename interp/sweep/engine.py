@@ -23,7 +23,7 @@ from ..run import Lengths, Metric, apply_metric
 from .batch import Base, Cell, alone, begin, run_group
 from .store import Saved, digest, edits_digest, model_digest
 
-TOKENS = 8192  # of a group: enough for the machine to be busy, few enough for the cache
+TOKENS = 4096  # of a group: enough for the machine to be busy, few enough for the cache
 EVEN = 0.8  # the shortest row of a group is at least this much of the longest: the rest is padding
 MEMORY = 1 << 30  # bytes
 
