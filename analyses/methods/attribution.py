@@ -60,4 +60,4 @@ def figure(folder: Path) -> list[Path]:
             panel.set_xlabel("")
         for panel in panels[1::2]:
             panel.set_ylabel("")
-        return save(made, folder, "attribution")
+        return save(made, folder, "attribution", palette=True)
