@@ -16,7 +16,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="How many draws of each model.")] = 4,
     out: Annotated[Path, typer.Option(help="Folder for results.json and table.md.")] = Path("runs/planted"),
 ) -> None:
-    """Each method sees models, prompts and metric, and never the truth. About five minutes on one core."""
+    """Each method sees models, prompts and metric, and never the truth. About four minutes on one core."""
     from .table import markdown, results
 
     torch.set_num_threads(1)  # for models this small more lose
