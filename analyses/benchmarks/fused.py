@@ -1,6 +1,6 @@
 """The fused backend on a GPU: against mamba-ssm's own model, and the ways in which edits can be had, side by side.
 
-Times are medians of CUDA events after a warm-up, over ids that differ between rounds; memory is the peak of one more run.
+Times are medians of CUDA events after a warm-up, over ids that differ between rounds; memory is the peak of one more.
 `measure` is what a GPU session calls.
 """
 

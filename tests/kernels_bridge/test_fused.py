@@ -320,6 +320,12 @@ def test_non_contiguous_input_works() -> None:
     near(run(views, ids, backend="fused", keep_state=True).logits, run(MODEL, ids, backend="reference").logits)
 
 
+def test_one_row_of_one_token_has_strides_that_the_kernel_takes() -> None:
+    """Trap: a transposed view of one position is contiguous already, so `.contiguous()` copies nothing."""
+    want, got = (run(MODEL, draw_ids(1, 1), record=[at.conv()], backend=b) for b in ("reference", "fused"))
+    near(got.logits, want.logits)
+
+
 # -- what it refuses --------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Mamba], Any], str]] = {
