@@ -1,10 +1,11 @@
 # `make demo` and `make test` need Python 3.10 or newer and nothing else; each makes its own environment.
 PYTHON ?= python3
 VENV ?= .venv
+KERNELS ?= .venv-kernels
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench train clean
+.PHONY: demo test test-kernels lint bench train clean
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,11 +20,20 @@ $(VENV)/dev.done: $(VENV)/demo.done
 demo: $(VENV)/demo.done  ## patch the shipped model's states and draw where it keeps a value it never writes
 	$(BIN)/python -m analyses.hidden_reasoning demo
 
-test: $(VENV)/dev.done  ## lint, types, tests
+# mamba-ssm's own code without CUDA: transformers would bind it, so it has an environment of its own
+$(KERNELS)/done: tests/kernels/environment.sh constraints.txt
+	PYTHON=$(PYTHON) bash tests/kernels/environment.sh $(KERNELS)
+	@touch $@
+
+test: $(VENV)/dev.done $(KERNELS)/done  ## lint, types, tests; and the bridge on mamba-ssm's own code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -n 2 tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-kernels: $(KERNELS)/done  ## the bridge on mamba-ssm's own code alone
+	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -n 2 tests/kernels
 
 lint: $(VENV)/dev.done  ## mend what can be mended
 	$(BIN)/ruff check --fix .
@@ -36,4 +46,4 @@ train: $(VENV)/dev.done  ## train the shipped model again
 	$(BIN)/python -m analyses.hidden_reasoning train --out runs/masked
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(KERNELS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

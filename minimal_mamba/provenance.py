@@ -1,6 +1,7 @@
-"""Where a result comes from: versions, machine, commit."""
+"""Where a result comes from: versions, machine, commit; and which model, by its digest."""
 
 import contextlib
+import hashlib
 import platform
 import subprocess
 from importlib import metadata
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .model import Mamba
 
 PACKAGES = (
     "mambascope", "torch", "triton", "transformers", "accelerate", "mamba-ssm", "causal-conv1d", "mambapy", "numpy",
@@ -31,6 +35,25 @@ def provenance(**more: Any) -> dict[str, Any]:
         "commit": _commit(),
         **more,
     }
+
+
+def digest(*parts: object) -> str:
+    """A short hash of tensors, by their bytes, and of everything else, by what it prints."""
+    made = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            flat = part.detach().cpu().contiguous()
+            made.update(f"{tuple(flat.shape)} {flat.dtype}".encode())
+            made.update(flat.flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            made.update(repr(part).encode())
+        made.update(b"|")
+    return made.hexdigest()[:32]
+
+
+def model_digest(model: Mamba) -> str:
+    """Of a model's configuration and weights."""
+    return digest(model.config, *(x for name, w in sorted(model.state_dict().items()) for x in (name, w)))
 
 
 def _gpu() -> dict[str, str]:

@@ -18,10 +18,11 @@ from tqdm import tqdm
 from minimal_mamba import Edit, Mamba
 from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError
+from minimal_mamba.provenance import digest, model_digest
 
 from ..run import Lengths, Metric, apply_metric
 from .batch import Base, Cell, alone, begin, run_group
-from .store import Saved, digest, edits_digest, model_digest
+from .store import Saved, edits_digest
 
 TOKENS = 4096  # of a group: enough for the machine to be busy, few enough for the cache
 EVEN = 0.8  # the shortest row of a group is at least this much of the longest: the rest is padding

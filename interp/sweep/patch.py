@@ -13,6 +13,7 @@ from kernels_bridge import resolve as resolve_backend
 from minimal_mamba import Add, Address, Edit, Mamba, Set, Zero, at
 from minimal_mamba.address import Span, resolve, selector
 from minimal_mamba.errors import AddressError, EditError, InputError, nearest
+from minimal_mamba.provenance import model_digest
 from minimal_mamba.sites import ADDRESSABLE
 
 from ..ablation import set_where
@@ -20,7 +21,7 @@ from ..run import Lengths, Metric, run
 from .engine import MEMORY, run_cells
 from .grid import Grid, Layers
 from .parts import Part, check
-from .store import function, model_digest, save_grid
+from .store import function, save_grid
 
 Source = str | Callable[[Address], Edit | Iterable[Edit]]
 LayerSpec = int | slice | Sequence[int | slice | Sequence[int]] | None

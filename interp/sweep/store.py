@@ -5,7 +5,6 @@ group-00007.safetensors what one group gave
 grid.json, .safetensors of `patch_grid`: the recipe, the inputs and the numbers
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,30 +19,12 @@ from torch import Tensor
 from minimal_mamba import Edit, Mamba
 from minimal_mamba.errors import CheckpointError, EditError
 from minimal_mamba.files import write_files, write_json
+from minimal_mamba.provenance import digest, model_digest
 
 from ..run import Metric
 from .grid import Grid
 
 VERSION = 1
-
-
-def digest(*parts: object) -> str:
-    """A short hash of tensors, by their bytes, and of everything else, by what it prints."""
-    made = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            flat = part.detach().cpu().contiguous()
-            made.update(f"{tuple(flat.shape)} {flat.dtype}".encode())
-            made.update(flat.flatten().view(torch.uint8).numpy().tobytes())
-        else:
-            made.update(repr(part).encode())
-        made.update(b"|")
-    return made.hexdigest()[:32]
-
-
-def model_digest(model: Mamba) -> str:
-    """Of a model's configuration and weights."""
-    return digest(model.config, *(x for name, w in sorted(model.state_dict().items()) for x in (name, w)))
 
 
 def function(fn: object) -> str:

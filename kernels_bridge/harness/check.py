@@ -13,7 +13,7 @@ from tqdm import tqdm
 from minimal_mamba import Mamba, Set, Zero, at
 from minimal_mamba.errors import InputError
 from minimal_mamba.files import write_json
-from minimal_mamba.provenance import provenance
+from minimal_mamba.provenance import model_digest, provenance
 
 from . import bounds
 from .draw import draw_edits, draw_ids, draw_lengths
@@ -106,7 +106,7 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         feed = _feed(true, ids)
         return rows(lambda one: one.forward(ids, feed=feed, at_positions=positions))
     if case.kind == "model":
-        return rows(lambda one: one.forward(ids, inside=False))
+        return rows(lambda one: one.forward(ids, inside=False, keep=False))
     if case.kind == "edits":
         edits = draw_edits(model.config, case.b, case.l, case.seed)
         found = rows(lambda one: one.forward(ids, edits=edits, at_positions=positions))
@@ -117,7 +117,8 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         return rows(lambda one: one.decode(ids[:, :DECODED]))
     if case.kind == "padding":
         lengths = draw_lengths(case.b, case.l, case.seed)
-        return rows(lambda one: one.forward(ids, lengths=lengths, inside=False))
+        found = rows(lambda one: one.forward(ids, lengths=lengths, inside=False, keep=False))
+        return found + rows(lambda one: one.forward(ids, lengths=lengths, inside=False))
     raise InputError(f"no kind of case {case.kind!r}; there are {', '.join(KINDS)}.")
 
 
@@ -229,7 +230,7 @@ def check(
     lengths = list(lengths or (LENGTHS if model.device.type == "cuda" else SHORT))
     settings = {
         "version": VERSION, "target": target.name, "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type, "config": asdict(model.config), "weights": fingerprint(model),
+        "device": model.device.type, "config": asdict(model.config), "weights": model_digest(model),
         "kinds": kinds, "lengths": lengths, "batch": batch, "seed": seed,
         "float32": precision(),
     }  # fmt: skip
@@ -274,17 +275,6 @@ def exact_products() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
-
-
-def fingerprint(model: Mamba) -> str:
-    """A digest of the weights."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().to("cpu", torch.float64).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _resume(path: Path, settings: dict[str, Any]) -> dict[str, list[Row]]:

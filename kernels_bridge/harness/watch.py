@@ -31,9 +31,13 @@ class Implementation:
 
     def forward(
         self, ids: Tensor, *, lengths: Sequence[int] | None = None, feed: Mapping[int, Tensor] | None = None,
-        edits: Sequence[Edit] = (), inside: bool = True, at_positions: Sequence[int] = (),
+        edits: Sequence[Edit] = (), inside: bool = True, at_positions: Sequence[int] = (), keep: bool = True,
     ) -> Seen:  # fmt: skip
-        """The values of sites, (b, l, ...); with `inside` those of the mixers too, and the state at some positions."""
+        """The values of sites, (b, l, ...).
+
+        With `inside` those of the mixers too, and the state at some positions; with `keep` the states after the last
+        token. A fused block can give neither: without both it is what runs.
+        """
         raise NotImplementedError
 
     def gradients(self, ids: Tensor, edits: Sequence[Edit] = ()) -> Seen:
@@ -61,7 +65,7 @@ class Ours(Implementation):
     def __init__(self, model: Mamba, ops: Ops, name: str | None = None):
         self.model, self.ops, self.name, self.config = model, ops, name or ops.name, model.config
 
-    def forward(self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=()) -> Seen:  # type: ignore[no-untyped-def]
+    def forward(self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=(), keep=True) -> Seen:  # type: ignore[no-untyped-def]
         layers = range(self.config.n_layer)
         fed = [Set(at.resid_pre(layer=i), value) for i, value in (feed or {}).items()]
         sites = WHOLE if inside else ["resid_post", "logits"]
@@ -77,10 +81,10 @@ class Ours(Implementation):
         sizes = torch.full((b,), l) if lengths is None else torch.tensor(list(lengths))
         plan = Plan(self.config, [*fed, *edits], places.values(), torch.zeros(b, dtype=torch.long), sizes)
         with torch.no_grad():
-            out = self.model(ids, lengths=lengths, keep_state=True, tap=plan, ops=self.ops)
+            out = self.model(ids, lengths=lengths, keep_state=keep, tap=plan, ops=self.ops)
         found = plan.results()
         seen = {key: found[address].nan_to_num() for key, address in places.items()}
-        for i in layers:
+        for i in layers if keep else ():
             seen["last ssm_state", i] = out.state.ssm_state[i]
             seen["last conv_state", i] = out.state.conv_state[i]
         return seen
@@ -137,7 +141,7 @@ class Theirs(Implementation):
             more["attention_mask"] = mask.long().to(ids.device)
         return self.module(ids, **more)
 
-    def forward(self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=()) -> Seen:  # type: ignore[no-untyped-def]
+    def forward(self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=(), keep=True) -> Seen:  # type: ignore[no-untyped-def]
         if edits:
             raise InputError(f"{self.name} takes no edits.")
         seen: Seen = {}
