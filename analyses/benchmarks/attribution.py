@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from interp import at, attribution_grid, gradients
-from minimal_mamba import Mamba, MambaConfig
+from minimal_mamba import Mamba
 
-from .cpu import SIZES, lively
+from .cpu import make
 
 TARGET = 4.0
 SITES = ("ssm_state", "state_write", "state_read", "decay", "recurrent_state", "resid_post")
@@ -27,8 +27,7 @@ def measure(size: str = "S", batch: int = 8, length: int = 256, rounds: int = 7)
     Returns:
         "seconds" and "ratio": of each name the median over rounds; "range": least and most ratio of one round.
     """
-    d_model, n_layer = SIZES[size]
-    model = lively(MambaConfig(d_model=d_model, n_layer=n_layer, vocab_size=512), seed=0)
+    model = make(size)
     ids, donor = torch.randint(0, 512, (2, batch, length), generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,241 +1,366 @@
-"""Forward and training step on the CPU, beside HF's slow path and mambapy.
+"""Work on the CPU, ours beside the peers', in one process and on the same weights.
 
-One process, one state dict under which the scan carries the logits, rounds interleaved so that the machine's drift hits
-all alike. Before any time is taken, each implementation is held against the readable model in float64, and so are three
-faulty ones, which must not agree.
+The weights are such that the scan carries the logits. Rounds are interleaved, so that the machine's drift hits all
+alike. Before any time is taken, every implementation is held against the readable model in float64, and so are three
+faulty ones, which must not agree. A peer that does not agree (hooks that did not fire, say) is named and not timed; one
+of ours that does not, or a fault that does, stops everything.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from kernels_bridge import resolve
-from minimal_mamba import Mamba, MambaConfig, Ops
-from minimal_mamba.provenance import provenance
+from interp import logit_diff
+from kernels_bridge.lively import lively as lively_
+from minimal_mamba import Mamba, MambaConfig
 
-SIZES = {"S": (128, 4), "M": (768, 6)}  # name -> (d_model, n_layer)
-# The backward of a loop that slices (b, l, e, n) position by position costs O(l^2): minutes a step at length 256.
-SQUARE = {"HF transformers", "mambapy sequential"}
-WORK = {  # name -> (size, batch, length, train)
-    "forward S, batch 8, length 256": ("S", 8, 256, False),
-    "training step S, batch 16, length 256": ("S", 16, 256, True),
-    "forward S, batch 8, length 64": ("S", 8, 64, False),
-    "training step S, batch 16, length 64": ("S", 16, 64, True),
-    "forward M, batch 8, length 256": ("M", 8, 256, False),
+from . import peers as implementations
+from .floor import floor
+from .peers import KINDS, RESID, STATE, Ours, Peer
+from .sweeps import Cell
+
+SIZES = {"S": (128, 4, 512), "M": (768, 6, 512), "tiny": (16, 2, 32)}  # name -> (d_model, n_layer, vocab_size)
+AGREE = 2e-5  # relative error in norm, float32 against float64
+DIFFER = 0.05  # what a fault must reach
+LEAST, MOST = 3, 15  # rounds
+SLOW = 1.7  # a peer of so many times the fastest one's time, in the first round, is timed no more where rounds are dear
+CELLS = 4  # of a sweep, that a peer computes a round
+
+# The backward of a loop that slices (b, l, e, n) position by position costs O(l^2) traffic.
+SQUARE = {"HF transformers", "mambapy sequential", "MambaLens", "TransformerLens"}
+LABELS = {"forward": "forward", "train": "training step", "states": "all states captured", "decode": "decoding",
+          STATE: "state sweep", RESID: "residual sweep"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of work; `seconds` is about what its rounds may take in each environment."""
+
+    kind: str
+    size: str
+    batch: int
+    length: int
+    seconds: float = 30.0
+    threads: int = 1  # 0: all
+    new: int = 0  # tokens that are decoded
+
+    @property
+    def name(self) -> str:
+        """As it is shown: "forward S, batch 8, length 64"."""
+        shape = f"{self.length} + {self.new} tokens" if self.new else f"batch {self.batch}, length {self.length}"
+        return f"{LABELS[self.kind]} {self.size}, {shape}" + ("" if self.threads else ", all threads")
+
+    @property
+    def slug(self) -> str:
+        """As a file is called."""
+        return self.name.replace(", ", " ").replace(" + ", " ").replace(" ", "-").lower()
+
+    def left_out(self) -> dict[str, str]:
+        """Peers that would take minutes."""
+        if self.kind == "train" and self.length > 64:
+            return dict.fromkeys(SQUARE, "its backward costs O(l^2), minutes a step")
+        if self.kind == "train" and self.size == "M":
+            return dict.fromkeys(SQUARE - {"TransformerLens"}, "its backward costs O(l^2), half a minute a step")
+        return {}
+
+
+PIECES = {
+    p.name: p
+    for p in (
+        Piece("forward", "S", 8, 256, 40),
+        Piece("forward", "S", 8, 64, 10),
+        Piece("forward", "S", 8, 1024, 60),
+        Piece("forward", "M", 8, 256, 60),
+        Piece("forward", "M", 8, 64, 30),
+        Piece("train", "S", 16, 256, 50),
+        Piece("train", "S", 16, 64, 30),
+        Piece("train", "M", 16, 64, 60),
+        Piece("states", "S", 8, 128, 20),
+        Piece(STATE, "S", 16, 64, 45),
+        Piece(RESID, "S", 16, 64, 45),
+        Piece("decode", "S", 1, 64, 8, new=64),
+        Piece("decode", "M", 1, 64, 30, new=64),
+        Piece("forward", "S", 8, 256, 20, threads=0),
+        Piece("forward", "M", 8, 256, 45, threads=0),
+        Piece("train", "S", 16, 256, 30, threads=0),
+    )
 }
-USUAL = list(WORK)[:4]  # what is measured without --all
-AGREE = 1e-5  # relative error in norm, float32 against float64
-
-Forward = Callable[[Tensor], Tensor]
-
-
-def lively(config: MambaConfig, seed: int) -> Mamba:
-    """A model whose scan carries the logits: at mamba-ssm's initialisation the layers hardly move the stream.
-
-    Embedding rows have size 1 per channel, and the projections are scaled so that each layer adds about as much again.
-    """
-    torch.manual_seed(seed)
-    model = Mamba(config)
-    with torch.no_grad():
-        nn.init.normal_(model.backbone.embedding.weight, std=1.0)
-        model.lm_head.weight.div_(config.d_model**0.5) if not config.tie_embeddings else None
-        for layer in model.backbone.layers:
-            m = layer.mixer
-            for linear, gain in ((m.in_proj, 2.0), (m.x_proj, 4.0), (m.out_proj, 4.0)):
-                nn.init.normal_(linear.weight, std=gain / linear.in_features**0.5)
-            nn.init.uniform_(m.D, -0.05, 0.05)  # the skip past the state is kept small
-    return model
+NOT_TIMED = {
+    "forward M, batch 8, length 1024": "20 seconds a peer and call",
+    "training step M, batch 16, length 256": "a minute a peer and step",
+}
 
 
-class Mambapy(nn.Module):
-    """mambapy's layers between our embedding, norm and head: its language model needs mamba_ssm to import."""
-
-    def __init__(self, model: Mamba, pscan: bool):
-        super().__init__()
-        from mambapy.mamba import Mamba as Layers
-        from mambapy.mamba import MambaConfig as Config
-
-        c = model.config
-        config = Config(d_model=c.d_model, n_layers=c.n_layer, d_state=c.d_state, expand_factor=int(c.expand),
-                        d_conv=c.d_conv, pscan=pscan, rms_norm_eps=c.norm_eps)  # fmt: skip
-        self.embedding = nn.Embedding(c.padded_vocab, c.d_model)
-        self.layers = Layers(config)
-        self.norm_f = nn.RMSNorm(c.d_model, c.norm_eps)
-        self.lm_head = nn.Linear(c.d_model, c.padded_vocab, bias=False)
-        self.layers.load_state_dict(
-            {k[len("backbone.") :]: v for k, v in model.state_dict().items() if ".layers." in k}
-        )
-        self.embedding.load_state_dict(model.backbone.embedding.state_dict())
-        self.norm_f.load_state_dict(model.backbone.norm_f.state_dict())
-        self.lm_head.load_state_dict(model.lm_head.state_dict())
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.lm_head(self.norm_f(self.layers(self.embedding(ids))))
+def make(size: str, seed: int = 0) -> Mamba:
+    """A model of one of the sizes, under whose weights the scan carries the logits."""
+    d_model, n_layer, vocab = SIZES[size]
+    return lively_(Mamba(MambaConfig(d_model, n_layer, vocab_size=vocab)), seed)
 
 
-def peers(model: Mamba) -> dict[str, tuple[nn.Module, Forward]]:
-    """name -> (module, ids -> logits), ours first; what cannot be imported is left out."""
-    ops = resolve("torch")
-    made: dict[str, tuple[nn.Module, Forward]] = {"mambascope torch": (model, lambda ids: model(ids, ops=ops).logits)}
-    try:
-        from transformers import MambaConfig as HFConfig
-        from transformers import MambaForCausalLM
-
-        hf = MambaForCausalLM(HFConfig(**_hf_fields(model)))
-        rename = {k.replace("backbone.embedding.", "backbone.embeddings."): v for k, v in model.state_dict().items()}
-        hf.load_state_dict(rename)
-        made["HF transformers"] = (hf, lambda ids: hf(ids, use_cache=False).logits)
-    except ImportError:
-        pass
-    try:
-        for name, pscan in (("mambapy sequential", False), ("mambapy pscan", True)):
-            other = Mambapy(model, pscan)
-            made[name] = (other, other)
-        hf_pscan = MambaForCausalLM(HFConfig(**_hf_fields(model), use_mambapy=True))
-        hf_pscan.load_state_dict(rename)
-        made["HF use_mambapy"] = (hf_pscan, lambda ids: hf_pscan(ids, use_cache=False).logits)
-    except ImportError:
-        pass
-    return made
-
-
-def _hf_fields(model: Mamba) -> dict[str, Any]:
-    return {k: v for k, v in model.config.to_hf().items() if k != "model_type"}
-
-
-def faults(model: Mamba) -> dict[str, Forward]:
-    """Three wrong models, which a check worth its name must refuse."""
-    ops = resolve("torch")
-
-    def no_scan(
-        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Any
-    ) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(dt), h
-
-    def forgetful(
-        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Any
-    ) -> tuple[Tensor, Tensor]:
-        return torch.einsum("ble,bln,bln->ble", dt * u, B, C), h
-
-    def swapped(
-        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Any
-    ) -> tuple[Tensor, Tensor]:
-        return ops.scan(u, dt, A, C, B, h, tap=tap)
-
-    scans = {"scan zeroed": no_scan, "no recurrence": forgetful, "B and C swapped": swapped}
-
-    def under(faulty: Ops) -> Forward:
-        return lambda ids: model(ids, ops=faulty).logits
-
-    return {name: under(Ops(name, ops.conv, scan)) for name, scan in scans.items()}
-
-
-def check(model: Mamba, ids: Tensor) -> dict[str, float]:
-    """Relative error of each implementation, and of each fault, against the readable model in float64.
-
-    Raises:
-        RuntimeError: an implementation that does not agree, or a fault that does: then no time means anything.
-    """
+def double(model: Mamba) -> Mamba:
+    """The same model in float64."""
     twin = Mamba(model.config).double()
     twin.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        truth = twin(ids).logits
-        errors = {n: float((f(ids).double() - truth).norm() / truth.norm()) for n, (_, f) in peers(model).items()}
-        wrong = {n: float((f(ids).double() - truth).norm() / truth.norm()) for n, f in faults(model).items()}
-    bad = [n for n, e in errors.items() if not e < AGREE] + [n for n, e in wrong.items() if not e > 0.1]
-    if bad:
-        raise RuntimeError(f"the check against float64 fails for {', '.join(bad)}: {errors | wrong}")
-    return errors | wrong
+    return twin
 
 
-def measure(name: str, rounds: int, seed: int = 0) -> dict[str, Any]:
-    """Times of one piece of work: median, least and most seconds of each implementation, and ratios to ours."""
-    size, b, l, train = WORK[name]
-    d_model, n_layer = SIZES[size]
-    model = lively(MambaConfig(d_model, n_layer, vocab_size=512), seed)
-    ids = torch.randint(0, 512, (rounds + 1, b, l + 1), generator=torch.Generator().manual_seed(seed))
-    agreement = check(model, ids[0, :2, : min(l, 64)])
-    left_out = SQUARE if train and l > 64 else set()
-    made = {n: peer for n, peer in peers(model).items() if n not in left_out}
-    steps = {n: _training(m, f) if train else _forward(f) for n, (m, f) in made.items()}
-    times: dict[str, list[float]] = {n: [] for n in steps}
-    for r in tqdm(range(rounds + 1), desc=name):
-        order = list(steps.items())
-        for n, step in order[r % len(order) :] + order[: r % len(order)]:
-            begin = time.perf_counter()
-            step(ids[r])
-            if r:  # the first round warms up
-                times[n].append(time.perf_counter() - begin)
-    median = {n: statistics.median(t) for n, t in times.items()}
-    ours = next(iter(median))
-    fastest = min((n for n in median if n != ours), key=median.__getitem__, default=None)
-    return {
-        "work": name,
-        "seconds": {n: {"median": median[n], "min": min(t), "max": max(t)} for n, t in times.items()},
-        "ratio_to_ours": {n: median[n] / median[ours] for n in median if n != ours},
-        "fastest_peer": fastest,
-        "speedup": median[fastest] / median[ours] if fastest else None,
-        "error_against_float64": agreement,
-        "rounds": rounds,
-        "left_out": sorted(left_out),
-    }
+@torch.no_grad()
+def faults(model: Mamba) -> dict[str, Peer]:
+    """Three wrong models, which a check worth its name must refuse: nothing read from the state, no memory, B for C."""
+    r, n = model.config.rank, model.config.d_state
+    wrong = {name: copy.deepcopy(model) for name in ("scan zeroed", "no recurrence", "B and C swapped")}
+    for layer in wrong["scan zeroed"].backbone.layers:
+        layer.mixer.x_proj.weight[r + n :] = 0.0
+    for layer in wrong["no recurrence"].backbone.layers:
+        layer.mixer.A_log.fill_(12.0)  # exp(dt A) = 0
+    for layer in wrong["B and C swapped"].backbone.layers:
+        layer.mixer.x_proj.weight[r:] = layer.mixer.x_proj.weight[r:].roll(n, 0)
+    return {name: Ours(made, "torch") for name, made in wrong.items()}
 
 
-def _forward(f: Forward) -> Callable[[Tensor], None]:
-    def step(ids: Tensor) -> None:
+def off(found: Tensor, truth: Tensor) -> float:
+    """Relative error in norm; not a number of another shape."""
+    if found.shape != truth.shape:
+        return float("inf")
+    return float((found.double() - truth.double()).norm() / truth.double().norm())
+
+
+class Work:
+    """A piece of work on one model: what it gives on few tokens, to be checked, and its step, to be timed."""
+
+    def __init__(self, piece: Piece, seed: int = 0):
+        self.piece, self.seed = piece, seed
+        self.model = make(piece.size, seed)
+        self.vocab = self.model.config.vocab_size
+        self.rng = torch.Generator().manual_seed(seed)
+        self.few = self.draw(2, min(piece.length, 64 if piece.kind == "forward" else 24))
+
+    def draw(self, batch: int, length: int) -> Tensor:
+        """(batch, length) token ids."""
+        return torch.randint(0, self.vocab, (batch, length), generator=self.rng)
+
+    def metric(self, logits: Tensor) -> Tensor:
+        """What a sweep shows, (b,)."""
+        return logit_diff(logits, 3, 5)
+
+    def sites(self, model: Mamba, ids: Tensor) -> dict[int, Tensor]:
+        """The swept site of every layer, (b, l, ...)."""
+        from interp import at, run
+
+        where = getattr(at, self.piece.kind)(layer=slice(None), pos=slice(None))
+        return dict(enumerate(run(model, ids, record=where)[where]))
+
+    def result(self, peer: Peer) -> Tensor:
+        """What an implementation gives on few tokens."""
+        kind, ids = self.piece.kind, self.few
+        if kind == "train":
+            peer.module.train()
+            weight = next(p for p in peer.module.parameters() if p.shape == self.shape and torch.equal(p, self.first))
+            (grad,) = torch.autograd.grad(loss(peer, ids), weight)
+            peer.module.eval()
+            return grad
         with torch.no_grad():
-            f(ids[:, :-1])
+            if kind == "states":
+                return torch.stack(peer.states(ids))
+            if kind == "decode":
+                return peer.forward(peer.decode(ids, 8))  # one token that differs changes all that follows
+            if kind in (STATE, RESID):
+                donor, clean = self.sites(self.model, self.others), self.sites(self.model, self.few)
+                cell = peer.cell(kind, ids, donor, clean)
+                return torch.stack([cell(*place) for place in self.places])
+            return peer.forward(ids)
 
-    return step
+    def truth(self) -> tuple[Tensor, Tensor | None]:
+        """The readable model's result in float64, and what hooks that do not fire would give."""
+        kind, twin = self.piece.kind, double(self.model)
+        self.shape, self.first = twin.backbone.embedding.weight.shape, self.model.backbone.embedding.weight.detach()
+        l = self.few.shape[1]
+        self.others = torch.flip(self.few, (0, 1))
+        self.places = [(i, t) for i in range(self.model.config.n_layer) for t in (0, l // 2, l - 1)]
+        exact = Ours(twin, "reference")
+        if kind in (STATE, RESID):
+            with torch.no_grad():
+                donor, clean = self.sites(twin, self.others), self.sites(twin, self.few)
+                cell = exact.cell(kind, self.few, donor, clean)
+                dead = exact.forward(self.few)[:, -1].expand(len(self.places), -1, -1)
+                return torch.stack([cell(*place) for place in self.places]), dead
+        if kind == "train":
+            self.first = self.first.double()
+            found = self.result(exact)
+            self.first = self.model.backbone.embedding.weight.detach()
+            return found, None
+        return self.result(exact), None
+
+    @torch.no_grad()
+    def check_grid(self, ours: Ours) -> None:
+        """What is timed of ours is a whole sweep: it must be that of one run a cell."""
+        grid = ours.grid(self.piece.kind, self.few, self.others, self.metric)
+        shown = torch.stack([self.metric(logits[:, None]) for logits in self.result(ours)])
+        if not off(torch.stack([grid[place] for place in self.places]), shown) < AGREE:
+            raise RuntimeError(f"{ours.backend}: the grid is not that of one run a cell")
+
+    def check(self, made: dict[str, Peer]) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+        """Errors of the implementations, of the faults, and the peers that are refused, with why.
+
+        Raises:
+            RuntimeError: one of ours does not agree, or a fault does: then no time means anything.
+        """
+        truth, dead = self.truth()
+        errors: dict[str, float] = {}
+        refused: dict[str, str] = {}
+        for name, peer in made.items():
+            try:
+                errors[name] = off(self.result(peer), truth)
+                if dead is not None and isinstance(peer, Ours):
+                    self.check_grid(peer)
+            except Exception as e:
+                if peer.ours:
+                    raise
+                refused[name] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+                continue
+            if not errors[name] < AGREE and not peer.ours:
+                refused[name] = f"does not agree with float64: relative error {errors[name]:.1e}"
+        wrong = {name: off(self.result(peer), truth) for name, peer in faults(self.model).items()}
+        if dead is not None:
+            wrong["no edit"] = off(dead, truth)
+        bad = [n for n, e in errors.items() if made[n].ours and not e < AGREE]
+        bad += [n for n, e in wrong.items() if not e > DIFFER]
+        if bad:
+            raise RuntimeError(f"the check against float64 fails for {', '.join(bad)}: {errors | wrong}")
+        return errors, wrong, refused
+
+    def step(self, peer: Peer) -> tuple[Callable[[Tensor], object], float]:
+        """What is timed, given (batch, length + 1) ids, and which part of the work it is."""
+        p = self.piece
+        if p.kind == "train":
+            optimizer = torch.optim.AdamW(peer.module.train().parameters(), lr=1e-5)
+
+            def train(ids: Tensor) -> None:
+                optimizer.zero_grad()
+                loss(peer, ids).backward()
+                optimizer.step()
+
+            return train, 1.0
+        if p.kind in (STATE, RESID):
+            return self._sweep(peer)
+        does: dict[str, Callable[[Tensor], object]] = {
+            "forward": lambda ids: peer.forward(ids[:, :-1]),
+            "states": lambda ids: peer.states(ids[:, :-1]),
+            "decode": lambda ids: peer.decode(ids[:, :-1], p.new),
+        }
+        return torch.no_grad()(does[p.kind]), 1.0
+
+    def _sweep(self, peer: Peer) -> tuple[Callable[[Tensor], object], float]:
+        p, n = self.piece, self.model.config.n_layer
+        base, donor_ids = (torch.randint(0, self.vocab, (p.batch, p.length), generator=_rng(9 + i)) for i in range(2))
+        if isinstance(peer, Ours):
+            ours = peer
+            return torch.no_grad()(lambda ids: ours.grid(p.kind, base, donor_ids, self.metric)), 1.0
+        if not hasattr(self, "donor"):
+            self.donor, self.clean = (self.sites(self.model, ids) for ids in (donor_ids, base))
+        cell: Cell = peer.cell(p.kind, base, self.donor, self.clean)
+        rng = _rng(1)
+
+        def cells(ids: Tensor) -> None:
+            for place in torch.randint(0, n * p.length, (CELLS,), generator=rng).tolist():
+                self.metric(cell(*divmod(place, p.length))[:, None])
+
+        return torch.no_grad()(cells), CELLS / (n * p.length)
 
 
-def _training(module: nn.Module, f: Forward) -> Callable[[Tensor], None]:
-    optimizer = torch.optim.AdamW(module.train().parameters(), lr=1e-5)
-
-    def step(ids: Tensor) -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(f(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
-        optimizer.step()
-
-    return step
+def _rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """The results as lines of text: ratio of each peer's median to ours."""
-    lines = []
-    for r in results:
-        lines.append(f"\n{r['work']}  ({r['rounds']} rounds, one thread each)")
-        for n, t in r["seconds"].items():
-            ratio = r["ratio_to_ours"].get(n, 1.0)
-            error = r["error_against_float64"][n]
-            lines.append(
-                f"  {n:20} {t['median'] * 1e3:9.1f} ms  [{t['min'] * 1e3:.1f} .. {t['max'] * 1e3:.1f}]  "
-                f"{ratio:5.2f}x  error {error:.1e}"
-            )
-        if r["left_out"]:
-            lines.append(f"  left out: {', '.join(r['left_out'])} (a backward that costs O(l^2), minutes a step)")
-    return "\n".join(lines)
+def loss(peer: Peer, ids: Tensor) -> Tensor:
+    """Next-token cross-entropy of (b, l + 1) ids."""
+    return F.cross_entropy(peer.forward(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
-    """The README's table: how many times longer than ours each peer takes."""
-    peers = list(dict.fromkeys(n for r in results for n in r["ratio_to_ours"]))
-    lines = ["| | ours | " + " | ".join(peers) + " |", "|---|---|" + "---|" * len(peers)]
-    for r in results:
-        ours = r["seconds"]["mambascope torch"]["median"]
-        shown = [f"{r['ratio_to_ours'][n]:.1f}x" if n in r["ratio_to_ours"] else "-" for n in peers]
-        lines.append(f"| {r['work']} | {ours * 1e3:.0f} ms | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+def rounds(
+    steps: dict[str, tuple[Callable[[Tensor], object], float]], ids: Callable[[], Tensor], seconds: float, name: str,
+    ours: set[str],
+) -> dict[str, list[float]]:  # fmt: skip
+    """Times of a whole work by each step, in interleaved rounds; the first warms up and says how many fit."""
+    times: dict[str, list[float]] = {n: [] for n in steps}
+    first: dict[str, float] = {}
+    left, total = list(steps), LEAST + 1
+    bar, r = tqdm(total=total, desc=name), 0
+    while r < total:
+        given = ids()
+        for n in left[r % len(left) :] + left[: r % len(left)]:
+            do, share = steps[n]
+            begin = time.perf_counter()
+            do(given)
+            took = (time.perf_counter() - begin) / share
+            if r:
+                times[n].append(took)
+            else:
+                first[n] = took
+        if r == 0:
+            spent = {n: first[n] * steps[n][1] for n in left}
+            dear = sum(spent.values()) * LEAST > seconds
+            fastest = min((first[n] for n in left if n not in ours), default=0.0)
+            slow = [n for n in left if dear and n not in ours and first[n] > SLOW * fastest]
+            for n in slow:
+                times[n] = [first[n]]
+            left = [n for n in left if n not in slow]
+            total = 1 + max(LEAST, min(MOST, int(seconds / sum(spent[n] for n in left))))
+            bar.total = total
+        r += 1
+        bar.update()
+    bar.close()
+    return times
 
 
-def run(rounds: int, everything: bool, seed: int = 0) -> dict[str, Any]:
-    """All the work on one thread, with provenance."""
-    torch.set_num_threads(1)
-    results = [measure(name, rounds, seed) for name in (WORK if everything else USUAL)]
-    return {"results": results, "provenance": provenance(seed=seed, threads=1, dtype="float32")}
+def spread(times: list[float]) -> dict[str, float]:
+    """Median, quartiles and least of some seconds, and how many there are."""
+    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return {"median": median, "q1": q1, "q3": q3, "min": min(times), "rounds": len(times)}
+
+
+def measure(piece: Piece, only: tuple[str, ...] = tuple(KINDS), *, seconds: float | None = None) -> dict[str, Any]:
+    """The times of one piece of work, after the check; torch's threads are as they are.
+
+    Args:
+        only: the peers that are tried.
+    Returns:
+        "seconds" of each implementation, "ratio" of the fastest peer's median to ours, "floor", errors, controls, and
+        who was left out or refused, with why.
+    """
+    work, dear = Work(piece), piece.left_out()
+    made, left = implementations.peers(work.model, piece.kind, tuple(n for n in only if n not in dear))
+    left |= {n: why for n, why in dear.items() if n in only}
+    errors, wrong, refused = work.check(made)
+    shown = [f"{n} {e:.0e}" for n, e in errors.items()] + [f"({n} {e:.2f})" for n, e in wrong.items()]
+    tqdm.write(f"{piece.name}: error against float64 " + ", ".join(shown))
+    for n, why in (left | refused).items():
+        tqdm.write(f"  not timed: {n}: {why}")
+    made = {n: peer for n, peer in made.items() if n not in refused}
+    bound = floor(piece.kind, work.model.config, piece.batch, piece.length, piece.new)
+    steps = {n: work.step(peer) for n, peer in made.items()}
+    ours = {n for n, peer in made.items() if peer.ours}
+    limit = piece.seconds if seconds is None else seconds
+    times = rounds(steps, lambda: work.draw(piece.batch, piece.length + 1), limit, piece.name, ours)
+    stats = {n: spread(t) for n, t in times.items()}
+    fastest = min((n for n in stats if n not in ours), key=lambda n: stats[n]["median"], default=None)
+    return {
+        "work": piece.name,
+        "threads": torch.get_num_threads(),
+        "seconds": stats,
+        "fastest_peer": fastest,
+        "ratio": {n: stats[fastest]["median"] / stats[n]["median"] for n in sorted(ours)} if fastest else {},
+        "floor": bound,
+        "error_against_float64": errors,
+        "controls": wrong,
+        "left_out": left,
+        "refused": refused,
+    }
