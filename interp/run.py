@@ -80,7 +80,8 @@ def run(
         record: an address, or several, to keep; values are those after edits. On a padded batch the cells of a slice
             that a row lacks are NaN. A slice that starts with a negative number has a column for each offset from the
             rows' own ends; any other is aligned from its start.
-        backend: "reference", "torch", "fused", or "auto", the fastest available here; `Run.backend` says which.
+        backend: "reference", "torch", "compiled", "fused", or "auto", the fastest available here; `Run.backend` says
+            which.
         state: a memory to go on from; positions then count on from where it stood.
         keep_state: keep the memory after the last token.
         lengths: (b,) real tokens in each row of a right-padded batch; negative positions count from a row's own end.

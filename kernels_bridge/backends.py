@@ -12,6 +12,7 @@ import torch
 from minimal_mamba.errors import BackendUnavailable, nearest
 from minimal_mamba.scan import READABLE, Ops
 
+from .compiled import COMPILED
 from .fused import FUSED
 from .torch_ops import TORCH
 
@@ -58,7 +59,7 @@ def _at_least(package: str, oldest: str) -> Callable[[torch.device], bool]:
     return here
 
 
-def _compiled(module: str) -> Callable[[torch.device], bool]:
+def _extension(module: str) -> Callable[[torch.device], bool]:
     """Whether an extension module is there as a file: one that something else put into `sys.modules` is none."""
 
     def here(device: torch.device) -> bool:
@@ -75,9 +76,14 @@ _FUSED_NEEDS = (
     Need("a model on a CUDA device", lambda device: device.type == "cuda", "move the model with model.to('cuda')"),
     # older ones do not import beside transformers 5
     Need("the package mamba-ssm, 2.3.1 or newer", _at_least("mamba-ssm", "2.3.1"), _INSTALL),
-    Need("its extension selective_scan_cuda", _compiled("selective_scan_cuda"), _BUILT),
+    Need("its extension selective_scan_cuda", _extension("selective_scan_cuda"), _BUILT),
     Need("the package causal-conv1d, 1.5.3 or newer", _at_least("causal-conv1d", "1.5.3"), _INSTALL),
-    Need("its extension causal_conv1d_cuda", _compiled("causal_conv1d_cuda"), _BUILT),
+    Need("its extension causal_conv1d_cuda", _extension("causal_conv1d_cuda"), _BUILT),
+)
+
+_COMPILED_NEEDS = (
+    Need("a model on the CPU", lambda device: device.type == "cpu", "move the model with model.to('cpu')"),
+    Need("the package numba, 0.60 or newer", _at_least("numba", "0.60"), "pip install 'mambascope[fast]'"),
 )
 
 BACKENDS: dict[str, Backend] = {
@@ -85,6 +91,7 @@ BACKENDS: dict[str, Backend] = {
     for b in (
         Backend("reference", "the readable model, one step a line", (), READABLE),
         Backend("torch", "plain PyTorch in blocks that fit the cache; any device", (), TORCH),
+        Backend("compiled", "loops that numba compiles for this CPU", _COMPILED_NEEDS, COMPILED),
         Backend("fused", "mamba-ssm's and causal-conv1d's CUDA kernels", _FUSED_NEEDS, FUSED),
     )
 }
@@ -93,12 +100,15 @@ BACKENDS: dict[str, Backend] = {
 def resolve(name: str = "auto", device: torch.device | str = "cpu") -> Ops:
     """The operations of a backend; "auto" is the fastest that is available on this device.
 
+    On the CPU that is `compiled` where numba is installed, else `torch`: the same to the last digits, all held to the
+    same check against float64. `Run.backend` says which it was; name one where results must repeat to the bit.
+
     Raises:
         BackendUnavailable: an unknown name, or a backend that lacks something here; the text says what, and what to do.
     """
     device = torch.device(device)
     if name == "auto":
-        name = next(b for b in ("fused", "torch") if not BACKENDS[b].missing(device))
+        name = next(b for b in ("fused", "compiled", "torch") if not BACKENDS[b].missing(device))
     if name not in BACKENDS:
         raise BackendUnavailable(
             f"no backend {name!r}.{nearest(name, BACKENDS)} There are auto, {', '.join(BACKENDS)}."
@@ -123,7 +133,7 @@ def table(device: torch.device | str = "cpu") -> str:
         lines.append(f"{b.name:10} {b.meaning:55} {state}")
         for need in missing:
             remedies.setdefault(need.remedy, []).append(need.name)
-    packages = ("torch", "triton", "mamba-ssm", "causal-conv1d", "transformers")
+    packages = ("torch", "numba", "triton", "mamba-ssm", "causal-conv1d", "transformers")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else str(device)
     lines += ["", f"on {name}, with " + ", ".join(f"{p} {installed(p) or '(none)'}" for p in packages)]
     lines += [f"for {' and '.join(names)}: {remedy}" for remedy, names in remedies.items()]

@@ -1,6 +1,6 @@
 """The `torch` backend: fast stretches where nothing is touched, the readable step where an edit is (law 4)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -26,9 +26,10 @@ def stretches(length: int, touched: list[int]) -> Iterator[tuple[int, int, bool]
 
 
 def selective_scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *, tap: Tap = NO_TAP
-) -> tuple[Tensor, Tensor]:
-    """`minimal_mamba.scan.selective_scan`, with `torch_scan.scan` between the positions that edits touch."""
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *,
+    tap: Tap = NO_TAP, scan: Callable[..., tuple[Tensor, Tensor, Tensor]] = scan,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`minimal_mamba.scan.selective_scan`, with `torch_scan.scan` or its like between the touched positions."""
     l = u.shape[1]
     ys = []
     recorded = {site: tap.recorded(site) for site in ("decay", "state_write", "ssm_state", "state_read")}
@@ -66,10 +67,21 @@ def selective_scan(
     return (ys[0] if len(ys) == 1 else torch.cat(ys, 1)), h  # (b, l, e)
 
 
+def taps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y_t = bias + sum_i weight[:, i] x_{t+i}, k shifted products; x (b, k - 1 + l, e), weight (e, k) to (b, l, e)."""
+    k = weight.shape[1]
+    m = x.shape[1] - k + 1
+    y = x[:, :m] * weight[:, 0] if bias is None else torch.addcmul(bias, x[:, :m], weight[:, 0])
+    for i in range(1, k):
+        y = torch.addcmul(y, x[:, i : i + m], weight[:, i])
+    return y
+
+
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, *, mask: Tensor | None = None, tap: Tap = NO_TAP
-) -> tuple[Tensor, Tensor]:
-    """`minimal_mamba.scan.causal_conv`, as k shifted products between the positions that edits touch."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, *, mask: Tensor | None = None,
+    tap: Tap = NO_TAP, taps: Callable[[Tensor, Tensor, Tensor | None], Tensor] = taps,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`minimal_mamba.scan.causal_conv`, by `taps` or its like between the positions that edits touch."""
     (b, l, _), k = x.shape, weight.shape[1]
     out = []
     recorded = tap.recorded("conv_state")
@@ -81,17 +93,15 @@ def conv(
             y, window = causal_conv(x[:, s], weight, bias, window, mask=part, tap=step)
             out.append(y)
             continue
-        inputs = torch.cat([window.transpose(1, 2), x[:, s]], 1)  # (b, k + stretch, e)
-        windows = inputs.unfold(1, k, 1)[:, 1:]  # (b, stretch, e, k), a view
-        long, taps, m = inputs.to(wide(x.dtype)), weight.to(wide(x.dtype)), stop - first  # rounded once, at the end
-        y = long[:, 1 : 1 + m] * taps[:, 0] if bias is None else torch.addcmul(bias, long[:, 1 : 1 + m], taps[:, 0])
-        for i in range(1, k):
-            y = torch.addcmul(y, long[:, 1 + i : 1 + i + m], taps[:, i])
+        inputs = torch.cat([window[:, :, 1:].transpose(1, 2), x[:, s]], 1)  # (b, k - 1 + stretch, e)
+        windows = inputs.unfold(1, k, 1)  # (b, stretch, e, k), a view
+        w, m = weight.to(wide(x.dtype)), stop - first
+        y = taps(inputs.to(w.dtype), w, bias)  # rounded once, at the end
         tokens = torch.full((b,), m, device=x.device) if part is None else part.sum(1)  # padding comes last
         probed = tap.probed(range(first, stop), "conv_state")
         after = None
         if probed is not None:
-            later, after = _added([t - first for t in probed[0]], probed[1], taps, tokens, m)
+            later, after = _added([t - first for t in probed[0]], probed[1], w, tokens, m)
             y = y + later
         out.append(y.to(x.dtype))
         if at := [t for t in recorded if first <= t < stop]:

@@ -104,7 +104,7 @@ class MambaTrainer(Trainer):
     Args:
         model: the model, or a `Learner` of it with a loss of its own.
         args: TrainingArguments. Everything else is passed on, such as train_dataset, callbacks.
-        backend: "auto", "torch", "fused" or "reference", on the device that `args` names.
+        backend: "auto", "torch", "compiled", "fused" or "reference", on the device that `args` names.
     Raises:
         BackendUnavailable: the backend cannot run there.
     """

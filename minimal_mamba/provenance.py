@@ -15,7 +15,7 @@ from .model import Mamba
 
 PACKAGES = (
     "mambascope", "torch", "triton", "transformers", "accelerate", "mamba-ssm", "causal-conv1d", "mambapy", "numpy",
-    "einops",
+    "numba", "einops",
 )  # fmt: skip
 
 

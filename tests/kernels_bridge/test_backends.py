@@ -19,10 +19,11 @@ from minimal_mamba.errors import BackendUnavailable
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[1, 2, 3]])
+AUTO = "torch" if BACKENDS["compiled"].missing(torch.device("cpu")) else "compiled"
 
 
 def test_the_table_names_what_is_promised() -> None:
-    assert list(BACKENDS) == ["reference", "torch", "fused"]
+    assert list(BACKENDS) == ["reference", "torch", "compiled", "fused"]
     assert all(name == backend.name for name, backend in BACKENDS.items())
     assert all(b.ops.name == b.name for b in BACKENDS.values())
     assert not BACKENDS["reference"].needs and not BACKENDS["torch"].needs
@@ -30,12 +31,12 @@ def test_the_table_names_what_is_promised() -> None:
 
 def test_names_resolve() -> None:
     assert resolve("reference") is READABLE and resolve("torch") is TORCH
-    assert resolve() is resolve("auto", "cpu") is resolve("auto", torch.device("cpu")) is TORCH
+    assert resolve() is resolve("auto", "cpu") is resolve("auto", torch.device("cpu")) is BACKENDS[AUTO].ops
 
 
 @pytest.mark.parametrize("name", ["auto", "torch", "reference"])
 def test_a_run_says_which_backend_ran(name: str) -> None:
-    assert run(tiny(), IDS, backend=name).backend == ("torch" if name == "auto" else name)
+    assert run(tiny(), IDS, backend=name).backend == (AUTO if name == "auto" else name)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,9 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, near: str | None
     with pytest.raises(BackendUnavailable) as caught:
         resolve(name)
     text = str(caught.value)
-    assert text.startswith(f"no backend {name!r}.") and text.endswith("There are auto, reference, torch, fused.")
+    assert text.startswith(f"no backend {name!r}.") and text.endswith(
+        "There are auto, reference, torch, compiled, fused."
+    )
     assert f"Did you mean {near!r}?" in text if near else "Did you mean" not in text
     assert isinstance(caught.value, RuntimeError) and isinstance(caught.value, MambascopeError)
 
@@ -55,7 +58,9 @@ def test_fused_on_a_cpu_says_what_is_missing_and_what_to_do() -> None:
         resolve("fused", "cpu")
     text = str(caught.value)
     assert text.startswith("backend='fused' cannot run on cpu: it lacks a model on a CUDA device")
-    assert "model.to('cuda')" in text and text.endswith("Here: reference, torch.")
+    assert "model.to('cuda')" in text and text.endswith(
+        "Here: reference, torch." if AUTO == "torch" else "Here: reference, torch, compiled."
+    )
 
 
 def test_every_need_that_is_not_met_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,14 +111,25 @@ def test_auto_takes_the_fastest_that_lacks_nothing(monkeypatch: pytest.MonkeyPat
     ready = replace(BACKENDS["fused"], needs=BACKENDS["fused"].needs[:1], ops=replace(READABLE, name="fused"))
     monkeypatch.setitem(BACKENDS, "fused", ready)
     assert resolve("auto", "cuda").name == "fused"
-    assert resolve("auto", "cpu").name == "torch"
+    assert resolve("auto", "cpu").name == AUTO
+
+
+def test_without_numba_auto_is_torch_and_compiled_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "installed", lambda name: None)
+    assert resolve("auto", "cpu") is TORCH
+    with pytest.raises(BackendUnavailable, match=r"lacks the package numba, .* \(pip install 'mambascope\[fast\]'\)"):
+        resolve("compiled", "cpu")
+    monkeypatch.setattr(backends, "installed", lambda name: "0.68.1")
+    assert resolve("auto", "cpu").name == "compiled"
+    with pytest.raises(BackendUnavailable, match="lacks a model on the CPU"):
+        resolve("compiled", "cuda")
 
 
 def test_the_table_prints_a_line_a_backend() -> None:
     lines = table("cpu").splitlines()[: len(BACKENDS)]
     assert [line.split()[0] for line in lines] == list(BACKENDS)
     assert lines[0].endswith("available") and lines[1].endswith("available")
-    assert re.search(r"lacks .*a model on a CUDA device", lines[2])
+    assert re.search(r"lacks .*a model on a CUDA device", lines[3])
 
 
 def test_the_command_prints_the_table() -> None:
