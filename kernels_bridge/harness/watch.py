@@ -145,19 +145,28 @@ class Theirs(Implementation):
         if edits:
             raise InputError(f"{self.name} takes no edits.")
         seen: Seen = {}
+        more: dict[str, Any] = {}
+        if self.hf:
+            more["use_cache"] = True
+        elif inside:  # with a cache mamba-ssm takes the path that calls its submodules, and leaves its states
+            more["inference_params"] = _cache(ids)
         with torch.no_grad(), self._hooks(seen, feed or {}, inside):
-            out = self._call(ids, lengths, **({"use_cache": True} if self.hf else {}))
+            out = self._call(ids, lengths, **more)
         seen["logits", None] = out.logits
         if lengths is not None:
             mask = (torch.arange(ids.shape[1]) < torch.tensor(list(lengths))[:, None]).to(ids.device)
             for key, value in seen.items():
                 seen[key] = value * mask[:, :, None] if value.shape[:2] == mask.shape else value
-        if self.hf:
-            seen |= self._cached(out.cache_params)
+        if more:
+            seen |= self._cached(out.cache_params if self.hf else more["inference_params"])
         return seen
 
     def _cached(self, cache: Any) -> Seen:
         found: Seen = {}
+        if not self.hf:
+            for i, (window, h) in cache.key_value_memory_dict.items():
+                found["last conv_state", i], found["last ssm_state", i] = window, h
+            return found
         for i in range(self.config.n_layer):
             found["last ssm_state", i] = cache.get_recurrent_state(i, state_idx=0)
             found["last conv_state", i] = cache.get_conv_state(i, state_idx=0)
@@ -253,17 +262,17 @@ class Theirs(Implementation):
         return {("logits", None): torch.cat(logits, 1), **self._cached(cache)}
 
     def _decode_mamba_ssm(self, ids: Tensor) -> Seen:
-        from mamba_ssm.utils.generation import InferenceParams
-
-        params = InferenceParams(max_seqlen=ids.shape[1], max_batch_size=len(ids))
-        logits = []
+        params, logits = _cache(ids), []
         for t in range(ids.shape[1]):
             logits.append(self.module(ids[:, t : t + 1], inference_params=params).logits)
             params.seqlen_offset += 1
-        seen: Seen = {("logits", None): torch.cat(logits, 1)}
-        for i, (window, h) in params.key_value_memory_dict.items():
-            seen["last conv_state", i], seen["last ssm_state", i] = window, h
-        return seen
+        return {("logits", None): torch.cat(logits, 1), **self._cached(params)}
+
+
+def _cache(ids: Tensor) -> Any:
+    from mamba_ssm.utils.generation import InferenceParams
+
+    return InferenceParams(max_seqlen=ids.shape[1], max_batch_size=len(ids))
 
 
 @contextlib.contextmanager
