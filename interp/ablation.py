@@ -17,6 +17,7 @@ from minimal_mamba.address import EVERYTHING, Span, selector
 from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
 
+from .recurrence import present
 from .run import run
 
 Which = int | slice | Sequence[int]
@@ -153,10 +154,11 @@ def mean_of(
     dtype = torch.float64
     for batch in tqdm(batches, desc=f"mean of {place}", disable=not progress):
         ids, lengths = batch if isinstance(batch, tuple) else (batch, None)
-        found = run(model, ids, several, record=[place], backend=backend, lengths=lengths, last_only=True)[place]
-        first = axis + 1 + (not isinstance(place.pos, int))
-        missing = found.isnan().flatten(first).all(-1) if found.dim() > first else found.isnan()  # a padded row's
-        missing = missing.reshape(missing.shape + (1,) * (found.dim() - missing.dim()))
+        out = run(model, ids, several, record=[place], backend=backend, lengths=lengths, last_only=True)
+        found = out[place]
+        has = present(model, out, place)  # (b, positions)
+        has = (has[:, 0] if isinstance(place.pos, int) else has)[(None,) * axis]
+        missing = ~has.reshape(has.shape + (1,) * (found.dim() - has.dim()))
         dtype = found.dtype
         sums = found.double().masked_fill(missing, 0.0).sum(over, keepdim=True)
         rows = (~missing).double().sum(over, keepdim=True)

@@ -33,16 +33,26 @@ def agreement(estimate: Grid, exact: Grid, *, draws: int = 200, seed: int = 0) -
     those of which the estimate is zero and the exact effect is rounding, below 1e-5 of the largest.
 
     Args:
-        estimate, exact: of the same layers, positions and rows.
+        estimate, exact: of the same site, layers, positions, prompts and metric.
         draws, seed: of the bootstrap, which draws whole examples.
     Raises:
         InputError: grids of different cells, or none in which anything happens.
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3 (percentile interval).
     """
-    same = (estimate.layers, estimate.positions, estimate.values.shape)
-    if same != (exact.layers, exact.positions, exact.values.shape):
-        raise InputError(f"the grids differ: cells {same} and {(exact.layers, exact.positions, exact.values.shape)}.")
+    cells = [(g.site, g.layers, g.positions, g.parts, tuple(g.values.shape)) for g in (estimate, exact)]
+    if cells[0] != cells[1]:
+        raise InputError(f"the grids differ: cells {cells[0]} and {cells[1]}.")
+    gap = (exact.donor - exact.base).norm() + 1e-3 * exact.base.norm()
+    if (estimate.base - exact.base).norm() > 0.1 * gap:  # far more than a backend's rounding
+        raise InputError(
+            "the two grids' base runs give different metrics, so they are of other prompts or another metric, or base "
+            "and donor are exchanged in one of them. Make both from the same ids, donor_ids and metric."
+        )
     x, y = (grid.effect().flatten(0, -2).double().cpu() for grid in (estimate, exact))  # (cells, b)
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise InputError(
+            "the grids hold NaN or infinity: look for where the model's numbers overflow, or the metric's."
+        )
     alive = (x != 0) | (y.abs() > 1e-5 * y.abs().max())
     if not alive.any():
         raise InputError("no cell of these grids has an effect: base and donor do not differ.")

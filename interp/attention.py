@@ -28,7 +28,7 @@ from minimal_mamba import Mamba, at
 from minimal_mamba.address import Selector, resolve, selector
 from minimal_mamba.errors import InputError, nearest
 
-from .recurrence import Recurrence, recurrence, recurrence_sites
+from .recurrence import Recurrence, on_tokens, one_layer, recurrence, recurrence_sites
 from .run import Lengths, run
 
 FORMS = ("scan", "block")
@@ -216,9 +216,7 @@ def _parts(
     if form not in FORMS:
         raise InputError(f"form={form!r}: {' or '.join(FORMS)}.{nearest(str(form), FORMS)}")
     config = model.config
-    if not isinstance(layer, int):
-        raise InputError(f"layer={layer!r}: one layer, an int.")
-    [layer] = resolve(layer, config.n_layer, "layer")
+    layer = one_layer(model, layer)
     ids, sizes = model.check(ids, lengths)
     l = ids.shape[1]
     t = _positions(targets, sizes.tolist(), "targets")
@@ -228,7 +226,7 @@ def _parts(
     made = run(model, ids, record=[*sites, *recurrence_sites(layer)], lengths=lengths, backend=backend, last_only=True)
     r = recurrence(model, made, layer, None)
     w, here = r.dt.dtype, c.to(r.dt.device)
-    x, conv, gate = (made[site].nan_to_num(nan=0.0).to(w)[..., here] for site in sites)  # NaN on padding
+    x, conv, gate = (on_tokens(made, site).to(w)[..., here] for site in sites)
     mixer = model.backbone.layers[layer].mixer
     bias = torch.zeros_like(mixer.D) if mixer.conv1d.bias is None else mixer.conv1d.bias
     out = mixer.out_proj.weight[:, here].to(w), None if mixer.out_proj.bias is None else mixer.out_proj.bias.to(w)

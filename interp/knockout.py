@@ -31,6 +31,7 @@ from minimal_mamba.address import resolve, selector
 from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 
 from .cutter import Cutter, LayerCuts, layer_cuts
+from .recurrence import tokens
 from .run import Lengths, Run, _each, run, span
 
 ROUTES = ("scan", "conv", "selection", "all")
@@ -202,14 +203,14 @@ def knockout_leak(
 
     changes = []
     for cut in found:
-        largest = 0.0
+        largest = before.new_zeros(())
         for layer in resolve(cut.layer, model.config.n_layer, "layer"):
             place = at.mixer_in(layer=layer, pos=cut.source)
             moved = (outputs([Apply(place, noise, rows=cut.rows)])[layer] - before[layer]).abs()  # (b, l, d)
             rows = range(len(ids)) if cut.rows is None else resolve(cut.rows, len(ids), "row")
             targets = [(row, t) for row in rows for t in cut.pairs(int(sizes[row]))]
-            largest = max(largest, *(float(moved[row, t].max()) for row, t in targets))
-        changes.append(largest)
+            largest = torch.stack([largest, *(moved[row, t].max() for row, t in targets)]).max()  # NaN stays NaN
+        changes.append(float(largest))
     return changes
 
 
@@ -251,8 +252,8 @@ def baseline_of(
             raise InputError(f'baseline={given!r}: "zero", "mean" or a tensor.{nearest(given, ("zero", "mean"))}')
         place = at.mixer_in()
         with torch.no_grad():
-            seen = run(model, ids, edits, place, backend, lengths=lengths, last_only=True)[place]
-        return seen.nanmean((1, 2), keepdim=True)  # NaN on padding
+            out = run(model, ids, edits, place, backend, lengths=lengths, last_only=True)
+        return out[place][:, tokens(out)].mean(1)[:, None, None]  # over the tokens, not the padding
     value = torch.as_tensor(given).to(model.device)
     fits = [(d,), (n_layer, d), (n_layer, b, l, d), (n_layer, 1, 1, d)]
     if tuple(value.shape) not in fits:

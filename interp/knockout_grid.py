@@ -19,9 +19,11 @@ from minimal_mamba.errors import InputError
 
 from .cutter import Cutter
 from .knockout import Baseline, Knockout, baseline_of, cuts_of
+from .recurrence import one_position
 from .run import Lengths, Metric, apply_metric, span
 from .sweep.batch import Base
 from .sweep.logits import Logits
+from .sweep.patch import LayerSpec, chosen_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,7 @@ def knockout_grid(
     *,
     target: int = -1,
     sources: int | slice | Sequence[int] | None = None,
-    layers: Sequence[int | Sequence[int]] | None = None,
+    layers: LayerSpec = None,
     window: int = 1,
     through: str | Sequence[str] = "all",
     baseline: Baseline = "zero",
@@ -74,7 +76,8 @@ def knockout_grid(
     Args:
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
         target: the position that reads. sources: all that are at or before it in every row, if None.
-        layers: the windows, each a layer or several. None: every `window` successive layers.
+        layers: the windows, as in `patch_grid`: a tuple of layers in a list is cut at once. None: every `window`
+            successive layers.
         through, baseline: as in `knockout`.
         batch: rows at a time, of which each cell takes b.
     Returns:
@@ -84,11 +87,14 @@ def knockout_grid(
     """
     ids, sizes = model.check(ids, lengths)
     b, n_layer = len(ids), model.config.n_layer
+    if not 1 <= window <= n_layer or (layers is not None and window != 1):
+        raise InputError(f"window={window}: 1 to {n_layer} layers, and none where layers= names the windows.")
+    if batch < 1:
+        raise InputError(f"batch={batch}: at least 1 row at a time.")
+    target = one_position(target)
     if layers is None:
-        if not 1 <= window <= n_layer:
-            raise InputError(f"window={window}: 1 to {n_layer} layers.")
-        layers = [range(i, i + window) for i in range(n_layer - window + 1)]
-    groups = [tuple(resolve(selector(group, "layer"), n_layer, "layer")) for group in layers]
+        layers = [tuple(range(i, i + window)) for i in range(n_layer - window + 1)]
+    groups = [tuple(group) for group in chosen_layers(layers, "mixer_out", n_layer)]
     places = [resolve(target, int(size), "target")[0] for size in sizes]
     if sources is None:
         probe = Knockout(0, target, 0, through)

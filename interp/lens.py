@@ -20,7 +20,7 @@ from minimal_mamba.address import resolve, selector
 from minimal_mamba.block import LayerNorm, RMSNorm, wide
 from minimal_mamba.errors import EditError, InputError
 
-from .recurrence import local, outside, recurrence, recurrence_sites
+from .recurrence import local, one_position, outside, recurrence, recurrence_sites
 from .run import Lengths, Run, run
 
 AXES = {"pos": "l", "e": "e", "n": "n"}
@@ -205,7 +205,7 @@ def _direct(
     lengths: Lengths, state: MambaState | None, backend: str, layers: Sequence[int],
 ) -> tuple[DirectLogit, Run, Tensor]:  # fmt: skip
     """The parts of a logit; the run, with the recurrence of `layers`; the logit's direction in the stream, (b, d)."""
-    w = wide(model.dtype)
+    w, pos = wide(model.dtype), one_position(pos)
     target = _direction(model, answer, foil, len(ids))  # (b, v)
     y, skip, gate = at.y(pos=pos), at.skip(pos=pos), at.gate(pos=pos)
     embed, stream, logits = at.embed(pos=pos), at.resid_post(layer=-1, pos=pos), at.logits(pos=pos)
@@ -257,7 +257,10 @@ def _direction(model: Mamba, answer: int | Tensor, foil: int | Tensor | None, b:
 
 def _tokens(model: Mamba, what: str, given: object, shapes: Sequence[tuple[int, ...]]) -> Tensor:
     """Token ids as a tensor of one of these shapes (-1: any size); InputError for what is none."""
-    ids = torch.as_tensor(given, device=model.device)
+    try:
+        ids = torch.as_tensor(given, device=model.device)
+    except (TypeError, ValueError):
+        raise InputError(f"{what}={given!r:.60} is no array of token ids; encode text first.") from None
     fits = any(len(s) == ids.dim() and all(w in (-1, g) for w, g in zip(s, ids.shape, strict=True)) for s in shapes)
     v = model.config.vocab_size
     if not fits or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():

@@ -77,7 +77,8 @@ def kl(logits: Tensor | Run, other: Tensor | Run) -> Tensor:
 
 
 def accuracy(logits: Tensor | Run, answer: Tokens) -> Tensor:
-    """1 where the answer has the highest logit, else 0, (b,). Not differentiable."""
+    """1 where the answer has the highest logit, else 0, NaN where a logit is NaN, (b,). Not differentiable."""
     scores = _last(logits)
     best = _pick(scores, answer)
-    return (scores.argmax(-1) == torch.as_tensor(answer, device=best.device)).to(best.dtype)
+    right = (scores.argmax(-1) == torch.as_tensor(answer, device=best.device)).to(best.dtype)
+    return right.masked_fill(scores.isnan().any(-1), torch.nan)

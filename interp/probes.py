@@ -93,6 +93,8 @@ def collect(
         InputError: batches whose recordings differ in shape (a slice of positions over rows of unequal lengths).
     """
     places = [record] if isinstance(record, Address) else list(record)
+    if batch < 1:
+        raise InputError(f"batch={batch}: at least 1 row at a time.")
     ids, sizes = model.check(ids, lengths)
     pieces: dict[Address, list[Tensor]] = {a: [] for a in places}
     for i in range(0, len(ids), batch):
@@ -132,11 +134,7 @@ def probe(
         InputError: what cannot be fitted or split. MissingExtra: logistic without scikit-learn.
     Cost: (1 + seeds) * folds eigendecompositions of size min(rows, features), and folds * (2 + 3 seeds) small fits.
     """
-    x = features.detach().cpu().double().flatten(1)  # (rows, f)
-    if x.dim() != 2 or not x.numel() or not x.isfinite().all():
-        raise InputError(
-            f"features {tuple(features.shape)}: (rows, *features), without NaN (a padded row's missing positions)."
-        )
+    x = _features("features", features)
     y, classes = _labels(labels, len(x))
     group = _groups(groups, len(x))
     how = How(dims, whiten, centre, shrinkage, kind, 0 if classes is None else len(classes))
@@ -177,7 +175,7 @@ def probe(
     if other is not None:
         if len(other) != len(x):
             raise InputError(f"other has {len(other)} rows, features {len(x)}: give the same rows of another model.")
-        second = other.detach().cpu().double().flatten(1)
+        second = _features("other", other)
         controls["random"] = [score(y, *held_out(second, y, spaces(second)), how)]
 
     weights = w @ whole.basis.T  # (classes or 1, f)
@@ -293,6 +291,16 @@ def probe_grid(
 # -- what is given, understood ----------------------------------------------------------------------------------------
 
 
+def _features(what: str, given: Tensor) -> Tensor:
+    """(rows, f) float64, on the CPU."""
+    if given.dim() < 2 or not given.numel() or not given.isfinite().all():
+        raise InputError(
+            f"{what} {tuple(given.shape)}: (rows, *features), without NaN (a padded row's missing positions, or "
+            "the model's own) and infinity."
+        )
+    return given.detach().cpu().double().flatten(1)
+
+
 def _labels(labels: Any, rows: int) -> tuple[Tensor, tuple[Any, ...] | None]:
     """Numbers (rows,) float64 and None, or indices of classes (rows,) and the classes."""
     given = labels.detach().cpu() if isinstance(labels, Tensor) else labels
@@ -304,6 +312,8 @@ def _labels(labels: Any, rows: int) -> tuple[Tensor, tuple[Any, ...] | None]:
         if not y.isfinite().all() or not (y != y[0]).any():
             raise InputError("the labels are numbers that hold NaN or infinity, or do not vary.")
         return y, None
+    if len({isinstance(v, str) for v in values}) > 1:
+        raise InputError("the labels mix strings with numbers: give classes of one type.")
     classes = tuple(sorted(set(values)))
     if len(classes) < 2:
         raise InputError(f"all labels are {classes}: a probe needs two classes, or numbers (floats).")
@@ -345,8 +355,11 @@ def _columns(positions: Any, sizes: Tensor) -> list[list[int]]:
 
 def _at(labels: Any, pos: int, sizes: Tensor) -> Tensor:
     """(b,) the labels of a position, counted from each row's own end if negative."""
-    y = torch.as_tensor(labels).cpu()
-    if y.dim() == 1:
+    try:
+        y = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError):
+        raise InputError("labels of a grid are numbers or indices of classes, (b,) or (b, l); index strings.") from None
+    if y.shape == (len(sizes),):
         return y
     rows = torch.arange(len(sizes))
     if y.dim() != 2 or len(y) != len(sizes) or y.shape[1] < int(sizes.max()):

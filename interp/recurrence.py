@@ -7,10 +7,10 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from minimal_mamba import Address, Edit, Mamba, MambaState, at
-from minimal_mamba.address import resolve
+from minimal_mamba import Address, Edit, Mamba, MambaState, Plan, at
+from minimal_mamba.address import resolve, selector
 from minimal_mamba.block import wide
-from minimal_mamba.errors import EditError
+from minimal_mamba.errors import EditError, InputError
 
 from .run import Run, span
 
@@ -56,17 +56,47 @@ class Recurrence:
 
 def recurrence(model: Mamba, out: Run, layer: int, state: MambaState | None) -> Recurrence:
     """One layer's `Recurrence`, from a run that recorded `recurrence_sites(layer)`."""
-    w = wide(model.dtype)
-    # a row lacks the positions of its padding, which are recorded as NaN
-    dt, u, B, C = (out[a].nan_to_num(nan=0.0).to(w) for a in recurrence_sites(layer))
+    dt, u, B, C = (on_tokens(out, a).to(wide(model.dtype)) for a in recurrence_sites(layer))
     before = model.initial_state(len(out.ids)) if state is None else state
-    A = -torch.exp(model.backbone.layers[layer].mixer.A_log.to(w))
+    A = -torch.exp(model.backbone.layers[layer].mixer.A_log.to(dt.dtype))
     return Recurrence(dt, u, B, C, A, before.ssm_state[layer])
 
 
 def recurrence_sites(layer: int) -> list[Address]:
     """What to record of a layer for its `recurrence`."""
     return [at.dt(layer=layer), at.u(layer=layer), at.B(layer=layer), at.C(layer=layer)]
+
+
+def tokens(out: Run) -> Tensor:
+    """(b, l) bool: True on a run's tokens, False on padding."""
+    return (torch.arange(out.ids.shape[1]) < out.lengths[:, None]).to(out.logits.device)
+
+
+def on_tokens(out: Run, address: Address) -> Tensor:
+    """A recording along all positions of one layer, (b, l, ...), with zeros on padding; a NaN of the model stays."""
+    found = out.records[address]
+    return torch.where(tokens(out).reshape(*out.ids.shape, *[1] * (found.dim() - 2)), found, 0.0)
+
+
+def present(model: Mamba, out: Run, place: Address, state: MambaState | None = None) -> Tensor:
+    """(b, positions) bool: which of a place's positions each row has; a recording of it is NaN at the others."""
+    return Plan(model.config, (), [place], *span(out.ids, out.lengths, state)).present(place).to(out.logits.device)
+
+
+def one_layer(model: Mamba, layer: int) -> int:
+    """The number of a layer, counted from 0; raises InputError for several, AddressError for one that is not there."""
+    chosen = selector(layer, "layer")
+    if not isinstance(chosen, int):
+        raise InputError(f"layer={layer!r}: this method takes one layer, an int; call it once a layer.")
+    return resolve(chosen, model.config.n_layer, "layer")[0]
+
+
+def one_position(pos: int) -> int:
+    """A position as an int; raises InputError for several."""
+    chosen = selector(pos, "pos")
+    if not isinstance(chosen, int):
+        raise InputError(f"pos={pos!r}: this method takes one position, an int; call it once a position.")
+    return chosen
 
 
 def outside(edits: Edit | Iterable[Edit], layers: Sequence[int], n_layer: int) -> list[Edit]:

@@ -66,7 +66,8 @@ def contrast(place: Address, positive: Tensor, negative: Tensor) -> Direction:
 
     Args:
         place: a place of one layer; positive, negative: `run_[place]` of two runs, (b, [positions], *features), whose
-            numbers of rows may differ. Positions that a padded row lacks are left out.
+            numbers of rows may differ. With a slice of positions, those of which all numbers are NaN are taken for
+            a padded row's and left out; a row must have some.
     Raises:
         EditError: several layers, no feature axis. InputError: shapes that do not fit, means that are equal.
     Source: Turner et al. 2023, "Steering language models with activation engineering"; the difference of means as in
@@ -80,8 +81,11 @@ def contrast(place: Address, positive: Tensor, negative: Tensor) -> Direction:
         lead = 1 if isinstance(place.pos, int) else 2
         if values.dim() != lead + axes:
             raise InputError(f"{what} has shape {tuple(values.shape)}; {place} records {lead + axes} axes, (b, ...).")
-        samples = values.detach().to(wide(values.dtype)).flatten(0, lead - 1)  # (samples, *features)
-        means.append(samples[~samples.flatten(1).isnan().all(1)].mean(0))
+        samples = values.detach().to(wide(values.dtype)).flatten(lead)  # (b, [positions], features)
+        has = ~samples.isnan().all(-1)
+        if not len(samples) or not has.reshape(len(samples), -1).any(1).all():
+            raise InputError(f"{what} holds rows of NaN alone, or none: look for where the model's numbers overflow.")
+        means.append(samples[has].mean(0).reshape(values.shape[lead:]))
     if means[0].shape != means[1].shape:
         raise InputError(f"positive has features {tuple(means[0].shape)}, negative {tuple(means[1].shape)}.")
     difference = means[0] - means[1]

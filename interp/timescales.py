@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minimal_mamba import Address, Edit, Mamba, MambaState, at
-from minimal_mamba.address import resolve
+from minimal_mamba.address import EVERYTHING
 from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError
 
-from .recurrence import local, outside, recurrence, recurrence_sites
+from .recurrence import local, one_layer, one_position, outside, present, recurrence, recurrence_sites, tokens
 from .run import Lengths, Metric, gradients, run
 
 
@@ -41,8 +41,7 @@ def mean_dt(
     Cost: one forward; dt of all layers, (layers, b, l, e).
     """
     out = run(model, ids, edits, record=[at.dt()], backend=backend, state=state, lengths=lengths, last_only=True)
-    real = torch.arange(ids.shape[1]) < out.lengths[:, None]  # (b, l)
-    return out[at.dt()][:, real.to(model.device)].mean(1)
+    return out[at.dt()][:, tokens(out)].mean(1)
 
 
 @torch.no_grad()
@@ -89,7 +88,7 @@ def decay_bands(
     Raises:
         AddressError: a layer that does not exist. InputError: bands that cannot be made.
     """
-    index = resolve(layer, model.config.n_layer, "layer")[0]
+    index = one_layer(model, layer)
     life = half_lives(model, dt)[index]  # (e, n)
     if isinstance(bands, int):
         if isinstance(bands, bool) or not 1 <= bands <= life.numel():
@@ -125,10 +124,15 @@ class ReceptiveField:
         return (self.share * distance).sum(1) / self.share.sum(1)
 
     def width(self, part: float = 0.9) -> Tensor:
-        """(b,) the smallest distance within which at least this part of all that is read lies; inf where none is."""
+        """(b,) the smallest distance within which at least this part of all that is read lies.
+
+        inf where more than the rest was read from the memory that the run began with; NaN where the shares are.
+        """
+        if not 0 < part <= 1:
+            raise InputError(f"part={part}: a share above 0 and up to 1, such as 0.9.")
         inside = self.share.cumsum(1) >= part - 1e-12
         first = inside.to(torch.int8).argmax(1).to(self.share.dtype)
-        return torch.where(inside.any(1), first, torch.inf)
+        return torch.where(inside.any(1), first, torch.inf).masked_fill(self.share.isnan().any(1), torch.nan)
 
 
 @torch.no_grad()
@@ -148,7 +152,7 @@ def receptive_field(
         EditError: an edit inside this layer's recurrence, and what `run` raises.
     Cost: one forward and l steps of (b, e, n); nothing of size (l, l).
     """
-    index = resolve(layer, model.config.n_layer, "layer")[0]
+    index, pos = one_layer(model, layer), one_position(pos)
     edits = outside(edits, [index], model.config.n_layer)
     read = at.C(layer=index, pos=pos)
     out = run(model, ids, edits, [*recurrence_sites(index), read], backend, state, lengths=lengths, last_only=True)
@@ -180,12 +184,13 @@ def gradient_field(
     """
     site = at.embed() if site is None else site
     sizes = model.check(ids, lengths, state)[1]
-    found = gradients(model, ids, metric, wrt=[site], edits=edits, lengths=lengths, state=state, backend=backend)[site]
-    if found.shape[:2] != ids.shape or found.dim() != 3:
+    axes = sum(not isinstance(f, int) for f in site.features)
+    if site.pos != EVERYTHING or axes != 1 or not (site.layer is None or isinstance(site.layer, int)):
         raise InputError(f"site={site}: name a site with one vector a position, of one layer, and all positions.")
-    norms = found.nan_to_num(nan=0.0).norm(dim=-1)  # (b, l)
+    found = gradients(model, ids, metric, wrt=[site], edits=edits, lengths=lengths, state=state, backend=backend)[site]
+    norms = found.norm(dim=-1)  # (b, l)
     back = (sizes[:, None] - 1 - torch.arange(ids.shape[1])).to(norms.device)  # the position at each distance
-    size = norms.gather(1, back.clamp(min=0)) * (back >= 0)
+    size = torch.where(back >= 0, norms.gather(1, back.clamp(min=0)), 0.0)
     return ReceptiveField(size / size.sum(1, keepdim=True), torch.zeros_like(size[:, 0]))
 
 
@@ -219,7 +224,7 @@ def state_flow(
         EditError: an edit inside this layer's recurrence, and what `run` raises.
     Cost: one forward and l steps of (b, e, n).
     """
-    index = resolve(layer, model.config.n_layer, "layer")[0]
+    index = one_layer(model, layer)
     edits = outside(edits, [index], model.config.n_layer)
     out = run(model, ids, edits, recurrence_sites(index), backend, state, lengths=lengths, last_only=True)
     r = recurrence(model, out, index, state)
@@ -230,8 +235,7 @@ def state_flow(
         h = write + keep
         norms = [part.norm(dim=-1) for part in (write, keep, h)]
         steps.append(torch.stack([*norms, *(einsum(part, C, "b e n, b n -> b e") for part in (write, keep))]))
-    real = (torch.arange(ids.shape[1]) < out.lengths[:, None]).to(h.device)
-    return Flow(*(torch.stack(steps, 2) * real[:, :, None]).unbind(0))
+    return Flow(*torch.where(tokens(out)[:, :, None], torch.stack(steps, 2), 0.0).unbind(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,9 +265,20 @@ def effective_rank(samples: Tensor, *, centre: bool = True, threshold: float = 0
     Source: participation ratio as in Gao et al. 2017 (doi:10.1101/214262), of the covariance's eigenvalues s^2.
     """
     samples = samples.to(wide(samples.dtype))
+    if samples.dim() < 2 or not 0 < threshold < 1:
+        raise InputError(
+            f"samples {tuple(samples.shape)}, threshold={threshold}: (..., m, f), m samples of f numbers, and a share "
+            "of the largest singular value between 0 and 1."
+        )
+    if not samples.numel() or not samples.isfinite().all():
+        raise InputError(
+            f"samples {tuple(samples.shape)} hold NaN or infinity, or nothing. Of a recording of a padded batch leave "
+            "out the positions that a row lacks; if they are all there, the model's numbers overflow."
+        )
     spectrum = torch.linalg.svdvals(samples - samples.mean(-2, keepdim=True) if centre else samples)
-    share = (spectrum / spectrum[..., :1]).nan_to_num(nan=0.0) ** 2
-    participation = (share.sum(-1) ** 2 / (share**2).sum(-1)).nan_to_num(nan=0.0)
+    largest = spectrum[..., :1]
+    share = (spectrum / torch.where(largest > 0, largest, 1.0)) ** 2  # all zero where nothing varies
+    participation = share.sum(-1) ** 2 / torch.where(largest[..., 0] > 0, (share**2).sum(-1), 1.0)
     return Rank(participation, (spectrum > threshold * spectrum[..., :1]).sum(-1), spectrum)
 
 
@@ -276,8 +291,8 @@ def state_rank(
 
     Cost: one forward, the states (b, positions, e, n) and their decomposition; name fewer positions where that is much.
     """
-    place = at.ssm_state(layer=layer, pos=pos)
+    place = at.ssm_state(layer=one_layer(model, layer), pos=pos)
     out = run(model, ids, edits, record=[place], backend=backend, state=state, lengths=lengths, last_only=True)
     states = out[place].flatten(-2)
     samples = states.reshape(-1, states.shape[-1])
-    return effective_rank(samples[~samples.isnan().all(1)], threshold=threshold)
+    return effective_rank(samples[present(model, out, place, state).flatten()], threshold=threshold)

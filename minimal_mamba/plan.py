@@ -144,6 +144,10 @@ class Plan(Tap):
         gone = [not isinstance(address.layer, Span | tuple), False, *first.dropped]
         return tuple(size for size, g in zip(full, gone, strict=True) if not g)
 
+    def present(self, source: Edit | Address) -> Tensor:
+        """(b, positions) bool: which of an address's positions each row has; its recording is NaN at the others."""
+        return self.of[id(source)][0].pos >= 0
+
     # -- during the run -------------------------------------------------------------------------------------------
 
     def begin(self, start: Tensor, lengths: Tensor) -> None:

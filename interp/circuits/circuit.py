@@ -118,6 +118,11 @@ def prune(*effects: EdgeEffects, keep: int | None = None, threshold: float | Non
         raise InputError("a circuit is pruned from effects of single edges, each once; these hold tuples or repeats.")
     size, by = torch.stack([e.size() for e in effects]).max(0)
     towards = torch.stack([e.towards() for e in effects]).gather(0, by[None])[0]
+    if not size.isfinite().all():
+        raise InputError(
+            f"{int((~size.isfinite()).sum())} of {len(single)} effects are NaN or infinite, such as that of "
+            f"{single[int((~size.isfinite()).nonzero()[0])]}: look for where the model's numbers overflow."
+        )
     ranked = [i for i in size.argsort(descending=True, stable=True).tolist() if size[i] > 0]
     chosen = ranked[:keep] if threshold is None else [i for i in ranked if size[i] >= threshold]
     rest = set(all_edges(effects[0].config, effects[0].length)) - set(single)
@@ -201,7 +206,7 @@ def faithfulness(
     graph: Iterable[Edge] | None = None,
     lengths: Lengths = None,
     backend: str = "auto",
-    rows: int = 320,
+    batch: int = 320,
     progress: bool = True,
 ) -> Faithfulness:
     """Run circuits: every edge outside carries what the donor run sends there, every edge inside this run's own value.
@@ -217,7 +222,7 @@ def faithfulness(
         graph: the edges that a circuit is a choice of, such as `effects.edges`; what is not among them is live. All of
             the model's if None.
         lengths: (b,) tokens in each row, the same in base and donor.
-        rows: how many rows one forward may have.
+        batch: rows at a time.
     Returns:
         Faithfulness; `.score()` is 1 for a circuit of all edges and 0 for one of none.
     Cost: max(5, k) rows of a forward for each circuit and row, with a readable step of the scan at every position; the
@@ -227,6 +232,8 @@ def faithfulness(
     """
     if ablate not in ("donor", "mean"):
         raise InputError(f"ablate={ablate!r}: 'donor' or 'mean'.")
+    if batch < 1:
+        raise InputError(f"batch={batch}: at least 1 row at a time.")
     several = [circuits] if isinstance(circuits, Circuit) else list(circuits)
     if graph is None:
         graph = all_edges(model.config, ids.shape[1])
@@ -238,7 +245,7 @@ def faithfulness(
     values = Values(model, donor_ids, chosen, lengths, backend, mean=ablate == "mean")
     base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
     outside: list[list[Edge]] = [[e for e in chosen if e not in inside] for inside in (set(c.edges) for c in several)]
-    jobs = max(1, rows // (max(5, model.config.d_conv) * len(ids)))
+    jobs = max(1, batch // (max(5, model.config.d_conv) * len(ids)))
     todo, found = [chosen, *outside], []
     with tqdm(total=len(todo), desc="circuits", disable=not progress) as bar:
         for first in range(0, len(todo), jobs):

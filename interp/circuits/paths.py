@@ -79,7 +79,7 @@ def path_patch(
     *,
     lengths: Lengths = None,
     backend: str = "auto",
-    rows: int = 320,
+    batch: int = 320,
     progress: bool = True,
 ) -> EdgeEffects:
     """Let one edge carry the donor run's value, and nothing else; see what the metric does.
@@ -95,7 +95,7 @@ def path_patch(
         edges: edges, as `edges(...)` lists them or made with `Edge`; of some in a tuple all carry the donor's values.
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
         lengths: (b,) tokens in each row, the same in base and donor.
-        rows: how many rows one forward may have; the memory it takes grows with it.
+        batch: rows at a time; the memory that a forward takes grows with it.
     Returns:
         EdgeEffects.
     Raises:
@@ -105,13 +105,15 @@ def path_patch(
     Source: Wang et al. 2022 (arXiv:2211.00593), appendix B; Goldowsky-Dill et al. 2023 (arXiv:2304.05969). Differs: an
         edge is one direct edge of the graph; a path of several through the same tokens is a tuple of its own.
     """
-    named: list[Edges] = [e if isinstance(e, Edge) else tuple(e) for e in edges]
+    if batch < 1:
+        raise InputError(f"batch={batch}: at least 1 row at a time.")
+    named: list[Edges] = [tuple(e) if isinstance(e, Sequence) else e for e in edges]
     ids, donor_ids = check(model, ids, donor_ids, lengths, [e for one in named for e in _several(one)])
     values = Values(model, donor_ids, {e for one in named for e in _several(one)}, lengths, backend)
     base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
     found: dict[int, Tensor] = {}
     with tqdm(total=len(named), desc="path patch", disable=not progress) as bar:
-        for part in _alike(named, rows // len(ids), model.config.d_conv):
+        for part in _alike(named, batch // len(ids), model.config.d_conv):
             jobs = [_several(named[i]) for i in part]
             found |= zip(part, patched(model, ids, values, jobs, metric, lengths, backend), strict=True)
             bar.update(len(part))
@@ -188,8 +190,8 @@ def edge_attribution(
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise InputError(f"steps={steps!r}: an int of at least 1, or None.")
     named = list(all_edges(model.config, ids.shape[1])) if edges is None else list(edges)
-    ids, donor_ids = check(model, ids, donor_ids, lengths, named)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # what is made here is to be differentiated through
+        ids, donor_ids = check(model, ids, donor_ids, lengths, named)
         values = Values(model, donor_ids, named, lengths, backend)
         base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
     places: dict[Group, set[int]] = {}

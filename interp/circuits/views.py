@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from kernels_bridge import resolve
-from minimal_mamba import Mamba, at
+from minimal_mamba import Mamba, Plan, at
 from minimal_mamba.errors import NotReached
 from minimal_mamba.sites import SITES
 from minimal_mamba.tap import Tap
 
-from ..run import Lengths, run
+from ..run import Lengths, run, span
 from .graph import Edge, Group, position
 
 READERS = {
@@ -95,11 +95,15 @@ class Values:
                     pos = slice(0, max(times) + 1)
             places[site, layer] = (pos, where(pos=pos) if layer is None else where(layer=layer, pos=pos))
         done = run(model, ids, record=[a for _, a in places.values()], lengths=lengths, backend=backend)
+        plan = Plan(model.config, (), done.records, *span(done.ids, done.lengths, None))
         for key, (pos, address) in places.items():
             kept = done.records[address]  # (b, P, ...)
-            kept = kept.nanmean(0, keepdim=True) if mean else kept
+            has = plan.present(address).to(kept.device).reshape(*kept.shape[:2], *[1] * (kept.dim() - 2))
+            kept = torch.where(has, kept, 0.0)  # NaN at positions that a padded row lacks
+            if mean:
+                kept = kept.sum(0, keepdim=True) / has.sum(0, keepdim=True).clamp(min=1)
             first = range(pos.start, pos.start + kept.shape[1]) if isinstance(pos, slice) else pos
-            self.of[key] = {t: c for c, t in enumerate(first)}, kept.nan_to_num()
+            self.of[key] = {t: c for c, t in enumerate(first)}, kept
         self.logits = done.logits
 
     def whole(self, site: str, layer: int | None) -> Tensor:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minimal_mamba import Edit, Mamba
 from minimal_mamba.block import wide
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import EditError, InputError
 from minimal_mamba.provenance import digest, model_digest
 
 from ..run import Lengths, Metric, apply_metric
@@ -89,6 +89,8 @@ def sweep(
         alone, and whole.
     """
     named = metric if isinstance(metric, Mapping) else {"metric": metric}
+    if isinstance(cells, Edit) or not all(isinstance(cell, Edit | Iterable) for cell in cells):
+        raise EditError(f"cells={cells!r:.80}: a list, of each run the edits: one, or several in a list of their own.")
     made = run_cells(model, ids, [_each(cell) for cell in cells], named, lengths, backend, memory, progress, path)
     return made if isinstance(metric, Mapping) else made["metric"]
 

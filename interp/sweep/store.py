@@ -210,7 +210,7 @@ def replay(
     for name, grid in made.items():
         for what in ("values", "base", "donor"):
             one, two = getattr(saved[name], what), getattr(grid, what).cpu()
-            if not torch.equal(one.nan_to_num(), two.nan_to_num()):
+            if not torch.equal(one.isnan(), two.isnan()) or not torch.equal(one.nan_to_num(), two.nan_to_num()):
                 off = float((one - two).abs().max())
                 raise CheckpointError(
                     f"{folder}: {what} of {name!r} are not the same numbers, up to {off:.3g} apart. They are where "

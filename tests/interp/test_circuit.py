@@ -44,7 +44,7 @@ def by_hand(circuit, mean=False):
 @torch.no_grad()
 def test_a_circuit_s_run_is_a_plain_evaluation_of_the_graph(ablate, backend):
     several = [drawn(seed, share) for seed, share in enumerate((0.1, 0.5, 0.8, 0.95, 0.99))]
-    found = faithfulness(MODEL, several, IDS, DONOR, metric, ablate=ablate, backend=backend, rows=40, progress=False)
+    found = faithfulness(MODEL, several, IDS, DONOR, metric, ablate=ablate, backend=backend, batch=40, progress=False)
     expected = torch.stack([by_hand(c, ablate == "mean") for c in several])
     torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found.corrupt, by_hand(circuit_of([]), ablate == "mean"), rtol=1e-10, atol=1e-10)

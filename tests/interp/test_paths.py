@@ -54,7 +54,7 @@ def pairs_of(found):
 def test_an_edge_s_effect_is_the_difference_of_two_runs_made_by_hand(shape, backend):
     model, ids, donor = case(**SHAPES[shape])
     found = edges(model.config, 5)
-    effects = path_patch(model, ids, donor, found, metric, backend=backend, rows=170, progress=False)
+    effects = path_patch(model, ids, donor, found, metric, backend=backend, batch=170, progress=False)
     by_hand = two_runs(model, ids, donor, pairs_of(found))
     torch.testing.assert_close(effects.values, by_hand, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(effects.base, metric(logits(evaluate(model, ids))), rtol=1e-10, atol=1e-10)
@@ -201,7 +201,7 @@ def test_float32_and_how_many_rows_at_once():
     found = edges(model.config, 5)
     exact = path_patch(model, ids, donor, found, metric, progress=False)
     for rows in (1, 37, 10_000):
-        again = path_patch(model, ids, donor, found, metric, rows=rows, progress=False)
+        again = path_patch(model, ids, donor, found, metric, batch=rows, progress=False)
         torch.testing.assert_close(again.values, exact.values, rtol=1e-10, atol=1e-12)
     single = path_patch(model.float(), ids, donor, found, metric, progress=False)
     torch.testing.assert_close(single.values, exact.values.float(), rtol=1e-3, atol=1e-4)

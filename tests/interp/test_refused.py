@@ -1,0 +1,85 @@
+"""What would give plausible numbers for another question is refused, and the text says what to do."""
+
+import pytest
+import torch
+
+from interp import (
+    Zero,
+    agreement,
+    at,
+    attribution_grid,
+    collect,
+    direct_logit,
+    effective_rank,
+    knockout_grid,
+    logit_diff,
+    patch_grid,
+    path_patch,
+    probe,
+    probe_grid,
+    receptive_field,
+    sweep,
+)
+from minimal_mamba.errors import EditError, InputError
+from tests.helpers import tiny
+
+MODEL = tiny()
+IDS = torch.randint(0, 29, (3, 6), generator=torch.Generator().manual_seed(0))
+DONOR = IDS.flip(1).clone()
+QUIET = {"progress": False}
+
+
+def metric(logits):
+    return logit_diff(logits, 3, 5)
+
+
+def test_an_estimate_is_not_held_against_another_site_or_the_other_direction():
+    exact = patch_grid(MODEL, IDS, DONOR, site="y", metric=metric, **QUIET)
+    other = attribution_grid(MODEL, IDS, DONOR, site="skip", metric=metric, **QUIET)
+    with pytest.raises(InputError, match="the grids differ"):
+        agreement(other, exact)
+    swapped = attribution_grid(MODEL, DONOR, IDS, site="y", metric=metric, **QUIET)
+    with pytest.raises(InputError, match="exchanged"):
+        agreement(swapped, exact)
+
+
+def test_several_positions_or_layers_where_one_is_meant():
+    with pytest.raises(InputError, match="one position"):
+        knockout_grid(MODEL, IDS, metric, target=[3, 4], **QUIET)
+    for method in (lambda p: direct_logit(MODEL, IDS, 3, pos=p), lambda p: receptive_field(MODEL, IDS, 0, pos=p)):
+        for pos in ([0, 1], slice(2)):
+            with pytest.raises(InputError, match="one position"):
+                method(pos)
+
+
+def test_windows_of_layers_are_named_as_in_patch_grid():
+    one = knockout_grid(MODEL, IDS, metric, layers=2, **QUIET)
+    both = knockout_grid(MODEL, IDS, metric, layers=[(0, 1), 2], **QUIET)
+    some = knockout_grid(MODEL, IDS, metric, layers=slice(1, None), **QUIET)
+    assert (one.layers, both.layers, some.layers) == (((2,),), ((0, 1), (2,)), ((1,), (2,)))
+    torch.testing.assert_close(one.values[0], both.values[1])
+    for wrong in ({"window": 2, "layers": [0]}, {"batch": 0}, {"window": 0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            knockout_grid(MODEL, IDS, metric, **wrong, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda: sweep(MODEL, IDS, [at.y(layer=0)], metric, **QUIET), "cells="),
+        (lambda: sweep(MODEL, IDS, Zero(at.y(layer=0)), metric, **QUIET), "cells="),
+        (lambda: path_patch(MODEL, IDS, DONOR, edges=[at.y(layer=0)], metric=metric, **QUIET), "no edge"),
+        (lambda: collect(MODEL, IDS, at.y(layer=0), batch=0), "batch=0"),
+        (lambda: probe(torch.randn(20), torch.arange(20) % 2), "features"),
+        (lambda: probe(torch.randn(20, 3), torch.arange(20) % 2, other=torch.full((20, 3), torch.nan)), "other"),
+        (lambda: probe(torch.randn(20, 3), [0, "a"] * 10), "mix"),
+        (lambda: probe_grid(MODEL, IDS, ["a", "b", "a"], site="y", positions=[-1], **QUIET), "index strings"),
+        (lambda: probe_grid(MODEL, IDS, torch.zeros(7), site="y", positions=[-1], **QUIET), "labels"),
+        (lambda: effective_rank(torch.randn(4)), "samples"),
+        (lambda: effective_rank(torch.randn(4, 3), threshold=2.0), "threshold"),
+        (lambda: direct_logit(MODEL, IDS, "a"), "token ids"),
+    ],
+)
+def test_bad_input_is_named(wrong, text):
+    with pytest.raises((InputError, EditError), match=text):
+        wrong()
