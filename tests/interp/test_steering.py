@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -120,6 +120,10 @@ def test_one_pass_over_the_result_equals_token_by_token(data, backend, padded):
     lengths = torch.tensor([5, 3, 4] if padded else [5, 5, 5])
     kinds = data.draw(st.lists(st.tuples(st.sampled_from(PLACES), SLICES, st.sampled_from(["add", "remove", "keep"])),
                                min_size=1, max_size=3))  # fmt: skip
+    for place in {
+        p for p, *_ in kinds
+    }:  # a direction removed and nothing else kept leaves rounding, which norms blow up
+        assume(not {"remove", "keep"} <= {kind for p, _, kind in kinds if p == place})
     edits = []
     for place, pos, kind in kinds:
         if isinstance(pos, slice) and pos.start is not None and pos.start < 0:
