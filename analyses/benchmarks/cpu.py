@@ -31,7 +31,7 @@ SIZES = {"S": (128, 4, 512), "M": (768, 6, 512), "tiny": (16, 2, 32)}  # name ->
 AGREE = 2e-5  # relative error in norm, float32 against float64
 DIFFER = 0.05  # what a fault must reach
 LEAST, MOST = 3, 15  # rounds
-SLOW = 1.7  # a peer of so many times the fastest one's time, in the first round, is timed no more where rounds are dear
+SLOW = 1.3  # a peer of so many times the fastest one's time, in the first round, is timed no more where rounds are dear
 CELLS = 4  # of a sweep, that a peer computes a round
 
 # The backward of a loop that slices (b, l, e, n) position by position costs O(l^2) traffic.

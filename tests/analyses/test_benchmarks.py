@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from analyses.benchmarks import cpu, floor, growth, memory, peers, report
+from analyses.benchmarks import cpu, floor, gpu, growth, memory, peers, report
 from analyses.benchmarks.cpu import LABELS, Piece
 
 HERE = ("HF transformers", "mambapy sequential")
@@ -112,6 +112,11 @@ def test_memory_is_that_of_what_is_held():
         memory.alone(lambda: 1 / 0)
 
 
+def test_the_scan_holds_nothing_that_grows_with_the_length_but_its_output():
+    found = memory.alone(lambda: growth.point("scan, length", 16384, "torch", calls=0))  # a tensor of its inputs: 16 MB
+    assert found["mb"] - found["output"] < growth.BEYOND
+
+
 def test_growth_is_measured_and_judged(tmp_path):
     axes = {"scan, length": (64, 256), "length": (16, 32), "batch": (2,), "layers": (2,),
             "edited positions a layer": (0, 2)}  # fmt: skip
@@ -159,6 +164,32 @@ def test_the_results_that_ship_say_where_they_come_from():
     for work, several in report.load().items():
         assert work.removeprefix("memory, ") in cpu.PIECES or work.startswith("memory, "), work
         assert all(max(r.get("error_against_float64", {"": 0}).values()) < cpu.AGREE for r in several)
+
+
+def test_the_command_for_a_gpu_rehearses_on_a_cpu_and_says_what_is_missing():
+    from typer.testing import CliRunner
+
+    from analyses.benchmarks.__main__ import app
+
+    rehearsed = CliRunner().invoke(app, ["gpu", "--device", "cpu", "--rounds", "1"])
+    assert rehearsed.exit_code == 0, rehearsed.output
+    assert "rehearsal" in rehearsed.output and "8 states set, over clean" in rehearsed.output
+    if not torch.cuda.is_available():
+        refused = CliRunner().invoke(app, ["gpu"])
+        assert refused.exit_code == 1 and "no CUDA device" in refused.output
+
+
+def test_a_sweep_that_does_not_agree_is_not_timed(monkeypatch):
+    right = gpu.patch_grid
+
+    def wrong(*a, backend, **kw):
+        made = right(*a, backend=backend, **kw)
+        made.values.add_(backend == "torch")
+        return made
+
+    monkeypatch.setattr(gpu, "patch_grid", wrong)
+    with pytest.raises(RuntimeError, match="differ"):
+        gpu.sweep(cpu.MambaConfig(16, 2, 32), 2, 6, 1, "cpu", "torch")
 
 
 def test_tables_are_put_between_the_marks():
