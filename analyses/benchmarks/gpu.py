@@ -39,8 +39,8 @@ def missing(device: str) -> str:
 def floor(config: MambaConfig, b: int, l: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """Milliseconds in which the bytes that a forward must move pass at the card's bandwidth.
 
-    The weights once; of each layer the residual stream, in_proj's output, the convolution's, dt and y, each written once
-    and read once; the logits. Matrix products are given in operations, for the rate of the card at hand.
+    The weights once; of each layer the residual stream, in_proj's output, the convolution's, dt and y, each written
+    once and read once; the logits. Matrix products are given in operations, for the rate of the card at hand.
     """
     size = torch.finfo(dtype).bits // 8
     weights = sum(p.numel() for p in Mamba(config).parameters())
