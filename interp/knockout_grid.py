@@ -4,7 +4,7 @@ Below its window a cell is the base run, and above it what the base run is at al
 the window runs whole, and the layers above it from the target on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -125,7 +125,7 @@ def knockout_grid(
 
 def _cells(
     base: Base, cuts: Sequence[Knockout], group: Sequence[int], baseline: Tensor, first: int,
-    memories: Sequence[Memory],
+    memories: Mapping[int, Memory],
 ) -> Iterator[Tensor]:  # fmt: skip
     """The logits of each knockout of these layers, whose rows stand one after the other, as a metric takes them.
 

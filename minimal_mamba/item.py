@@ -7,7 +7,7 @@ each position t; an item selects (K, *features), for the K rows that mean this t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +104,13 @@ class Item:
         if lead == 2 and self.dropped[0]:
             drop.append(1)
         return x.squeeze(tuple(drop)) if drop else x
+
+    def of(self, layers: list[int | None]) -> "Item":
+        """The item in some of its layers."""
+        value = self.value
+        if value is not None and not isinstance(self.edit, Project) and value.shape[0] > 1:
+            value = value[[self.layers.index(layer) for layer in layers]]
+        return replace(self, layers=layers, value=value)
 
     def share(self, layer: int | None) -> Tensor | None:
         """This layer's part of the value: (R, P, *features), or a Project's basis."""

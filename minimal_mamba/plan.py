@@ -77,10 +77,13 @@ class Plan(Tap):
         for layer in item.layers:
             self.items.setdefault((item.site, layer), []).append(item)
 
-    def beside(self, other: "Plan", first: int) -> None:
-        """Take in the edits of another plan, whose row 0 is this plan's row `first`, at the same absolute positions."""
+    def beside(self, other: "Plan", first: int, taken: Callable[[str, int | None], bool]) -> None:
+        """Take in another plan's edits of the sites and layers that are `taken`, at the same absolute positions; its
+        row 0 is this plan's row `first`."""
         for item in other.edits():
-            self._add(replace(item, rows=item.rows + first))
+            layers = [layer for layer in item.layers if taken(item.site, layer)]
+            if layers:
+                self._add(replace(item.of(layers), rows=item.rows + first))
 
     def edits(self) -> list[Item]:
         """What each edit changes, in order: the sites, layers, rows and positions."""

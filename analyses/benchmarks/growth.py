@@ -30,7 +30,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "edited positions a layer": (0, 1, 4, 16, 64, 256),
 }
 SLOPE = 1.25  # of the scan's time in length, on log scales
-BEYOND = 8.0  # MB that the scan may hold beyond its inputs and output, at any length
+BEYOND = 16.0  # MB that the scan may hold beyond its inputs and output, at any length
 
 
 def point(axis: str, x: int, backend: str, size: str = "S", calls: int = 5) -> dict[str, float]:

@@ -85,8 +85,10 @@ def sweep(
         Sweep, or one for each name. Each row of `values` is what `run(model, ids, edits=cell)` would give.
     Raises:
         what `run` raises for any cell, before anything runs; MetricError; InputError for a memory that holds no cell.
-    Cost: a third of a run for each cell of a grid of layers and positions; a cell with a `Mean` of the batch is run
-        alone, and whole.
+    Cost: of each cell the layers behind the one that it touches, from its first position on. In that layer itself only
+        the tokens that are touched run, and those that the conv sees them from; later ones differ by their state
+        alone, which is carried on with the base run's decays. Behind the last scan only the last token is made,
+        unless a metric reads others. A cell with a `Mean` of the batch is run alone, and whole.
     """
     named = metric if isinstance(metric, Mapping) else {"metric": metric}
     if isinstance(cells, Edit) or not all(isinstance(cell, Edit | Iterable) for cell in cells):
@@ -159,7 +161,9 @@ def _groups(base: Base, cells: Sequence[Cell], memory: int) -> Iterator[list[Cel
     apart = {c.number for c in changed if alone(c)}
     size = torch.finfo(wide(base.model.dtype)).bits // 8
     lowest = min((c.stage for c in changed), default=base.depth)
-    kept = size * base.ids.numel() * base.model.config.d_model * (base.depth - lowest + 1)
+    c = base.model.config
+    a_token = c.d_model + 4 * c.d_inner + 2 * c.d_state  # what `Base` keeps of each layer
+    kept = size * base.ids.numel() * a_token * (base.depth - lowest + 1)
     order = sorted(changed, key=lambda c: (c.number in apart, int(c.start.sum()), c.start.tolist(), c.stage))
     group: list[Cell] = []
     starts: set[tuple[int, ...]] = set()

@@ -48,8 +48,8 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     kept = sorted(f.name for f in (tmp_path / "s").glob("group-*"))
     assert 0 < len(kept) < len(want.groups)
     ran = []
-    plain = batch._Batch.run
-    monkeypatch.setattr(batch._Batch, "run", lambda self, ops: ran.append(1) or plain(self, ops))
+    plain = batch.Batch.run
+    monkeypatch.setattr(batch.Batch, "run", lambda self: ran.append(1) or plain(self))
     again = swept(tmp_path / "s")
     assert torch.equal(again.values, want.values) and torch.equal(again.base, want.base)
     assert len(ran) == len(want.groups) - len(kept)  # what was done is not done again
@@ -65,7 +65,8 @@ def test_a_folder_that_is_something_else(tmp_path):
         "backend": {"backend": "reference", "cells": CELLS[:4]},
         "lengths": {"lengths": [40, 39, 40], "cells": CELLS[:4]},
     }
-    for what, kwargs in changed.items():
+    value = [*CELLS[:3], [Scale(CELLS[3][0].address, 1.25)]]  # another one at the same place
+    for what, kwargs in [*changed.items(), ("cells", {"cells": value})]:
         with pytest.raises(CheckpointError, match=f"holds another sweep: they differ in .*{what}"):
             swept(tmp_path / "s", **kwargs)
     with torch.no_grad():
