@@ -83,7 +83,7 @@ _FUSED_NEEDS = (
 
 _COMPILED_NEEDS = (
     Need("a model on the CPU", lambda device: device.type == "cpu", "move the model with model.to('cpu')"),
-    Need("the package numba, 0.60 or newer", _at_least("numba", "0.60"), "pip install 'mambascope[fast]'"),
+    Need("the package numba, 0.61 or newer", _at_least("numba", "0.61"), "pip install 'mambascope[fast]'"),
 )
 
 BACKENDS: dict[str, Backend] = {

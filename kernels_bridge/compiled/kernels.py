@@ -1,13 +1,14 @@
 """The loops that LLVM compiles, through numba: exp, the scan and its backward, the convolution and its backward.
 
-Work is cut into items, a row of the batch times WIDTH channels, that share nothing: which thread runs which item
+Work is cut into items, a row of the batch times `width` channels, that share nothing: which thread runs which item
 changes no result. Along time a loop is sequential; along channels it is vectorised, so a state is (n, channels).
 
 `contract` lets a product and a sum be one rounding. `reassoc` is allowed in `dot` alone, so that its sum runs in
-vectors: an order that is fixed when it is compiled. No flag lets the compiler take NaN or infinity for impossible.
+vectors: an order that is fixed when it is compiled for a processor. No flag lets the compiler take NaN or infinity for
+impossible.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, call-arg, call-overload"
 # numba gives the types
 
 from functools import partial

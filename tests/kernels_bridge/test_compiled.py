@@ -215,8 +215,8 @@ def threads() -> Iterator[None]:
 
 
 def test_results_do_not_depend_on_the_number_of_threads(threads: None) -> None:
-    made, found = [t.float() for t in inputs(65, e=300, n=16, b=3)], []
-    x, weight, bias = torch.randn(3, 60, 300), torch.randn(300, 4), torch.randn(300)
+    made, found = [t.float() for t in inputs(80, e=300, n=16, b=3)], []
+    x, weight, bias = torch.randn(3, 400, 300), torch.randn(300, 4), torch.randn(300)
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
         mine = leaves(made)
