@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 KERNELS ?= .venv-kernels
+PEERS ?= .venv-peers
+GPU_PYTHON ?= $(BIN)/python
+CHECKS := kernels_bridge/harness/results
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-kernels lint bench train clean
+.PHONY: demo test test-kernels lint bench bench-peers gpu train clean
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,11 +42,32 @@ lint: $(VENV)/dev.done  ## mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/dev.done  ## time and memory beside HF transformers and mambapy, one thread
-	$(BIN)/python -m analyses.benchmarks cpu
+bench: $(VENV)/dev.done  ## time and memory, beside the peers of `make bench-peers` where they are
+	$(BIN)/python -m analyses.benchmarks all
+
+bench-peers:  ## TransformerLens, nnsight, mambapy and MambaLens, in environments of their own
+	for name in peers lens; do \
+	  $(PYTHON) -m venv $(PEERS)/$$name; \
+	  $(PEERS)/$$name/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0; \
+	  $(PEERS)/$$name/bin/python -m pip install --quiet --disable-pip-version-check -r analyses/benchmarks/$$name.txt; \
+	done
+
+# On a machine with CUDA, mamba-ssm and causal-conv1d: `make gpu GPU_PYTHON=python3`. Each step writes its results when it is
+# done, and a second call goes on.
+gpu:  ## what only a GPU can show: tests, golden vectors of the kernels, the check, the speed
+	$(GPU_PYTHON) -m pytest -m gpu tests/kernels_bridge
+	$(GPU_PYTHON) -m kernels_bridge.fused.golden kernels_bridge/fused/golden.safetensors
+	for dtype in float32 bfloat16 float16; do \
+	  $(GPU_PYTHON) -m kernels_bridge check --target fused --device cuda --dtype $$dtype --json $(CHECKS)/fused-$$dtype.json; \
+	done
+	$(GPU_PYTHON) -m kernels_bridge check --target fused --device cuda --size 130m --json $(CHECKS)/fused-130m.json
+	$(GPU_PYTHON) -m kernels_bridge check --target fused --device cuda --model analyses/hidden_reasoning/models/masked \
+	  --lengths 5,17,64 --json $(CHECKS)/fused-masked.json
+	$(GPU_PYTHON) -m kernels_bridge check --target mamba_ssm --device cuda --json $(CHECKS)/mamba_ssm-float32.json
+	$(GPU_PYTHON) -m analyses.benchmarks gpu
 
 train: $(VENV)/dev.done  ## train the shipped model again
 	$(BIN)/python -m analyses.hidden_reasoning train --out runs/masked
 
 clean:
-	rm -rf $(VENV) $(KERNELS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(KERNELS) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
