@@ -294,6 +294,8 @@ class HookedMamba:
             return out.logits, kept
         if return_type is None:
             return None, kept
+        if ids.shape[1] == 1:
+            raise InputError(f"return_type={return_type!r}: rows of one token have no next token to be scored.")
         logits = out.logits[:, :-1].to(torch.promote_types(out.logits.dtype, torch.float32))
         loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none" if per_token else "mean")
         return (loss if return_type == "loss" else (out.logits, loss)), kept

@@ -41,8 +41,9 @@ def _last(logits: Tensor | Run) -> Tensor:
 def _pick(scores: Tensor, tokens: Tokens) -> Tensor:
     b, v = scores.shape
     index = torch.as_tensor(tokens, device=scores.device)
-    if index.shape not in ((), (b,)) or index.is_floating_point():
-        raise InputError(f"tokens have shape {tuple(index.shape)}; give one id, or one a row ({b},).")
+    if index.shape not in ((), (b,)) or index.is_floating_point() or index.dtype == torch.bool:
+        kind = "" if index.dtype == torch.long else f" and type {index.dtype}"
+        raise InputError(f"tokens have shape {tuple(index.shape)}{kind}; give one id, or one a row ({b},).")
     if int(index.min()) < 0 or int(index.max()) >= v:
         wrong = int(index.min()) if int(index.min()) < 0 else int(index.max())
         raise InputError(f"token id {wrong} is outside the logits' 0..{v - 1}.")
@@ -73,7 +74,8 @@ def kl(logits: Tensor | Run, other: Tensor | Run) -> Tensor:
             f"kl compares {tuple(p.shape)} with {tuple(q.shape)}: rows and vocabulary must match. "
             "Of a run the vocabulary's padding is left out: give two runs, or two tensors."
         )
-    return (p.exp() * (p - q)).sum(-1)
+    apart = torch.where(p == -torch.inf, 0.0, p - q)  # 0 log 0 = 0: a token that a mask rules out adds nothing
+    return (p.exp() * apart).sum(-1)
 
 
 def accuracy(logits: Tensor | Run, answer: Tokens) -> Tensor:

@@ -153,6 +153,11 @@ def generate(
 
     def choose(logits: Tensor) -> Tensor:
         real = logits[:, : model.config.vocab_size]
+        if bool((lost := real.isnan().any(1)).any()):
+            raise InputError(
+                f"the logits of row {int(lost.nonzero()[0])} hold NaN, of which no token is the likeliest: look for "
+                "where this model or an edit overflows, with run(model, ids, edits, record=[at.resid_post()])."
+            )
         if temperature == 0:
             return real.argmax(-1, keepdim=True)  # (b, 1)
         return torch.multinomial((real.float() / temperature).softmax(-1), 1, generator=draw)

@@ -68,8 +68,8 @@ def scan(
 class _Inputs(NamedTuple):
     """What the states of a run are made from."""
 
+    u: Tensor  # (b, l, e)
     dt: Tensor  # (b, l, e)
-    dtu: Tensor  # (b, l, e)
     B: Tensor  # (b, l, n)
     A_t: Tensor  # (n, e)
 
@@ -88,7 +88,7 @@ class _Scan(torch.autograd.Function):
         rows, step, width = cut(b, l, e, n)
         starts = h.new_empty((-(-l // step) if needs else 0, b, n, e))  # the state before each block of tokens
         y, last, kept = torch.empty_like(dt), torch.empty_like(h), h.new_empty((b, len(keep), e, n))
-        own = _Inputs(dt, dt * u, B, A.T.contiguous())
+        own = _Inputs(u, dt, B, A.T.contiguous())
         ctx.move = _Move(move, own.A_t, (b, l, e, n), (rows, step, width)) if move is not None and needs else None
         for r, c in _grid(b, rows, e, width):
             state = h[r, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (r, n, c), changed in place
@@ -112,8 +112,8 @@ class _Scan(torch.autograd.Function):
         u, dt, A, B, C, added, starts = ctx.saved_tensors
         (b, l, e), n = u.shape, A.shape[1]
         rows, step, width = ctx.cut
-        own = _Inputs(dt, dt * u, B, A.T.contiguous())
-        dtu, A_t, move = own.dtu, own.A_t, ctx.move
+        own = _Inputs(u, dt, B, A.T.contiguous())
+        A_t, move = own.A_t, ctx.move
         du, ddt = torch.empty_like(dt), torch.empty_like(dt)
         dA_t, dB, dC = torch.zeros_like(A_t), torch.zeros_like(B), torch.zeros_like(C)
         dh = torch.empty_like(dlast)
@@ -127,7 +127,7 @@ class _Scan(torch.autograd.Function):
                 before = starts[k, r, :, c]
                 states = block.states(r, s, c, own, before, added, ctx.added_at)
                 m = len(states)
-                out, dt_s, u_s, dtu_s = (_time_first(x, r, s)[..., c] for x in (dy, dt, u, dtu))  # (m, r, c) each
+                out, dt_s, u_s = (_time_first(x, r, s)[..., c] for x in (dy, dt, u))  # (m, r, c) each
                 B_s, C_s = _time_first(B, r, s), _time_first(C, r, s)  # (m, r, n)
                 dC[r, s] += torch.matmul(states, out[..., None])[..., 0].transpose(0, 1)
 
@@ -144,7 +144,7 @@ class _Scan(torch.autograd.Function):
                     dadded[r, i, c] = each[t - s.start].transpose(1, 2)
 
                 ddtu = torch.matmul(B_s[:, :, None], grad)[:, :, 0]  # (m, r, c)
-                dB[r, s] += torch.matmul(grad, dtu_s[..., None])[..., 0].transpose(0, 1)
+                dB[r, s] += torch.matmul(grad, (dt_s * u_s)[..., None])[..., 0].transpose(0, 1)
                 power = product[:m]  # dL/d decay = dL/dh h_before
                 torch.mul(grad[1:], states[:-1], out=power[1:])
                 torch.mul(grad[0], before, out=power[0])
@@ -171,7 +171,7 @@ class _Move:
         self.spare: list[_Block] = []
         for run in move.runs:
             w = run.h.dtype
-            made = _Inputs(run.dt, run.dt * run.u.to(w), run.B.to(w), A_t)
+            made = _Inputs(run.u.to(w), run.dt, run.B.to(w), A_t)
             starts = run.h.new_empty((-(-l // step), b, n, e) if self.site in STATES else 0)
             for r, c in _grid(b, rows, e, width) if len(starts) else ():
                 state = run.h[r, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)
@@ -215,10 +215,10 @@ class _Block:
 
     def inputs(self, r: slice, s: slice, c: slice, run: _Inputs) -> tuple[Tensor, Tensor]:
         """The decays and the writes (tokens, rows, n, channels) of a block."""
-        dt, dtu, B = (_time_first(x, r, s) for x in (run.dt, run.dtu, run.B))
+        u, dt, B = (_time_first(x, r, s) for x in (run.u[..., c], run.dt[..., c], run.B))
         m = len(dt)
-        decay = torch.mul(dt[:, :, None, c], run.A_t[:, c], out=self.decay[:m]).exp_()
-        return decay, torch.mul(dtu[:, :, None, c], B[..., None], out=self.write[:m])
+        decay = torch.mul(dt[:, :, None], run.A_t[:, c], out=self.decay[:m]).exp_()
+        return decay, torch.mul((dt * u)[:, :, None], B[..., None], out=self.write[:m])
 
     def states(
         self, r: slice, s: slice, c: slice, run: _Inputs, state: Tensor,

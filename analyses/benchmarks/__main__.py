@@ -154,6 +154,26 @@ def readme(
         into.write_text(report.placed(into.read_text(), made))
 
 
+@app.command()
+def gpu(
+    device: Annotated[str, typer.Option(help="cuda; cpu rehearses at toy sizes")] = "cuda",
+    rounds: Annotated[int, typer.Option(min=1, help="timed calls of each")] = 20,
+    out: Out = RESULTS,
+) -> None:
+    """The fused backend beside mamba-ssm's own model, under edits, in a sweep; or what is missing for it."""
+    from . import gpu as bench
+
+    if lacks := bench.missing(device):
+        print(f"cannot measure on {device}: {lacks}")
+        raise typer.Exit(1)
+    found = bench.measure(device, rounds)
+    print(bench.table(found))
+    if not found["rehearsal"]:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "gpu.json", found)
+        print(f"\nwritten to {out / 'gpu.json'}")
+
+
 @app.command("all")
 def everything(out: Out = RESULTS, again: Again = False, scale: Rounds = 1.0) -> None:
     """All of it on the CPU: at most 20 minutes on a quiet machine; what this commit has measured already is kept."""

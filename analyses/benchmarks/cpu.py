@@ -28,10 +28,11 @@ from .peers import KINDS, RESID, STATE, Ours, Peer
 from .sweeps import Cell
 
 SIZES = {"S": (128, 4, 512), "M": (768, 6, 512), "tiny": (16, 2, 32)}  # name -> (d_model, n_layer, vocab_size)
-AGREE = 2e-5  # relative error in norm, float32 against float64
+# Times the readable float32 model's relative error against float64; at least, at most.
+AGREE = (3.0, 5e-6, 5e-4)
 DIFFER = 0.05  # what a fault must reach
 LEAST, MOST = 3, 15  # rounds
-SLOW = 1.7  # a peer of so many times the fastest one's time, in the first round, is timed no more where rounds are dear
+SLOW = 1.3  # a peer of so many times the fastest one's time, in the first round, is timed no more where rounds are dear
 CELLS = 4  # of a sweep, that a peer computes a round
 
 # The backward of a loop that slices (b, l, e, n) position by position costs O(l^2) traffic.
@@ -200,11 +201,11 @@ class Work:
         return self.result(exact), None
 
     @torch.no_grad()
-    def check_grid(self, ours: Ours) -> None:
+    def check_grid(self, ours: Ours, bound: float) -> None:
         """What is timed of ours is a whole sweep: it must be that of one run a cell."""
         grid = ours.grid(self.piece.kind, self.few, self.others, self.metric)
         shown = torch.stack([self.metric(logits[:, None]) for logits in self.result(ours)])
-        if not off(torch.stack([grid[place] for place in self.places]), shown) < AGREE:
+        if not off(torch.stack([grid[place] for place in self.places]), shown) < bound:
             raise RuntimeError(f"{ours.backend}: the grid is not that of one run a cell")
 
     def check(self, made: dict[str, Peer]) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
@@ -214,25 +215,27 @@ class Work:
             RuntimeError: one of ours does not agree, or a fault does: then no time means anything.
         """
         truth, dead = self.truth()
+        readable = off(self.result(Ours(self.model, "reference")), truth)  # what float32 costs, whoever computes
+        bound = min(max(AGREE[0] * readable, AGREE[1]), AGREE[2])
         errors: dict[str, float] = {}
         refused: dict[str, str] = {}
         for name, peer in made.items():
             try:
                 errors[name] = off(self.result(peer), truth)
                 if dead is not None and isinstance(peer, Ours):
-                    self.check_grid(peer)
+                    self.check_grid(peer, bound)
             except Exception as e:
                 if peer.ours:
                     raise
                 refused[name] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
                 continue
-            if not errors[name] < AGREE and not peer.ours:
+            if not errors[name] < bound and not peer.ours:
                 refused[name] = f"does not agree with float64: relative error {errors[name]:.1e}"
         wrong = {name: off(self.result(peer), truth) for name, peer in faults(self.model).items()}
         if dead is not None:
             wrong["no edit"] = off(dead, truth)
-        bad = [n for n, e in errors.items() if made[n].ours and not e < AGREE]
-        bad += [n for n, e in wrong.items() if not e > DIFFER]
+        bad = [n for n, e in errors.items() if made[n].ours and not e < bound]
+        bad += [n for n, e in wrong.items() if not e > max(DIFFER, 100 * bound)]
         if bad:
             raise RuntimeError(f"the check against float64 fails for {', '.join(bad)}: {errors | wrong}")
         return errors, wrong, refused

@@ -1,10 +1,12 @@
 """The fused backend on a GPU: against mamba-ssm's own model, and the ways in which edits can be had, side by side.
 
 Times are medians of CUDA events after a warm-up, over ids that differ between rounds; memory is the peak of one more.
-`measure` is what a GPU session calls.
+`measure` is what `python -m analyses.benchmarks gpu` calls; on another device it rehearses, on any backend and without
+mamba-ssm's model.
 """
 
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,8 +30,14 @@ BANDWIDTH = 4.3e12  # bytes a second, of an H200
 def _milliseconds(call: Callable[[int], object], rounds: int) -> dict[str, float]:
     """Median, least and most of `call(round)`, after three that warm up; and the peak of memory of one more, in GB."""
     for r in range(3):
-        call(r)
+        call(r % rounds)
     times = []
+    if not torch.cuda.is_available():
+        for r in range(rounds):
+            begin = time.perf_counter()
+            call(r)
+            times.append(1e3 * (time.perf_counter() - begin))
+        return {"median": statistics.median(times), "min": min(times), "max": max(times)}
     for r in tqdm(range(rounds), leave=False):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -49,8 +57,10 @@ def _call(way: Callable[[], object], r: int) -> object:
     return way()
 
 
-def models(config: MambaConfig, dtype: torch.dtype) -> tuple[Mamba, Any]:
-    """Ours and mamba-ssm's with the same weights."""
+def models(config: MambaConfig, dtype: torch.dtype, device: str = "cuda") -> tuple[Mamba, Any]:
+    """Ours and mamba-ssm's with the same weights; for a rehearsal ours twice."""
+    if device != "cuda":
+        return lively(Mamba(config).to(dtype)), lively(Mamba(config).to(dtype))
     from mamba_ssm.models.config_mamba import MambaConfig as TheirConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
@@ -61,8 +71,9 @@ def models(config: MambaConfig, dtype: torch.dtype) -> tuple[Mamba, Any]:
 
 
 def measure(
-    config: MambaConfig | None = None, b: int = 8, l: int = 2048, rounds: int = 20, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, Any]:
+    config: MambaConfig | None = None, b: int = 8, l: int = 2048, rounds: int = 20, dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda", backend: str = "fused",
+) -> dict[str, Any]:  # fmt: skip
     """Forward and training step against mamba-ssm's, edits and recordings against clean, milliseconds and gigabytes.
 
     Args:
@@ -71,12 +82,12 @@ def measure(
         name -> times; `ratios`, the numbers that are promised; `ways`, one layer's scan by each way; provenance.
     """
     config = config or MambaConfig(768, 24, 50277)
-    ours, theirs = models(config, dtype)
-    fused = resolve("fused", "cuda")
-    ids = torch.randint(0, config.vocab_size, (rounds, b, l), generator=torch.Generator().manual_seed(0)).cuda()
+    ours, theirs = models(config, dtype, device)
+    fused = resolve(backend, device)
+    ids = torch.randint(0, config.vocab_size, (rounds, b, l), generator=torch.Generator().manual_seed(0)).to(device)
     p8, p64 = (torch.linspace(1, l - 2, m).long().tolist() for m in (8, 64))
     half = torch.tensor(0.5)
-    donor = torch.randn(1, 1, 8, config.d_inner, config.d_state, generator=torch.Generator().manual_seed(1)).cuda()
+    donor = torch.randn(1, 1, 8, config.d_inner, config.d_state, generator=torch.Generator().manual_seed(1)).to(device)
 
     @torch.no_grad()
     def forward(edits: list[Edit], record: list[Address], r: int) -> None:
@@ -98,6 +109,8 @@ def measure(
         return model(ids[0], **kw).logits
 
     gap = float((clean(ours, ops=fused) - clean(theirs)).float().norm() / clean(theirs).float().norm())
+    if not gap < 0.05:
+        raise RuntimeError(f"the logits differ from mamba-ssm's by {gap}, relative in norm: no time means anything")
     work: dict[str, Callable[[int], object]] = {
         "forward, mamba-ssm": torch.no_grad()(lambda r: theirs(ids[r])),
         "forward, fused": lambda r: forward([], [], r),
@@ -120,7 +133,7 @@ def measure(
             "64 states read, over clean": median["forward, fused, 64 states read in every layer"] / base,
         },
         "logits against mamba-ssm's, relative": gap,
-        "ways": ways(config, b, l, rounds),
+        "ways": ways(config, b, l, rounds) if device == "cuda" else {},
         "provenance": provenance(dtype=str(dtype), b=b, l=l, rounds=rounds),
     }
 

@@ -30,7 +30,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "edited positions a layer": (0, 1, 4, 16, 64, 256),
 }
 SLOPE = 1.25  # of the scan's time in length, on log scales
-BEYOND = 16.0  # MB that the scan may hold beyond its inputs and output, at any length
+BEYOND = 8.0  # MB that the scan may hold beyond its inputs and output, at any length
 
 
 def point(axis: str, x: int, backend: str, size: str = "S", calls: int = 5) -> dict[str, float]:
@@ -108,7 +108,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> list[Path]:
     from matplotlib.ticker import NullLocator
 
     plt.rcParams.update({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
-    fig, grid = plt.subplots(2, 2, figsize=(3.4, 3.3), layout="constrained")
+    fig, grid = plt.subplots(2, 2, figsize=(3.4, 3.6), layout="constrained")
     colours = dict(zip(("torch", "compiled"), ("#0072B2", "#D55E00"), strict=True))
     for r in results:
         name, colour, axes = r["backend"], colours.get(r["backend"], "#555555"), r["axes"]
@@ -120,12 +120,12 @@ def figure(results: list[dict[str, Any]], path: Path) -> list[Path]:
             ]
             ax.plot([p["x"] for p in points], ys, style, color=colour, lw=1, ms=2.5, label=label)
 
-        line(grid[0, 0], "length", "seconds", "o-", f"{name}: forward")
-        line(grid[0, 0], "scan, length", "seconds", "s:", f"{name}: one scan")
-        line(grid[0, 1], "length", "mb", "o-", f"{name}: forward")
-        line(grid[0, 1], "scan, length", "mb-", "s:", f"{name}: scan beyond y")
-        line(grid[1, 0], "batch", "seconds", "o-", f"{name}: rows")
-        line(grid[1, 0], "layers", "seconds", "^--", f"{name}: layers")
+        line(grid[0, 0], "length", "seconds", "o-", f"{name}, forward")
+        line(grid[0, 0], "scan, length", "seconds", "s:", f"{name}, one scan")
+        line(grid[0, 1], "length", "mb", "o-", f"{name}, forward")
+        line(grid[0, 1], "scan, length", "mb-", "s:", f"{name}, scan beyond y")
+        line(grid[1, 0], "batch", "seconds", "o-", f"{name}, rows")
+        line(grid[1, 0], "layers", "seconds", "^--", f"{name}, layers")
         edited = axes["edited positions a layer"]
         line(grid[1, 1], "edited positions a layer", "seconds", "o-", name)
         grid[1, 1].axhline(edited[0]["seconds"], color=colour, lw=0.7, ls=":")
@@ -133,12 +133,16 @@ def figure(results: list[dict[str, Any]], path: Path) -> list[Path]:
     grid[0, 1].plot(
         [p["x"] for p in points], [p["output"] for p in points], color="#999999", lw=0.8, label="the logits"
     )
-    labels = (("length (tokens)", "time (s)"), ("length (tokens)", "peak memory (MB)"),
-              ("rows, or layers", "time (s)"), ("states set in each layer", "time (s)"))  # fmt: skip
+    labels = (("length (tokens)", "CPU time (s)"), ("length (tokens)", "peak memory (MB)"),
+              ("rows, or layers", "CPU time (s)"), ("states set in each layer", "CPU time (s)"))  # fmt: skip
     for ax, (x, y) in zip(grid.flat, labels, strict=True):
         ax.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.legend(fontsize=5, handlelength=1.6, borderaxespad=0.2, labelspacing=0.25)
+        low, high = ax.get_ylim()
+        low = min(low, 0.1)
+        ax.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend above the lines
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.legend(fontsize=5, loc="upper left", handlelength=1.8, borderaxespad=0, labelspacing=0.2)
     made = [path.with_suffix(".png"), path.with_suffix(".pdf")]
     for file in made:
         fig.savefig(file, dpi=300, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)

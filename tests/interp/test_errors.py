@@ -408,7 +408,7 @@ def test_inputs():
 def test_backends():
     fails(
         BackendUnavailable,
-        r"no backend 'torc'\. Did you mean 'torch'\? There are auto, reference, torch, fused",
+        r"no backend 'torc'\. Did you mean 'torch'\? There are auto, reference, torch, compiled, fused",
         run,
         MODEL,
         IDS,

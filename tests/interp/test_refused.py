@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from interp import (
+    Apply,
+    HookedMamba,
     Zero,
     agreement,
     at,
@@ -11,7 +13,10 @@ from interp import (
     collect,
     direct_logit,
     effective_rank,
+    generate,
+    kl,
     knockout_grid,
+    log_prob,
     logit_diff,
     patch_grid,
     path_patch,
@@ -78,8 +83,20 @@ def test_windows_of_layers_are_named_as_in_patch_grid():
         (lambda: effective_rank(torch.randn(4)), "samples"),
         (lambda: effective_rank(torch.randn(4, 3), threshold=2.0), "threshold"),
         (lambda: direct_logit(MODEL, IDS, "a"), "token ids"),
+        (lambda: log_prob(torch.randn(3, 5), torch.tensor([True, False, True])), "torch.bool"),
+        (lambda: HookedMamba(MODEL)(IDS[:, :1], return_type="loss"), "no next token"),
+        (lambda: generate(MODEL, IDS, 2, Apply(at.x(layer=0), lambda x: x / 0 * 0)), "hold NaN"),
+        (lambda: generate(MODEL, IDS, 2, Apply(at.x(layer=0), lambda x: x / 0 * 0), temperature=1.0), "hold NaN"),
     ],
 )
 def test_bad_input_is_named(wrong, text):
     with pytest.raises((InputError, EditError), match=text):
         wrong()
+
+
+def test_kl_of_logits_with_tokens_ruled_out():
+    p, q = torch.randn(2, 3, 7, dtype=torch.float64).log_softmax(-1)
+    p[:, 2] = -torch.inf
+    want = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1)))[:, [0, 1, 3, 4, 5, 6]].sum(-1)
+    torch.testing.assert_close(kl(p, q), want)
+    assert kl(q, p).tolist() == [torch.inf] * 3  # q gives weight to what p rules out
