@@ -24,8 +24,8 @@ from ..run import Lengths, Metric, apply_metric
 from .batch import Base, Cell, alone, begin, run_group
 from .store import Saved, edits_digest
 
-TOKENS = 4096  # of a group: enough for the machine to be busy, few enough for the cache
-EVEN = 0.8  # the shortest row of a group is at least this much of the longest: the rest is padding
+TOKENS = 8192  # of a group: enough for the machine to be busy, few enough for the cache
+EVEN = 0.7  # the shortest row of a group is at least this much of the longest: the rest is padding
 MEMORY = 1 << 30  # bytes
 
 

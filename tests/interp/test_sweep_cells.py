@@ -174,6 +174,12 @@ def test_logits_are_made_when_a_metric_asks_for_them():
         lazy.tolist()
 
 
+def test_a_metric_that_reads_all_logits_needs_no_further_runs(monkeypatch):
+    cells = [[Zero(at.ssm_state(layer=i, pos=3))] for i in range(N)]
+    monkeypatch.setattr("interp.sweep.batch.run", None)
+    assert sweep(MODEL, IDS, cells, everywhere, progress=False).values.shape == (N, B)
+
+
 def test_metrics_that_read_all_logits_only_of_some_runs():
     """What a metric reads of the base run decides what is made; one that then reads more gets it all the same."""
     cells = [[Scale(getattr(at, s)(layer=i, pos=p), 1.5)] for s in ("ssm_state", "x", "resid_post")
