@@ -9,6 +9,7 @@ import torch
 from helpers import tiny
 
 from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, logit_diff, run, sweep
+from interp.sweep import batch
 from interp.sweep.logits import Logits
 from minimal_mamba.block import Mixer
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
@@ -176,7 +177,7 @@ def test_logits_are_made_when_a_metric_asks_for_them():
 
 def test_a_metric_that_reads_all_logits_needs_no_further_runs(monkeypatch):
     cells = [[Zero(at.ssm_state(layer=i, pos=3))] for i in range(N)]
-    monkeypatch.setattr("interp.sweep.batch.run", None)
+    monkeypatch.setattr(batch, "run", None)
     assert sweep(MODEL, IDS, cells, everywhere, progress=False).values.shape == (N, B)
 
 
