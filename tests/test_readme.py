@@ -35,22 +35,7 @@ def test_every_file_that_it_names_is_there():
         assert (ROOT / target).exists(), target
 
 
-def first_markdown(results):
-    """The table of the first benchmark, which stands in the README until the marks for the new ones do."""
-    peers = list(dict.fromkeys(n for r in results for n in r["ratio_to_ours"]))
-    lines = ["| | ours | " + " | ".join(peers) + " |", "|---|---|" + "---|" * len(peers)]
-    for r in results:
-        ours = r["seconds"]["mambascope torch"]["median"]
-        shown = [f"{r['ratio_to_ours'][n]:.1f}x" if n in r["ratio_to_ours"] else "-" for n in peers]
-        lines.append(f"| {r['work']} | {ours * 1e3:.0f} ms | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
-
-
 def test_the_tables_of_times_are_those_of_the_results():
-    if report.MARKS[0] not in README:
-        results = json.loads((ROOT / "analyses/benchmarks/results/cpu.json").read_text())["results"]
-        assert first_markdown(results) in README
-        return
     results = report.load()
     assert report.placed(README, report.markdown(results)) == README
     for work, least in {"forward S, batch 8, length 256": 3, "training step S, batch 16, length 256": 3.5}.items():
