@@ -292,7 +292,9 @@ class Plan(Tap):
             if item.index is not None:
                 chosen: list[slice | Tensor] = [i.to(got.device) for i in item.features(0)]
                 got = got[(slice(None), slice(None), *chosen)]
-            self._keep(item, layer, torch.tensor([int(item.by_time[t][1][0]) for t in mine]), None, got.clone())
+            if got is not values or values._is_view():  # of a view the whole would be kept
+                got = got.clone()
+            self._keep(item, layer, torch.tensor([int(item.by_time[t][1][0]) for t in mine]), None, got)
 
     # -- after the run --------------------------------------------------------------------------------------------
 
@@ -320,7 +322,8 @@ class Plan(Tap):
         return {a: self._assemble(self.of[id(a)]) for a in self.record_at}
 
     def _assemble(self, items: list[Item]) -> Tensor:
-        parts = [torch.stack([join(item, layer) for layer in item.layers]) for item in items]
+        layers = [[join(item, layer) for layer in item.layers] for item in items]
+        parts = [one[0][None] if len(one) == 1 else torch.stack(one) for one in layers]  # one needs no copy
         wide = parts[0].dtype if len(parts) == 1 else torch.promote_types(parts[0].dtype, parts[1].dtype)
         out = torch.cat([p.to(wide) for p in parts], -1) if len(parts) > 1 else parts[0]  # (layers, b, P, *features)
         address = items[0].source
