@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from analyses.hidden_reasoning.settings import Settings
-from analyses.hidden_reasoning.train import TaskLearner, draw_batch, train
+from analyses.hidden_reasoning.training.learners import TaskLearner, build
+from analyses.hidden_reasoning.training.settings import Settings
+from analyses.hidden_reasoning.training.train import draw_batch, train
 from kernels_bridge import resolve
-from minimal_mamba import Mamba
 from minimal_mamba.provenance import provenance
 
 SETTINGS = Settings(start_length=8, max_length=8, save_every=10**6, log_every=10**6)
@@ -23,14 +23,14 @@ def bare(settings: Settings) -> None:
     """The same batches, model, loss, clipping and optimiser, without anything around them."""
     torch.manual_seed(settings.seed)
     learner, curriculum = (
-        TaskLearner(Mamba(settings.model), resolve("torch"), settings.answer_weight),
+        TaskLearner(build(settings, settings.task.tokenizer), resolve("torch"), settings.loss, settings.answer_weight),
         settings.curriculum(),
     )
     optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.learning_rate, fused=True)
     for step in range(settings.steps):
         batch = draw_batch(settings, step, curriculum)
         optimizer.zero_grad()
-        learner(batch.ids, batch.lengths, batch.reasoning, batch.answer)["loss"].backward()
+        learner(batch.ids, batch.lengths, batch.targets, batch.reasoning, batch.answer)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters(), settings.clip)
         optimizer.step()
 

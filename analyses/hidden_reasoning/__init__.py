@@ -1,15 +1,26 @@
 """Hidden reasoning: what a Mamba carries in its state and its visible text does not show.
 
-Reading order: `task` (what is computed), `tokenizer`, `loss`, `curriculum`; `settings`, `train` and `callbacks` (how a
-model comes about), `evaluate` (how good it is), `organism` (the trained models that ship).
+Reading order: `task` (what is computed, and what shortcuts can reach), `training` (how a model comes about), `organism`
+(the trained models that ship), `experiments` (what is asked of them).
 
-    python -m analyses.hidden_reasoning train --quick
-    python -m analyses.hidden_reasoning evaluate
+    python -m analyses.hidden_reasoning --help
 """
 
-from .evaluate import accuracy
+from .experiments.accuracy import Score, score
 from .organism import load_organism
-from .task import MASKED, Batch, MaskedTask, Pairs, draw, pairs
-from .tokenizer import WordTokenizer
+from .task import DIRECT, DOUBLETHINK, MASKED, Batch, Pairs, Task, WordTokenizer, draw, pairs
 
-__all__ = ["MASKED", "Batch", "MaskedTask", "Pairs", "WordTokenizer", "accuracy", "draw", "load_organism", "pairs"]
+__all__ = [
+    "DIRECT",
+    "DOUBLETHINK",
+    "MASKED",
+    "Batch",
+    "Pairs",
+    "Score",
+    "Task",
+    "WordTokenizer",
+    "draw",
+    "load_organism",
+    "pairs",
+    "score",
+]

@@ -1,36 +1,45 @@
-"""`python -m analyses.hidden_reasoning demo|train|evaluate`: patch the model that ships, train one, test one."""
+"""Hidden reasoning: train the models, ask what they can, where the hidden value is, and draw what was found."""
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 from minimal_mamba import Mamba
 from minimal_mamba.errors import MambascopeError
 from minimal_mamba.files import write_json
 
 from .errors import TaskError, TrainingError
-from .evaluate import accuracy
+from .experiments.accuracy import Score, packed, score
 from .organism import load_folder, load_settings, organism_folder, write_organism
-from .settings import Settings, read_settings
-from .task import MaskedTask
+from .task import Task, Tokenizer
+from .training.settings import Settings, read_settings
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-QUICK = Settings(
-    max_length=3, d_model=32, n_layer=2, d_state=8, batch_size=32, steps=60, warmup_steps=6, decay_steps=12,
-    log_every=20, save_every=60,
-)  # fmt: skip
+QUICK = {
+    "max_length": 3, "d_model": 32, "n_layer": 2, "d_state": 8, "batch_size": 32, "steps": 60, "warmup_steps": 6,
+    "decay_steps": 12, "log_every": 20, "save_every": 60,
+}  # fmt: skip
 EVALUATION_SEED = 0
 
 
 @app.command()
 def train(
-    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/masked; --quick: none]")] = None,
+    task: Annotated[str | None, typer.Option(help="direct, masked or doublethink. [default: masked]")] = None,
+    acts: Annotated[str | None, typer.Option(help="What the words do: arithmetic, or s5, the control.")] = None,
+    modulus: Annotated[int | None, typer.Option(help="Of the arithmetic. [default: 5]")] = None,
+    architecture: Annotated[str | None, typer.Option(help="mamba, or transformer: a GPT-2 of the same size.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="A Mamba checkpoint, of which --n-layer layers.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer of transformers. [default: our own]")] = None,
+    loss: Annotated[str | None, typer.Option(help="weighted, reasoning or all.")] = None,
+    answer_weight: Annotated[float | None, typer.Option(help="Of the final answer, in the weighted loss.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/<task>; --quick: none]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model, to see that it works.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of weights and data.")] = None,
@@ -40,55 +49,59 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     d_model: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
     n_layer: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
+    report_to: Annotated[str | None, typer.Option(help="Also log to tensorboard, wandb, ... as Trainer does.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Fresh prompts a length for the evaluation at the end.")] = 2000,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's]")] = None,
 ) -> None:
-    """Train a model on the `masked` task; it ends by itself, with an evaluation and the folder `organism` in the run.
+    """Train a model on a task; it ends by itself, with an evaluation and the folder `organism` in the run.
 
     A run that was stopped in any way goes on with --resume as if it had not been.
     """
-    given = {
-        "seed": seed, "max_length": max_length, "batch_size": batch_size, "learning_rate": learning_rate,
-        "d_model": d_model, "n_layer": n_layer,
+    options: dict[str, Any] = {
+        "task_name": task, "acts": acts, "modulus": modulus, "architecture": architecture, "pretrained": pretrained,
+        "tokenizer": tokenizer, "loss": loss, "answer_weight": answer_weight, "seed": seed, "max_length": max_length,
+        "batch_size": batch_size, "learning_rate": learning_rate, "d_model": d_model, "n_layer": n_layer,
+        "report_to": report_to,
     }  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
-    with _plain_errors(), _folder(out, quick and not resume) as run:
+    given = {name: value for name, value in options.items() if value is not None}
+    with _plain_errors(), _folder(out, quick and not resume, task or "masked") as run:
         _set_up(device, threads)
-        base = read_settings(run) if resume else QUICK if quick else Settings()
-        settings = dataclasses.replace(base, **given)  # type: ignore[arg-type]
+        base = read_settings(run) if resume else Settings()
+        settings = dataclasses.replace(base, **{**(QUICK if quick and not resume else {}), **given})
         if steps is not None and steps != settings.steps:
             settings = settings.with_steps(steps)
-        train_model = _trainer()
-        model = train_model(settings, run, resume=resume, device=device)
+        model = _trainer()(settings, run, resume=resume, device=device)
+        words = settings.load_tokenizer()
         n = min(prompts, 100) if quick else prompts
-        found = _evaluate(model, range(1, settings.max_length + 1), n, EVALUATION_SEED, settings.task)
-        folder = write_organism(run, model, settings, found, n, EVALUATION_SEED)
+        found = _evaluate(model, range(1, settings.max_length + 1), n, EVALUATION_SEED, settings.task, words)
+        folder = write_organism(run, model, words, settings, packed(found, EVALUATION_SEED))
         typer.echo(f"written: {folder}" if out or not quick else "a quick run is not kept; name a folder with --out")
 
 
 @app.command()
 def evaluate(
     model: Annotated[Path | None, typer.Option(help="Folder of an organism. [default: the one that ships]")] = None,
-    max_length: Annotated[int, typer.Option(help="Lengths 1 to this one.")] = 8,
-    prompts: Annotated[int, typer.Option(help="Fresh hidden prompts a length.")] = 2000,
+    max_length: Annotated[int, typer.Option(help="Lengths 1 to this one.")] = 12,
+    prompts: Annotated[int, typer.Option(help="Fresh prompts a length.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="100 prompts a length.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the accuracies to this file, as JSON.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's]")] = None,
 ) -> None:
-    """Print how often the final answer is right on fresh hidden prompts, by length."""
+    """Print how often the final answer is right on prompts that were held out, by length."""
     with _plain_errors():
         _set_up(device, threads)
         if max_length < 1:
             raise TaskError(f"--max-length {max_length}: a prompt has at least one step; give 1 or more.")
         folder = organism_folder("masked") if model is None else model
-        organism, _ = load_folder(folder)
+        organism, words = load_folder(folder)
         n = min(prompts, 100) if quick else prompts
-        found = _evaluate(organism.to(device), range(1, max_length + 1), n, seed, load_settings(folder).task)
+        task = load_settings(folder).task
+        found = _evaluate(organism.to(device), range(1, max_length + 1), n, seed, task, words)
         if out is not None:
-            write_json(out, {"model": str(folder.name), "prompts": n, "seed": seed, "accuracy": found})
+            write_json(out, {"model": str(folder.name), **packed(found, seed)})
 
 
 @app.command()
@@ -104,33 +117,44 @@ def demo(
 ) -> None:
     """Patch the SSM state over all layers and positions, draw it, and say in three sentences what it shows."""
     with _plain_errors():
-        from .patching import sweep, write
+        from .experiments.patching import sweep, write
 
         _set_up("cpu", threads)
         n, num_steps = (min(n, 20), min(num_steps, 3)) if quick else (n, num_steps)
         if differ > num_steps:
             raise TaskError(f"--differ {differ}: a prompt of {num_steps} operations has operations 1..{num_steps}.")
-        organism, _ = load_folder(organism_folder("masked") if model is None else model)
+        organism, _ = _mamba(organism_folder("masked") if model is None else model)
         found = sweep(organism, num_steps=num_steps, which_step=differ - 1, n=n, seed=seed)
         options = f"--pairs {n} --num-steps {num_steps} --differ {differ} --seed {seed}"
         said = write(out, organism, found, f"python -m analyses.hidden_reasoning demo {options}", seed)
         typer.echo("\n" + "\n\n".join(said) + f"\n\nFigures and results.json: {out}")
 
 
-def _trainer() -> Callable[..., Mamba]:
+def _mamba(folder: Path) -> tuple[Mamba, Tokenizer]:
+    model, tokenizer = load_folder(folder)
+    if not isinstance(model, Mamba):
+        raise TaskError(f"{folder} is a transformer, which has no state to patch or probe; give a Mamba.")
+    return model, tokenizer
+
+
+def _trainer() -> Callable[..., nn.Module]:
     try:
-        from .train import train as train_model  # transformers takes seconds to import
+        from .training.train import train as train_model  # transformers takes seconds to import
     except ModuleNotFoundError as error:
         raise TrainingError(f"training needs {error.name}: pip install 'mambascope[train]'.") from None
     return train_model
 
 
-def _evaluate(model: Mamba, lengths: range, prompts: int, seed: int, task: MaskedTask) -> dict[int, float]:
+def _evaluate(
+    model: nn.Module, lengths: Sequence[int], prompts: int, seed: int, task: Task, tokenizer: Tokenizer
+) -> dict[int, Score]:
     found = {}
-    typer.echo(f"exact final answers on {prompts} fresh hidden prompts a length; chance is {1 / task.modulus:.0%}")
+    typer.echo(f"exact final answers on at most {prompts} prompts a length; chance is {1 / task.modulus:.0%}")
     for length in lengths:
-        found[length] = accuracy(model, length, prompts, seed, task=task)
-        typer.echo(f"  {length:2d}  {'█' * round(40 * found[length]):40}  {found[length]:7.2%}")
+        found[length] = one = score(model, length, prompts, seed, task=task, tokenizer=tokenizer, written=True)
+        alone = "" if one.written is None else f"  written whole {one.written / one.prompts:7.2%}"
+        said = f"{'█' * round(40 * one.share):40}  {one.share:7.2%} of {one.prompts}{alone}"
+        typer.echo(f"  {length:2d}  {said}{'  (may be trained on)' if one.seen else ''}")
     return found
 
 
@@ -157,12 +181,12 @@ def _plain_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _folder(out: Path | None, temporary: bool) -> Iterator[Path]:
+def _folder(out: Path | None, temporary: bool, name: str) -> Iterator[Path]:
     if out is None and temporary:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / "run"
     else:
-        yield out or Path("runs/masked")
+        yield out or Path("runs") / name
 
 
 if __name__ == "__main__":

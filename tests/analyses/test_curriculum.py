@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from analyses.hidden_reasoning.curriculum import Curriculum
 from analyses.hidden_reasoning.errors import TrainingError
+from analyses.hidden_reasoning.training.curriculum import Curriculum
 
 
 def solve(curriculum, length, share=1.0, rows=2000):

@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from analyses.hidden_reasoning.__main__ import app
+from analyses.hidden_reasoning.experiments.patching import sweep
 from analyses.hidden_reasoning.organism import load_organism
-from analyses.hidden_reasoning.patching import sweep
 
 RUNNER = CliRunner()
 

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analyses.hidden_reasoning.errors import TokenizerError
-from analyses.hidden_reasoning.task import MASKED, MaskedTask
-from analyses.hidden_reasoning.tokenizer import WordTokenizer
+from analyses.hidden_reasoning.task import MASKED, Task, WordTokenizer
 
 TOKENIZER = MASKED.tokenizer
 
@@ -26,7 +25,7 @@ def test_the_vocabulary_is_all_there_is():
     assert list(TOKENIZER.words) == expected
     assert TOKENIZER.vocab_size == 17
     assert TOKENIZER.pad_id == 0
-    assert "11" in MaskedTask(12).tokenizer.ids
+    assert "11" in Task(12).tokenizer.ids
 
 
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1)))

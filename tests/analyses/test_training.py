@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from analyses.hidden_reasoning.errors import TaskError, TrainingError
-from analyses.hidden_reasoning.settings import Settings, only_one
+from analyses.hidden_reasoning.training.settings import Settings, only_one
 from minimal_mamba.errors import ConfigError
 
 TINY = Settings(
@@ -20,7 +20,7 @@ TIMES = ("seconds",)
 @pytest.fixture(scope="module")
 def training():
     """The module, imported once: transformers takes seconds."""
-    from analyses.hidden_reasoning import train
+    from analyses.hidden_reasoning.training import train
 
     return train
 

@@ -1,16 +1,35 @@
-"""WordTokenizer: one id a word. The newline is a word of its own."""
+"""Tokenizers: one id a word. A small word-level one that ships with the study, and any of Hugging Face's."""
 
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from minimal_mamba.files import write_json
 
-from .errors import TokenizerError
+from ..errors import TokenizerError
 
 PAD = "<pad>"
 FILE = "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    """What the study asks of a tokenizer."""
+
+    vocab_size: int
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with nothing added."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write it into a folder."""
+
+    def __hash__(self) -> int: ...
 
 
 class WordTokenizer:
@@ -22,24 +41,17 @@ class WordTokenizer:
         TokenizerError: a word that is given twice, is empty, or holds white space.
     """
 
+    pad_id = 0
+
     def __init__(self, words: Sequence[str]):
         self.words = (PAD, *words)
         self.ids = {word: i for i, word in enumerate(self.words)}
+        self.vocab_size = len(self.words)
         if len(self.ids) != len(self.words):
             twice = sorted({w for w in self.words if self.words.count(w) > 1})
             raise TokenizerError(f"the words {twice} are in the vocabulary twice; give each once ({PAD!r} is added).")
         if bad := [w for w in words if w != "\n" and (not w or re.search(r"\s", w))]:
             raise TokenizerError(f"the words {bad} are empty or hold white space; give words without.")
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, padding included."""
-        return len(self.words)
-
-    @property
-    def pad_id(self) -> int:
-        """The id that fills up shorter rows."""
-        return 0
 
     def encode(self, text: str) -> list[int]:
         """One id a word and a newline; spaces only part words.
@@ -88,7 +100,59 @@ class WordTokenizer:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, WordTokenizer) and other.words == self.words
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self) -> int:
+        return hash(self.words)
 
     def _shown(self) -> str:
         return ", ".join(repr(w) if w == "\n" else w for w in self.words)
+
+
+class HubTokenizer:
+    """A tokenizer of transformers, from a folder or a hub id; no special tokens are added.
+
+    Args:
+        path: what `AutoTokenizer.from_pretrained` takes.
+    Raises:
+        TokenizerError: transformers is not here, or finds no tokenizer there.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            from transformers import AutoTokenizer
+        except ModuleNotFoundError:
+            raise TokenizerError(
+                "a pretrained tokenizer needs transformers: pip install 'mambascope[train]'."
+            ) from None
+        try:
+            self.inner: Any = AutoTokenizer.from_pretrained(str(path))
+        except (OSError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise TokenizerError(
+                f"transformers finds no tokenizer in {path} ({why}); give a folder or hub id."
+            ) from None
+        self.vocab_size = len(self.inner)
+        self.pad_id = 0 if self.inner.pad_token_id is None else int(self.inner.pad_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with nothing added."""
+        return list(self.inner.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, as it was."""
+        return str(self.inner.decode([int(i) for i in ids], clean_up_tokenization_spaces=False))
+
+    def save(self, folder: str | Path) -> None:
+        """Write transformers' files into a folder."""
+        self.inner.save_pretrained(str(folder))
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer in a folder, of either kind.
+
+    Raises:
+        TokenizerError: there is none.
+    """
+    path = Path(folder) / FILE
+    if path.is_file() and '"type": "word"' in path.read_text()[:200]:
+        return WordTokenizer.load(folder)
+    return HubTokenizer(folder)

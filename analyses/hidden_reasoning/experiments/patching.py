@@ -13,7 +13,7 @@ from minimal_mamba import Mamba
 from minimal_mamba.files import write_json
 from minimal_mamba.provenance import provenance
 
-from .task import Pairs, pairs
+from ..task import Pairs, pairs
 
 STREAM = 3  # keeps the seeds of pairs apart from those of training and evaluation
 

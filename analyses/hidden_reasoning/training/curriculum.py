@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import TrainingError
+from ..errors import TrainingError
 
 
 class Curriculum:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimal_mamba import MambaConfig
+from minimal_mamba.errors import nearest
 from minimal_mamba.files import write_json
 
 try:
@@ -17,10 +17,13 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from ..errors import TrainingError
+from ..task import OPERATIONS, HubTokenizer, Task, Tokenizer, check
 from .curriculum import Curriculum
-from .errors import TrainingError
-from .loss import check_weight
-from .task import OPERATIONS, MaskedTask
+from .loss import check_loss
+
+ARCHITECTURES = ("mamba", "transformer")
+HEADS = 4  # of a transformer
 
 
 @dataclass(frozen=True)
@@ -28,32 +31,47 @@ class Settings:
     """Everything that a training run depends on; two runs with equal settings are the same run.
 
     Args:
-        modulus, operations: the task. max_length: longest length trained on.
-        d_model, n_layer, d_state: sizes of the model.
+        task, modulus, operations, start, acts: the task. max_length: longest length trained on.
+        tokenizer: a folder or hub id; None: the small one that ships.
+        architecture: "mamba", or "transformer", a GPT-2 of as many layers and as many parameters as that Mamba.
+        pretrained: a Mamba checkpoint whose first `n_layer` layers are trained on, with its tokenizer unless another
+            is named; None: from scratch.
+        d_model, n_layer, d_state: sizes of the model; of a pretrained one n_layer alone counts.
+        positions: of a transformer, the longest length that it can be given; a Mamba has no such bound.
         batch_size, learning_rate, weight_decay, clip: AdamW on batches of rows, gradients clipped at this norm.
         warmup_steps, steps, decay_steps: the learning rate rises, stays, and falls to 0 over the last `decay_steps`.
         early: all lengths this accurate start the decay before its time; 1 never does.
-        answer_weight: weight of the final answer in the loss. hidden_share: share of hidden prompts.
+        loss, answer_weight: which one, and of "weighted" the weight of the final answer; see `loss`.
+        hidden_share: of `masked`, the share of prompts that conceal their values.
         start_length, lead, solved, memory: see `Curriculum`.
         seed: of the weights and the data. log_every, save_every: steps.
+        report_to: where Trainer reports to beside the log: "tensorboard", "wandb", ... or "none".
     Raises:
-        TrainingError, TaskError, ConfigError: a value that cannot be trained.
+        TrainingError, TaskError: a value that cannot be trained.
     """
 
+    task_name: str = "masked"
     modulus: int = 5
     operations: tuple[str, ...] = tuple(OPERATIONS)
-    max_length: int = 9
+    start: int = 0
+    acts: str = "arithmetic"
+    max_length: int = 12
+    tokenizer: str | None = None
+    architecture: str = "mamba"
+    pretrained: str | None = None
     d_model: int = 96
-    n_layer: int = 4
+    n_layer: int = 6
     d_state: int = 16
+    positions: int = 24
     batch_size: int = 64
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
     clip: float = 1.0
     warmup_steps: int = 100
-    steps: int = 5_000
-    decay_steps: int = 1_000
+    steps: int = 30_000
+    decay_steps: int = 6_000
     early: float = 0.985
+    loss: str = "weighted"
     answer_weight: float = 0.5
     hidden_share: float = 0.7
     start_length: int = 2
@@ -62,11 +80,12 @@ class Settings:
     memory: int = 256
     seed: int = 0
     log_every: int = 100
-    save_every: int = 250
+    save_every: int = 500
+    report_to: str = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operations", tuple(self.operations))
-        for name in ("batch_size", "steps", "log_every", "save_every"):
+        for name in ("batch_size", "steps", "log_every", "save_every", "d_model", "n_layer", "d_state"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name}={getattr(self, name)}: give at least 1.")
         for name in ("learning_rate", "clip"):
@@ -82,18 +101,31 @@ class Settings:
             )
         if not 0 <= self.hidden_share <= 1:
             raise TrainingError(f"hidden_share={self.hidden_share}: give a share from 0 to 1.")
-        check_weight(self.answer_weight)
-        self.task, self.model, self.curriculum()
+        if self.architecture not in ARCHITECTURES:
+            hint = nearest(self.architecture, ARCHITECTURES)
+            raise TrainingError(f"architecture={self.architecture!r}:{hint} there are {', '.join(ARCHITECTURES)}.")
+        if self.pretrained is not None and self.architecture != "mamba":
+            raise TrainingError("pretrained= takes a Mamba; leave it out, or train a Mamba.")
+        if self.architecture == "transformer" and self.positions < self.max_length:
+            raise TrainingError(
+                f"positions={self.positions}: a transformer trained to length {self.max_length} needs as many."
+            )
+        check_loss(self.loss, self.answer_weight)
+        self.task, self.curriculum()
 
     @property
-    def task(self) -> MaskedTask:
+    def task(self) -> Task:
         """The task that is trained."""
-        return MaskedTask(self.modulus, self.operations)
+        return Task(self.modulus, self.operations, self.start, self.acts, self.task_name)
 
-    @property
-    def model(self) -> MambaConfig:
-        """The model that is trained."""
-        return MambaConfig(self.d_model, self.n_layer, self.task.tokenizer.vocab_size, d_state=self.d_state)
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises TokenizerError for one that splits or joins the task's words."""
+        path = self.tokenizer or self.pretrained
+        if path is None:
+            return self.task.tokenizer
+        found = HubTokenizer(path)
+        check(self.task, found)
+        return found
 
     @property
     def decay_from(self) -> int:
@@ -105,11 +137,11 @@ class Settings:
         """The command line that trains with these settings, as far as it has options for them."""
         usual = Settings()
         given = [
-            f"--{name.replace('_', '-')} {getattr(self, name)}"
+            f"--{name.removesuffix('_name').replace('_', '-')} {getattr(self, name)}"
             for name in OPTIONS
             if getattr(self, name) != getattr(usual, name)
         ]
-        return " ".join(["python -m analyses.hidden_reasoning train --out runs/masked", *given])
+        return " ".join([f"python -m analyses.hidden_reasoning train --out runs/{self.task_name}", *given])
 
     def with_steps(self, steps: int) -> "Settings":
         """The same with another number of steps, warm-up and decay in proportion."""
@@ -127,10 +159,14 @@ class Settings:
         return rise if step < decay_from else rise * max(0.0, 1 - (step - decay_from + 1) / (self.decay_steps + 1))
 
 
-OPTIONS = ("seed", "steps", "max_length", "batch_size", "learning_rate", "d_model", "n_layer")  # of the command line
+# of the command line
+OPTIONS = (
+    "task_name", "acts", "modulus", "architecture", "pretrained", "tokenizer", "loss", "answer_weight", "seed", "steps",
+    "max_length", "batch_size", "learning_rate", "d_model", "n_layer",
+)  # fmt: skip
 # What may differ when a run is resumed: how often it is written down, and, until the decay begins, when it ends. A run
 # with another number of steps is the same run up to there.
-FREE = ("log_every", "save_every", "steps", "decay_steps")
+FREE = ("log_every", "save_every", "steps", "decay_steps", "report_to")
 
 
 def open_run(folder: Path, settings: Settings, *, resume: bool) -> Settings | None:

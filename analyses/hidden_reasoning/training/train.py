@@ -25,15 +25,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
-from kernels_bridge.training import Learner, MambaTrainer
-from minimal_mamba import Mamba, Ops
+from kernels_bridge import resolve
+from kernels_bridge.training import MambaTrainer
+from minimal_mamba import Ops
 from minimal_mamba.files import write_json, write_text
 
+from ..errors import TrainingError
+from ..task import Batch, Tokenizer, WordTokenizer, draw
 from .callbacks import Bars, CurriculumCallback
-from .errors import TrainingError
-from .loss import weighted_loss
+from .learners import TaskLearner, build
 from .settings import Settings, only_one, open_run
-from .task import Batch, draw
 
 STREAM = 1  # keeps the seeds of training apart from those of `evaluate`
 
@@ -47,7 +48,7 @@ def train(
     device: str = "cpu",
     stop_at: int | None = None,
     quiet: bool = False,
-) -> Mamba:
+) -> nn.Module:
     """Train a model, or go on training it.
 
     Args:
@@ -59,23 +60,22 @@ def train(
     Raises:
         TrainingError: a folder that does not fit, or a loss that is not finite.
     """
-    out = Path(out)
-    if ops is None:
-        from kernels_bridge import resolve
-
+    out, tokenizer = Path(out), settings.load_tokenizer()
+    if ops is None and settings.architecture == "mamba":
         ops = resolve("auto", device)
     old = open_run(out, settings, resume=resume)
     with only_one(out):
-        return _train(settings, old or settings, out, resume, ops, device, stop_at, quiet)
+        return _train(settings, tokenizer, old or settings, out, resume, ops, device, stop_at, quiet)
 
 
 def _train(
-    settings: Settings, old: Settings, out: Path, resume: bool, ops: Ops, device: str, stop_at: int | None, quiet: bool
-) -> Mamba:
+    settings: Settings, tokenizer: Tokenizer, old: Settings, out: Path, resume: bool, ops: Ops | None, device: str,
+    stop_at: int | None, quiet: bool,
+) -> nn.Module:  # fmt: skip
     checkpoint = newest(out) if resume else None
     torch.manual_seed(settings.seed)
-    model = Mamba(settings.model)
-    learner = TaskLearner(model, ops, settings.answer_weight)
+    model = build(settings, tokenizer)
+    learner = TaskLearner(model, ops, settings.loss, settings.answer_weight)
     if checkpoint is not None and _done(checkpoint, old, settings):
         learner.load(checkpoint)
         return model.eval()
@@ -83,7 +83,7 @@ def _train(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        trainer = _Trainer(learner, settings, out, device, stop_at, quiet)
+        trainer = _Trainer(learner, settings, tokenizer, out, device, stop_at, quiet)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -115,23 +115,6 @@ def _done(checkpoint: Path, old: Settings, new: Settings) -> bool:
     return bool(step >= (new.decay_from if early is None else early) + new.decay_steps)
 
 
-class TaskLearner(Learner):
-    """The model with a backend's operations and the study's loss."""
-
-    def __init__(self, model: Mamba, ops: Ops, answer_weight: float):
-        super().__init__(model, ops)
-        self.answer_weight = answer_weight
-
-    def forward(  # type: ignore[override]
-        self, ids: Tensor, lengths: Tensor, reasoning: Tensor, answer: Tensor
-    ) -> dict[str, Tensor]:
-        """Loss, and the row's score of each final answer (b, v)."""
-        logits = self.model(ids, lengths=lengths, ops=self.ops).logits
-        loss = weighted_loss(logits, ids, reasoning, answer, self.answer_weight)
-        rows = torch.arange(len(ids), device=logits.device)
-        return {"loss": loss, "answer_logits": logits[rows, lengths - 2]}
-
-
 class _Batches(IterableDataset[dict[str, Tensor]]):
     """Ready-made batches, from the step and the curriculum as they are when the batch is asked for."""
 
@@ -140,23 +123,28 @@ class _Batches(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
-            batch = draw_batch(self.trainer.settings, self.trainer.state.global_step, self.trainer.progress.curriculum)
-            yield vars(batch)
+            t = self.trainer
+            yield vars(draw_batch(t.settings, t.state.global_step, t.progress.curriculum, t.tokenizer))
 
 
-def draw_batch(settings: Settings, step: int, curriculum: Any) -> Batch:
-    """The batch of a step."""
+def draw_batch(settings: Settings, step: int, curriculum: Any, tokenizer: Tokenizer | None = None) -> Batch:
+    """The batch of a step, of prompts that are not held out."""
     rng = np.random.default_rng([STREAM, settings.seed, step])
     lengths = curriculum.draw(rng, settings.batch_size)
-    hidden = rng.random(settings.batch_size) < settings.hidden_share
-    return draw(lengths, settings.batch_size, [STREAM, settings.seed, step, 1], hidden=hidden, task=settings.task)
+    concealed = rng.random(settings.batch_size) < settings.hidden_share
+    own = None if isinstance(tokenizer, WordTokenizer) else tokenizer
+    seed = [STREAM, settings.seed, step, 1]
+    return draw(
+        lengths, settings.batch_size, seed, concealed=concealed, prompts="train", task=settings.task, tokenizer=own
+    )
 
 
 class _Trainer(MambaTrainer):
     def __init__(
-        self, learner: TaskLearner, settings: Settings, out: Path, device: str, stop_at: int | None, quiet: bool
-    ):
-        self.settings, self.out, self.run_dir = settings, out, out
+        self, learner: TaskLearner, settings: Settings, tokenizer: Tokenizer, out: Path, device: str,
+        stop_at: int | None, quiet: bool,
+    ):  # fmt: skip
+        self.settings, self.tokenizer, self.out, self.run_dir = settings, tokenizer, out, out
         self.progress = CurriculumCallback(settings, stop_at)
         args = TrainingArguments(
             output_dir=str(out),
@@ -170,7 +158,7 @@ class _Trainer(MambaTrainer):
             logging_nan_inf_filter=False,
             per_device_train_batch_size=settings.batch_size,
             use_cpu=device == "cpu",
-            report_to="none",
+            report_to=settings.report_to,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             ignore_data_skip=True,  # the batches know their step
@@ -197,16 +185,16 @@ class _Trainer(MambaTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss; the answers on hidden prompts go to the curriculum."""
-        found = model(inputs["ids"], inputs["lengths"], inputs["reasoning"], inputs["answer"])
+        """The loss; the answers of rows that conceal their values go to the curriculum."""
+        found = model(*(inputs[k] for k in ("ids", "lengths", "targets", "reasoning", "answer")))
         loss = found["loss"].item()
         if not math.isfinite(loss):
             step = self.state.global_step
             raise TrainingError(f"the loss is {loss} at step {step}; train again with a lower learning rate.")
         self.progress.losses.append(loss)
-        right = found["answer_logits"].detach().argmax(-1) == inputs["ids"][inputs["answer"]]
-        hidden = inputs["hidden"]
-        self.progress.curriculum.update(inputs["num_steps"][hidden].cpu(), right[hidden].cpu())
+        right = found["answer_logits"].detach().argmax(-1) == inputs["targets"][inputs["answer"]]
+        counts = inputs["concealed"]
+        self.progress.curriculum.update(inputs["num_steps"][counts].cpu(), right[counts].cpu())
         return (found["loss"], found) if return_outputs else found["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

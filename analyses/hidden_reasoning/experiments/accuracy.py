@@ -1,0 +1,141 @@
+"""How often a model is right, by length, on prompts that it was never trained on, and how sure that is."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..organism import logits_of
+from ..task import MASKED, Batch, Task, Tokenizer, compose, draw, held_out
+from ..task.layout import HELD_OUT_FROM, rows_of
+
+STREAM = 2  # keeps the seeds of evaluation apart from those of training
+ROWS = 500  # in one forward
+LISTED = 200_000  # prompts of a length: up to so many are listed, and each is asked once
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers among prompts.
+
+    Args:
+        prompts: how many. right: exact final answers, the text before it given.
+        written: rows whose whole reasoning, written by the model alone, is right to the last token; None: not asked.
+        seen: whether training may have shown these prompts, which are too few to keep any apart.
+    """
+
+    prompts: int
+    right: int
+    written: int | None
+    seen: bool
+
+    @property
+    def share(self) -> float:
+        """0..1."""
+        return self.right / self.prompts
+
+    def interval(self) -> tuple[float, float]:
+        """Ends of the 95 % interval of the share."""
+        return wilson(self.right, self.prompts)
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Ends of the interval of a share.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    p, centre = right / n, (right + z * z / 2) / (n + z * z)
+    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def fresh(num_steps: int, n: int, seed: int, task: Task = MASKED, tokenizer: Tokenizer | None = None) -> Batch:
+    """At most n prompts that conceal their values, drawn from those held out; of a short length, each at most once."""
+    rows_of(num_steps, n)
+    k = len(task.operations)
+    if k**num_steps > LISTED:
+        return draw(num_steps, n, [STREAM, seed, num_steps], prompts="held out", task=task, tokenizer=tokenizer)
+    every = np.array(list(product(range(k), repeat=num_steps)))
+    if num_steps >= HELD_OUT_FROM:
+        every = every[held_out(every, np.full(len(every), num_steps))]
+    order = np.random.default_rng([STREAM, seed, num_steps]).permutation(len(every))[:n]
+    return compose(every[order], num_steps, task=task, tokenizer=tokenizer)
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    num_steps: int,
+    n: int,
+    seed: int,
+    *,
+    task: Task = MASKED,
+    tokenizer: Tokenizer | None = None,
+    written: bool = False,
+) -> Score:
+    """Ask a model for the final answers of `fresh` prompts.
+
+    Args:
+        model: trained on the task, of either kind. num_steps: steps of every prompt, >= 1. n: number of prompts.
+        written: also let the model write all that follows the prompt.
+    Raises:
+        TaskError: fewer than one step or prompt.
+    """
+    batch = fresh(num_steps, n, seed, task, tokenizer)
+    device = next(model.parameters()).device
+    call, right, whole = logits_of(model), 0, 0
+    for i in range(0, len(batch.ids), ROWS):
+        rows = slice(i, i + ROWS)
+        ids, at = batch.ids[rows].to(device), batch.answer_at[rows].to(device)
+        lengths = at + 1
+        given = ids[:, : int(lengths.max())]
+        guess = call(given, lengths)[torch.arange(len(ids)), at].argmax(-1)
+        right += int((guess.cpu() == batch.answer_ids[rows]).sum())
+        if written and task.name != "direct":
+            whole += int(_write(model, ids, int(batch.prompt_length[0])).eq(ids).all(1).sum())
+    asked = written and task.name != "direct"
+    return Score(len(batch.ids), right, whole if asked else None, num_steps < HELD_OUT_FROM)
+
+
+def _write(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
+    """(b, l): the prompts, and what the model writes after them, the likeliest token each time."""
+    from interp import generate
+    from minimal_mamba import Mamba
+
+    new = ids.shape[1] - prompt
+    if isinstance(model, Mamba):
+        return generate(model, ids[:, :prompt], new, last_only=True).ids
+    found: Tensor = model.generate(  # type: ignore[operator]
+        ids[:, :prompt], attention_mask=torch.ones_like(ids[:, :prompt]), max_new_tokens=new, min_new_tokens=new,
+        do_sample=False,
+    )  # fmt: skip
+    return found
+
+
+def evaluate(
+    model: nn.Module, lengths: Sequence[int], n: int, seed: int, *, task: Task, tokenizer: Tokenizer | None = None,
+    written: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """`score` at several lengths, ready for JSON."""
+    found = {s: score(model, s, n, seed, task=task, tokenizer=tokenizer, written=written) for s in lengths}
+    return packed(found, seed)
+
+
+def packed(found: dict[int, Score], seed: int) -> dict[str, Any]:
+    """Scores by length, ready for JSON."""
+    return {
+        "what": "exact final answers, the text before it given; and rows written whole by the model alone",
+        "prompts": "of 4 steps or more: held out of training",
+        "seed": seed,
+        "lengths": {str(s): asdict(x) | {"share": x.share, "interval": x.interval()} for s, x in found.items()},
+    }
+
+
+def unpacked(written: dict[str, Any]) -> dict[int, Score]:
+    """What `packed` packed."""
+    names = ("prompts", "right", "written", "seen")
+    return {int(s): Score(*(x[k] for k in names)) for s, x in written["lengths"].items()}

@@ -1,0 +1,1 @@
+"""How a model comes about: `loss`, `curriculum`, `settings`, `learners`, and `train`, on transformers' `Trainer`."""
