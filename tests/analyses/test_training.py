@@ -8,12 +8,12 @@ import torch
 
 from analyses.hidden_reasoning.errors import TaskError, TrainingError
 from analyses.hidden_reasoning.training.settings import Settings, only_one
-from minimal_mamba.errors import ConfigError
 
 TINY = Settings(
     max_length=3, d_model=16, n_layer=1, d_state=4, batch_size=16, steps=24, warmup_steps=3, decay_steps=6, memory=20,
     solved=0.3, start_length=1, log_every=4, save_every=6,
 )  # fmt: skip
+TWIN = dataclasses.replace(TINY, architecture="transformer", d_model=32, n_layer=2)
 TIMES = ("seconds",)
 
 
@@ -78,7 +78,7 @@ def test_killed_between_checkpoints_or_while_writing_one(training, whole, tmp_pa
         m.setattr(
             training,
             "draw_batch",
-            lambda s, step, c, real=training.draw_batch: real(s, step, c) if step < 16 else die(),
+            lambda s, step, *more, real=training.draw_batch: real(s, step, *more) if step < 16 else die(),
         )
         with pytest.raises(Killed):
             training.train(TINY, out, quiet=True)
@@ -123,14 +123,19 @@ def test_data_are_those_of_seed_step_and_curriculum(training):
         assert not torch.equal(training.draw_batch(other, 4, other.curriculum()).ids, one.ids)
 
 
-def test_weight_decay_spares_what_is_no_matrix(training):
-    from kernels_bridge import resolve
-    from minimal_mamba import Mamba
+def learner_of(settings):
+    from analyses.hidden_reasoning.training.learners import TaskLearner, build
 
-    learner = training.TaskLearner(Mamba(TINY.model), resolve(), 0.5)
-    names = training._Trainer.get_decay_parameter_names(None, learner)
+    return TaskLearner(build(settings, settings.task.tokenizer), None)
+
+
+def test_weight_decay_spares_what_is_no_matrix(training):
+    names = training._Trainer.get_decay_parameter_names(None, learner_of(TINY))
     parts = {n.removesuffix(".weight").rsplit(".", 1)[-1] for n in names}
     assert parts == {"embedding", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"}
+    names = training._Trainer.get_decay_parameter_names(None, learner_of(TWIN))
+    parts = {n.removesuffix(".weight").rsplit(".", 1)[-1] for n in names}
+    assert parts == {"wte", "wpe", "c_attn", "c_proj", "c_fc"}
 
 
 def test_folders_that_do_not_fit(training, whole, tmp_path):
@@ -168,9 +173,74 @@ def test_a_loss_that_is_not_finite_raises(training, tmp_path):
         ({"answer_weight": 2.0}, TrainingError),
         ({"seed": -1}, TrainingError),
         ({"modulus": 2}, TaskError),
-        ({"d_model": 0}, ConfigError),
+        ({"task_name": "maskd"}, TaskError),
+        ({"d_model": 0}, TrainingError),
+        ({"architecture": "rnn"}, TrainingError),
+        ({"architecture": "transformer", "max_length": 30}, TrainingError),
+        ({"architecture": "transformer", "pretrained": "x"}, TrainingError),
+        ({"loss": "answer"}, TrainingError),
     ],
 )
 def test_settings_that_cannot_be_trained(bad, error):
     with pytest.raises(error):
         dataclasses.replace(TINY, **bad)
+
+
+@pytest.mark.parametrize("kind", [{}, {"task_name": "doublethink"}, {"task_name": "direct", "loss": "all"}], ids=str)
+def test_every_task_and_the_transformer_train_and_resume(training, tmp_path, kind):
+    for base in (TINY, TWIN):
+        settings = dataclasses.replace(base, **kind)
+        whole, parted = tmp_path / f"whole-{base.architecture}", tmp_path / f"parted-{base.architecture}"
+        model = training.train(settings, whole, quiet=True)
+        training.train(settings, parted, stop_at=12, quiet=True)
+        assert same(training.train(settings, parted, resume=True, quiet=True), model)
+        log = log_of(whole)
+        assert log == log_of(parted)
+        assert log[24]["loss"] < log[4]["loss"]
+
+
+@pytest.mark.parametrize(("n_layer", "d_model"), [(4, 96), (6, 96), (2, 96)])
+def test_the_transformer_has_as_many_parameters_and_layers(n_layer, d_model):
+    sizes = {}
+    for name in ("mamba", "transformer"):
+        settings = dataclasses.replace(TINY, architecture=name, n_layer=n_layer, d_model=d_model, d_state=16)
+        model = learner_of(settings).model
+        sizes[name] = sum(p.numel() for p in model.parameters())
+    assert abs(sizes["transformer"] / sizes["mamba"] - 1) < 0.05
+    assert model.config.n_layer == n_layer
+
+
+def test_the_transformer_does_not_see_padding_or_what_comes_later():
+    from analyses.hidden_reasoning.organism import logits_of
+    from analyses.hidden_reasoning.task import draw
+
+    model, batch = learner_of(TWIN).model.double().eval(), draw([2, 3], 2, 0)
+    with torch.no_grad():
+        found = logits_of(model)(batch.ids, batch.lengths)
+        short = logits_of(model)(batch.ids[:1, :9], batch.lengths[:1])
+    assert torch.allclose(found[:1, :9], short, atol=1e-12)
+
+
+def test_the_first_layers_of_a_pretrained_checkpoint(training, tmp_path):
+    """Its layout is that of `state-spaces/mamba-130m`: the first layers' weights are taken over, and are trained."""
+    from minimal_mamba import Mamba, MambaConfig
+
+    torch.manual_seed(5)
+    base = Mamba(MambaConfig(16, 3, TINY.task.tokenizer.vocab_size, d_state=4))
+    base.save_pretrained(tmp_path / "base")
+    settings = dataclasses.replace(TINY, pretrained=str(tmp_path / "base"), n_layer=2, tokenizer=None)
+    from analyses.hidden_reasoning.training.learners import build
+
+    start = build(settings, settings.task.tokenizer)
+    assert len(start.backbone.layers) == 2
+    for name, weight in start.state_dict().items():
+        assert torch.equal(weight, base.state_dict()[name]), name
+
+
+def test_a_pretrained_checkpoint_of_fewer_words_raises(tmp_path):
+    from analyses.hidden_reasoning.training.learners import build
+    from minimal_mamba import Mamba, MambaConfig
+
+    Mamba(MambaConfig(16, 1, 8, d_state=4, pad_vocab_size_multiple=1)).save_pretrained(tmp_path)
+    with pytest.raises(TrainingError, match="has 8 tokens, and the tokenizer 17"):
+        build(dataclasses.replace(TINY, pretrained=str(tmp_path)), TINY.task.tokenizer)

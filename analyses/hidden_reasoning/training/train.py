@@ -124,7 +124,7 @@ class _Batches(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
             t = self.trainer
-            yield vars(draw_batch(t.settings, t.state.global_step, t.progress.curriculum, t.tokenizer))
+            yield vars(draw_batch(t.settings, t.state.global_step, t.progress.curriculum, t.words))
 
 
 def draw_batch(settings: Settings, step: int, curriculum: Any, tokenizer: Tokenizer | None = None) -> Batch:
@@ -144,7 +144,7 @@ class _Trainer(MambaTrainer):
         self, learner: TaskLearner, settings: Settings, tokenizer: Tokenizer, out: Path, device: str,
         stop_at: int | None, quiet: bool,
     ):  # fmt: skip
-        self.settings, self.tokenizer, self.out, self.run_dir = settings, tokenizer, out, out
+        self.settings, self.words, self.out, self.run_dir = settings, tokenizer, out, out
         self.progress = CurriculumCallback(settings, stop_at)
         args = TrainingArguments(
             output_dir=str(out),
