@@ -59,8 +59,8 @@ class Settings:
     tokenizer: str | None = None
     architecture: str = "mamba"
     pretrained: str | None = None
-    d_model: int = 96
-    n_layer: int = 6
+    d_model: int = 80
+    n_layer: int = 12
     d_state: int = 16
     positions: int = 24
     batch_size: int = 64
@@ -73,7 +73,7 @@ class Settings:
     early: float = 0.985
     loss: str = "weighted"
     answer_weight: float = 0.5
-    hidden_share: float = 0.7
+    hidden_share: float = 0.85
     start_length: int = 2
     lead: int = 1
     solved: float = 0.9

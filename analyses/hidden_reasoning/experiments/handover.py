@@ -1,0 +1,94 @@
+"""What a hand-over carries: the running value, or something that was worked out from the prompt?
+
+Two prompts of the same length are drawn apart. At some word of the reasoning, the whole memory of the donor's run, of
+every layer, takes the place of the base's, and the base's words go on. Three accounts of what the memory holds foretell
+the answer:
+
+    running value   what the base's remaining operations make of the donor's value at that word
+    done            the donor's own final answer: it was worked out from the prompt, or what remains is read from there
+    partial sum     arithmetic alone: each step adds its shift times the product of the multipliers after it, known from
+                    the prompt; the donor's sum so far, and the base's later terms
+
+The base's own answer means that nothing was carried. Two accounts agree by chance in one prompt of `modulus`, so each is
+counted where it stands alone among the four.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from interp import Set, at, run
+from minimal_mamba import Mamba
+
+from ..task import OPERATIONS, Task, draw
+from ..task.rules import Ints
+from .accuracy import wilson
+
+STREAM = 4  # keeps the seeds of these prompts apart from those of training, evaluation and pairs
+SITES = ("recurrent_state", "ssm_state", "conv_state")
+
+
+def accounts(base: Ints, donor: Ints, step: int, task: Task) -> dict[str, Ints]:
+    """The final value (b,) that each account foretells for a hand-over after `step` operations, 1 to s."""
+    values, others = task.values(base), task.values(donor)
+    n, m = base.shape[1], task.modulus
+    value = others[:, step - 1]
+    for i in range(step, n):
+        value = task.table[base[:, i], value]
+    found = {"base": values[:, -1], "running value": value, "done": others[:, -1]}
+    if task.acts == "arithmetic":
+        found["partial sum"] = (_terms(donor, task)[:, :step].sum(1) + _terms(base, task)[:, step:].sum(1)) % m
+    return found
+
+
+def _terms(operations: Ints, task: Task) -> Ints:
+    """(b, s + 1): what the start, then each operation adds to the final value: shift times the later multipliers."""
+    factor, shift = (np.array([OPERATIONS[name][i] for name in task.operations])[operations] for i in (0, 1))
+    after = np.ones((len(operations), operations.shape[1] + 1), dtype=np.int64)  # product of the multipliers from i on
+    for i in reversed(range(operations.shape[1])):
+        after[:, i] = after[:, i + 1] * factor[:, i] % task.modulus
+    start = task.start * after[:, :1]
+    return np.concatenate([start, shift * after[:, 1:]], 1) % task.modulus
+
+
+@torch.no_grad()
+def handover(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> dict[str, Any]:
+    """Hand the memory over at every word of the reasoning and count which account the answers follow.
+
+    Returns:
+        by site (the whole memory, its SSM states, its conv states, of all layers) and by step 1 to num_steps - 1, at
+        the word that names the operation and at the one after it: of each account how often the answer is as foretold,
+        "alone", and of how many prompts, "of", where no other account foretells the same; with 95 % intervals; and of
+        all prompts "none", the answers that no account foretells.
+    Cost: 6 (num_steps - 1) forwards of n rows.
+    """
+    base, donor = (draw(num_steps, n, [STREAM, seed, i], task=task) for i in range(2))
+    end = int(base.answer_at[0]) + 1
+    ids, others = base.ids[:, :end], donor.ids[:, :end]
+    first = num_steps + (3 if task.name == "masked" else 1)  # the first operation's echo
+    names = {int(k): v for v, k in enumerate(task.value_ids)}
+    found: dict[str, Any] = {"num_steps": num_steps, "prompts": n, "steps": list(range(1, num_steps))}
+    for site in SITES:
+        rows = []
+        for step in range(1, num_steps):
+            foretold = accounts(base.operations.numpy(), donor.operations.numpy(), step, task)
+            for word in ("operation", "after"):
+                pos = first + 2 * (step - 1) + (word == "after")
+                place = getattr(at, site)(layer=slice(None), pos=pos)
+                given = run(model, others, record=[place], last_only=True)[place]
+                out = run(model, ids, edits=[Set(place, given)], last_only=True)
+                said = np.array([names.get(int(k), -1) for k in out.last_logits.argmax(-1)])
+                rows.append({"step": step, "word": word, **_count(said, foretold)})
+        found[site] = rows
+    return found
+
+
+def _count(said: Ints, foretold: dict[str, Ints]) -> dict[str, Any]:
+    every = np.stack(list(foretold.values()))  # (accounts, b)
+    found: dict[str, Any] = {"none": int((said != every).all(0).sum())}
+    for i, name in enumerate(foretold):
+        alone = (np.delete(every, i, 0) != every[i]).all(0)
+        right, of = int((said == every[i])[alone].sum()), int(alone.sum())
+        found[name] = {"alone": right, "of": of, "interval": wilson(right, of)}
+    return found
