@@ -1,9 +1,10 @@
 """Hidden reasoning: train the models, ask what they can, where the hidden value is, and draw what was found."""
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +14,13 @@ from torch import nn
 
 from minimal_mamba import Mamba
 from minimal_mamba.errors import MambascopeError
-from minimal_mamba.files import write_json
 
 from .errors import TaskError, TrainingError
 from .experiments.accuracy import Score, packed, score
+from .experiments.results import Results, fingerprint
 from .organism import load_folder, load_settings, organism_folder, write_organism
 from .task import Task, Tokenizer
+from .task.shortcuts import bounds
 from .training.settings import Settings, read_settings
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -27,6 +29,7 @@ QUICK = {
     "decay_steps": 12, "log_every": 20, "save_every": 60,
 }  # fmt: skip
 EVALUATION_SEED = 0
+RESULTS = Path(__file__).parent / "results"
 
 
 @app.command()
@@ -68,7 +71,7 @@ def train(
     with _plain_errors(), _folder(out, quick and not resume, task or "masked") as run:
         _set_up(device, threads)
         base = read_settings(run) if resume else Settings()
-        settings = dataclasses.replace(base, **{**(QUICK if quick and not resume else {}), **given})
+        settings = replace(base, **{**(QUICK if quick and not resume else {}), **given})
         if steps is not None and steps != settings.steps:
             settings = settings.with_steps(steps)
         model = _trainer()(settings, run, resume=resume, device=device)
@@ -79,29 +82,154 @@ def train(
         typer.echo(f"written: {folder}" if out or not quick else "a quick run is not kept; name a folder with --out")
 
 
+Model = Annotated[Path | None, typer.Option(help="Folder of an organism, or the name of one that ships. [masked]")]
+Out = Annotated[Path | None, typer.Option(help="The results file. [default: runs/<kind>-<model>.json; --quick: none]")]
+Quick = Annotated[bool, typer.Option("--quick", help="Small numbers, within 15 seconds.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's]")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the prompts.")]
+
+
 @app.command()
 def evaluate(
-    model: Annotated[Path | None, typer.Option(help="Folder of an organism. [default: the one that ships]")] = None,
-    max_length: Annotated[int, typer.Option(help="Lengths 1 to this one.")] = 12,
-    prompts: Annotated[int, typer.Option(help="Fresh prompts a length.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="100 prompts a length.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the accuracies to this file, as JSON.")] = None,
+    model: Model = None,
+    max_length: Annotated[int, typer.Option(help="Lengths 1 to this one.")] = 16,
+    prompts: Annotated[int, typer.Option(min=1, help="Fresh prompts a length.")] = 2000,
+    seed: Seed = 1,
+    quick: Quick = False,
+    out: Out = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: PyTorch's]")] = None,
+    threads: Threads = None,
 ) -> None:
     """Print how often the final answer is right on prompts that were held out, by length."""
-    with _plain_errors():
+    with _plain_errors(), _results("evaluate", model, out, quick) as (path, folder, name):
         _set_up(device, threads)
         if max_length < 1:
             raise TaskError(f"--max-length {max_length}: a prompt has at least one step; give 1 or more.")
-        folder = organism_folder("masked") if model is None else model
+        max_length, prompts = (min(max_length, 4), min(prompts, 100)) if quick else (max_length, prompts)
         organism, words = load_folder(folder)
-        n = min(prompts, 100) if quick else prompts
-        task = load_settings(folder).task
-        found = _evaluate(organism.to(device), range(1, max_length + 1), n, seed, task, words)
-        if out is not None:
-            write_json(out, {"model": str(folder.name), **packed(found, seed)})
+        settings = load_settings(folder)
+        if settings.architecture == "transformer":
+            max_length = min(max_length, settings.positions)
+        numbers = {"prompts": prompts, "seed": seed}
+        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, **numbers}
+        kept = Results(path, "evaluate", key, command=_command("evaluate", name, max_length=max_length, **numbers))
+        ask = partial(score, organism.to(device), task=settings.task, tokenizer=words, written=True)
+        typer.echo(f"exact final answers on at most {prompts} prompts a length; chance is {1 / settings.modulus:.0%}")
+        for length in range(1, max_length + 1):
+            found = kept.part(f"length {length}", partial(_asdict, ask, length, prompts, seed))
+            typer.echo(line(length, Score(**found)))
+
+
+@app.command()
+def shortcuts(
+    task: Annotated[str, typer.Option(help="direct, masked or doublethink.")] = "masked",
+    acts: Annotated[str, typer.Option(help="What the words do: arithmetic, or s5, the control.")] = "arithmetic",
+    modulus: Annotated[int, typer.Option(help="Of the arithmetic.")] = 5,
+    max_length: Annotated[int, typer.Option(min=1, help="Lengths 1 to this one.")] = 16,
+    quick: Quick = False,
+    out: Out = None,
+) -> None:
+    """Compute exactly what the best function of less than the whole prompt can reach, by length."""
+    with _plain_errors(), _results("shortcuts", Path(f"{task}-{acts}"), out, quick) as (path, _, _name):
+        chosen = Task(modulus, acts=acts, name=task)
+        max_length = min(max_length, 6) if quick else max_length
+        key = {"task": task, "acts": acts, "modulus": modulus, "max_length": max_length}
+        kept = Results(path, "shortcuts", key, command=f"python -m analyses.hidden_reasoning shortcuts --task {task} "
+                       f"--acts {acts} --max-length {max_length}")  # fmt: skip
+        for what, share in kept.part("bounds", lambda: bounds(chosen, range(1, max_length + 1))).items():
+            typer.echo(f"{what:24}" + " ".join(f"{100 * v:4.0f}%" for v in share.values()))
+
+
+@app.command()
+def patch(
+    model: Model = None,
+    num_steps: Annotated[int, typer.Option(min=2, help="Operations of a prompt.")] = 8,
+    differ: Annotated[int, typer.Option(min=1, help="The operation in which a pair differs, from 1.")] = 2,
+    n: Annotated[int, typer.Option("--pairs", min=2, help="Pairs of prompts.")] = 200,
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts of the hand-overs.")] = 1000,
+    seed: Seed = 0,
+    quick: Quick = False,
+    out: Out = None,
+    threads: Threads = 1,
+) -> None:
+    """Find where the hidden value is: patching, controls, sets of layers, ablation, hand-overs."""
+    with _plain_errors(), _results("patch", model, out, quick) as (path, folder, name):
+        from .experiments.patching import patch as everything
+
+        _set_up("cpu", threads)
+        if quick:
+            num_steps, differ, n, prompts = 2, 1, 8, 20
+        if differ > num_steps:
+            raise TaskError(f"--differ {differ}: a prompt of {num_steps} operations has operations 1..{num_steps}.")
+        organism, _ = _mamba(folder)
+        settings = load_settings(folder)
+        numbers = {"num_steps": num_steps, "differ": differ, "pairs": n, "prompts": prompts, "seed": seed}
+        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, **numbers}
+        kept = Results(path, "patch", key, command=_command("patch", name, **numbers))
+        given: dict[str, Any] = {"num_steps": num_steps, "differ": differ - 1, "n": n, "seed": seed, "hand_n": prompts}
+        everything(kept, organism, settings.task, **given)
+        _written(path, out, quick)
+
+
+@app.command()
+def probe(
+    model: Model = None,
+    num_steps: Annotated[int, typer.Option(min=2, help="Operations of a prompt.")] = 8,
+    prompts: Annotated[int, typer.Option(min=20, help="Prompts that the probes are fitted on.")] = 600,
+    seed: Seed = 0,
+    quick: Quick = False,
+    out: Out = None,
+    threads: Threads = None,
+) -> None:
+    """Find what linear probes read, with controls, and what goes when it is erased."""
+    with _plain_errors(), _results("probe", model, out, quick) as (path, folder, name):
+        from .experiments.probing import probing
+
+        _set_up("cpu", threads)
+        num_steps, prompts = (2, 60) if quick else (num_steps, prompts)
+        organism, _ = _mamba(folder)
+        settings = load_settings(folder)
+        numbers = {"num_steps": num_steps, "prompts": prompts, "seed": seed}
+        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, **numbers}
+        kept = Results(path, "probe", key, command=_command("probe", name, **numbers))
+        probing(kept, organism, settings.task, num_steps=num_steps, n=prompts, seed=seed, layers=[0] if quick else None)
+        _written(path, out, quick)
+
+
+@app.command()
+def curves(
+    folder: Annotated[Path, typer.Option(help="Where the trainings are; one that was stopped goes on.")] = Path("runs"),
+    quick: Quick = False,
+    out: Out = None,
+    threads: Threads = 1,
+) -> None:
+    """Train many small models: losses, depths, the control. Hours; what is in the results is not trained again."""
+    with _plain_errors(), _results("curves", Path("all"), out, quick) as (path, _, _name):
+        from .experiments.curves import train_all
+
+        _set_up("cpu", threads)
+        kept = Results(path, "curves", {"quick": quick}, command="python -m analyses.hidden_reasoning curves")
+        if quick:
+            with tempfile.TemporaryDirectory() as scratch:
+                train_all(kept, Path(scratch), quick=True)
+        else:
+            train_all(kept, folder / "curves")
+        _written(path, out, quick)
+
+
+@app.command()
+def figures(
+    results: Annotated[Path, typer.Option(help="Folder of the results files.")] = RESULTS,
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures. [default: runs/figures]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Draw into a folder that goes again.")] = False,
+) -> None:
+    """Draw every figure of the study from its results files."""
+    with _plain_errors():
+        from .experiments.figures import draw_all
+
+        with tempfile.TemporaryDirectory() as scratch:
+            for made in draw_all(results, Path(scratch) if quick else out or Path("runs/figures")):
+                typer.echo(made.name if quick else str(made))
 
 
 @app.command()
@@ -117,7 +245,7 @@ def demo(
 ) -> None:
     """Patch the SSM state over all layers and positions, draw it, and say in three sentences what it shows."""
     with _plain_errors():
-        from .experiments.patching import sweep, write
+        from .experiments.demo import sweep, write
 
         _set_up("cpu", threads)
         n, num_steps = (min(n, 20), min(num_steps, 3)) if quick else (n, num_steps)
@@ -151,11 +279,44 @@ def _evaluate(
     found = {}
     typer.echo(f"exact final answers on at most {prompts} prompts a length; chance is {1 / task.modulus:.0%}")
     for length in lengths:
-        found[length] = one = score(model, length, prompts, seed, task=task, tokenizer=tokenizer, written=True)
-        alone = "" if one.written is None else f"  written whole {one.written / one.prompts:7.2%}"
-        said = f"{'█' * round(40 * one.share):40}  {one.share:7.2%} of {one.prompts}{alone}"
-        typer.echo(f"  {length:2d}  {said}{'  (may be trained on)' if one.seen else ''}")
+        found[length] = score(model, length, prompts, seed, task=task, tokenizer=tokenizer, written=True)
+        typer.echo(line(length, found[length]))
     return found
+
+
+def _asdict(ask: Callable[..., Score], *given: int) -> dict[str, Any]:
+    return asdict(ask(*given))
+
+
+def line(length: int, found: Score) -> str:
+    """One length's score, as the terminal shows it."""
+    alone = "" if found.written is None else f"  written whole {found.written / found.prompts:7.2%}"
+    bar = f"{'█' * round(40 * found.share):40}  {found.share:7.2%} of {found.prompts}{alone}"
+    return f"  {length:2d}  {bar}{'  (may be trained on)' if found.seen else ''}"
+
+
+def _command(kind: str, name: str, **numbers: int) -> str:
+    options = {"num_steps": "num-steps", "max_length": "max-length"}
+    given = " ".join(f"--{options.get(k, k)} {v}" for k, v in numbers.items())
+    return f"python -m analyses.hidden_reasoning {kind} --model {name} {given}"
+
+
+def _written(path: Path, out: Path | None, quick: bool) -> None:
+    typer.echo("a quick result is not kept; name a file with --out" if quick and out is None else f"written: {path}")
+
+
+@contextmanager
+def _results(kind: str, model: Path | None, out: Path | None, quick: bool) -> Iterator[tuple[Path, Path, str]]:
+    """The results file of a command, the model's folder, and the name that the file has of it."""
+    given = model or Path("masked")
+    ships = kind not in ("shortcuts", "curves") and not given.is_dir()
+    folder = organism_folder(str(given)) if ships else given
+    name = folder.parent.name if folder.name == "organism" else folder.name
+    if out is None and quick:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch) / f"{kind}.json", folder, name
+    else:
+        yield out or Path("runs") / f"{kind}-{name}.json", folder, name
 
 
 def _set_up(device: str, threads: int | None) -> None:

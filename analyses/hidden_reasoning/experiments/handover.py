@@ -1,16 +1,16 @@
-"""What a hand-over carries: the running value, or something that was worked out from the prompt?
+"""What a hand-over carries: the running value, or something that was worked out from the prompt.
 
 Two prompts of the same length are drawn apart. At some word of the reasoning, the whole memory of the donor's run, of
 every layer, takes the place of the base's, and the base's words go on. Three accounts of what the memory holds foretell
 the answer:
 
     running value   what the base's remaining operations make of the donor's value at that word
-    done            the donor's own final answer: it was worked out from the prompt, or what remains is read from there
-    partial sum     arithmetic alone: each step adds its shift times the product of the multipliers after it, known from
+    done            the donor's own final answer: worked out from the prompt, or what remains is read from there
+    partial sum     of arithmetic: each step adds its shift times the product of the multipliers after it, known from
                     the prompt; the donor's sum so far, and the base's later terms
 
-The base's own answer means that nothing was carried. Two accounts agree by chance in one prompt of `modulus`, so each is
-counted where it stands alone among the four.
+The base's own answer means that nothing was carried. Two accounts agree by chance in one prompt of `modulus`, so each
+is counted where it stands alone among the four.
 """
 
 from typing import Any

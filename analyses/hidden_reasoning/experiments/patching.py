@@ -1,231 +1,157 @@
-"""Where the hidden value is: state patching on pairs of hidden prompts that differ in one operation."""
+"""Where the hidden value is, by putting another run's memory in, and whether it is needed there, by taking it away.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+Pairs differ in one operation and are the same after it. A share of 0 is the base run's answer, 1 the donor's; errors
+are one standard error over the pairs. In the control the two operations lead to the same value, so that what is put in
+carries another operation and not another value: the answer should stay.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from interp import Grid, Set, accuracy, at, heatmap, logit_diff, patch_grid, run
+from interp import Grid, logit_diff, patch_grid, run
+from interp import accuracy as right
 from minimal_mamba import Mamba
-from minimal_mamba.files import write_json
-from minimal_mamba.provenance import provenance
 
-from ..task import Pairs, pairs
+from ..task import Pairs, Task, pairs
+from .handover import handover
+from .results import Results
 
 STREAM = 3  # keeps the seeds of pairs apart from those of training and evaluation
+SITES = ("ssm_state", "conv_state", "recurrent_state", "resid_post")
+Layers = int | Sequence[int]
 
 
-@dataclass(frozen=True)
-class StatePatching:
-    """The sweep of a model.
+def words(task: Task, num_steps: int, differ: int) -> tuple[str, ...]:
+    """What a pair's positions are, before the final answer; the operation that differs, from 0, is starred."""
+    steps = [f"op{i + 1}" + ("*" if i == differ else "") for i in range(num_steps)]
+    if task.name == "direct":
+        return tuple(steps)
+    if task.name == "masked":
+        return ("hide", *steps, "[\\n]", str(task.start), *[w for step in steps for w in (step, "[_]")][:-1])
+    return (*steps, "[\\n]", *[w for step in steps for w in (step, "[v]")], "[\\n]")
+
+
+def kinds(task: Task) -> dict[str, dict[str, Any]]:
+    """The kinds of pairs of a task, as arguments of `pairs`: the value differs, and the control, where none does."""
+    if task.name != "doublethink":
+        return {"value": {}, "control": {"same_value": True}}
+    return {
+        "value": {"overt": "same"},
+        "overt": {"same_value": True, "overt": "differ"},
+        "control": {"same_value": True, "overt": "same"},
+    }
+
+
+def drawn(task: Task, kind: str, num_steps: int, differ: int, n: int, seed: int) -> Pairs:
+    """Pairs of a kind."""
+    return pairs(num_steps, n, [STREAM, seed], which_step=differ, task=task, **kinds(task)[kind])
+
+
+def metrics(found: Pairs) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By name: logit(donor's answer) - logit(base's) in nats; whether the answer is no longer the base's, 0 or 1."""
+    return {
+        "gap": lambda logits: logit_diff(logits, found.donor_answer, found.base_answer),
+        "flip": lambda logits: 1 - right(logits, found.base_answer),
+    }
+
+
+def packed(grids: dict[str, Grid], same: bool) -> dict[str, Any]:
+    """A map, ready for JSON: layers, positions, share and its error (not of a control), share of answers that flip."""
+    flip = grids["flip"]
+    n = flip.values.shape[-1]
+    mean = flip.values.mean(-1)
+    made: dict[str, Any] = {
+        "layers": flip.layers,
+        "positions": flip.positions,
+        "flip": mean,
+        "flip_error": (mean * (1 - mean) / n).sqrt(),
+    }
+    if not same:
+        made |= {"share": grids["gap"].recovered(), "error": grids["gap"].recovered_error()}
+    return made
+
+
+def maps(
+    model: Mamba, found: Pairs, site: str, layers: Sequence[Layers] | None = None, same: bool = False, **more: Any
+) -> dict[str, Any]:
+    """Patch a site at every layer and position."""
+    rows: Any = None if layers is None else list(layers)
+    grids = patch_grid(
+        model, found.base_ids, found.donor_ids, site=site, metric=metrics(found), layers=rows, **more,
+    )  # fmt: skip
+    return packed(grids, same)
+
+
+def windows(n_layer: int) -> list[tuple[int, ...]]:
+    """All runs of neighbouring layers, the whole model among them."""
+    return [tuple(range(i, j)) for i in range(n_layer) for j in range(i + 1, n_layer + 1)]
+
+
+def necessity(model: Mamba, found: Pairs, site: str, layers: Sequence[Layers], progress: bool) -> dict[str, Any]:
+    """The share of right answers when a place has the mean over the pairs' base prompts instead of its own value."""
+    grid = patch_grid(
+        model, found.base_ids, site=site, metric=lambda logits: right(logits, found.base_answer),
+        layers=list(layers), source="mean", progress=progress,
+    )  # fmt: skip
+    mean = grid.values.mean(-1)
+    error = (mean * (1 - mean) / grid.values.shape[-1]).sqrt()
+    return {"layers": grid.layers, "positions": grid.positions, "right": mean, "error": error,
+            "base": grid.base.mean().item()}  # fmt: skip
+
+
+def patch(
+    results: Results, model: Mamba, task: Task, *, num_steps: int, differ: int, n: int, seed: int, hand_n: int,
+    progress: bool = True,
+) -> None:  # fmt: skip
+    """Everything that the `patch` command finds out, part by part.
 
     Args:
-        words: of each position; the operation that differs is starred.
-        grid: `ssm_state` patched layer by layer, and in all layers at once.
-        conv: `conv_state` patched in all layers. ceiling: both, the whole memory, in all layers.
-        correct: share of base and donor prompts that the model answers right.
+        num_steps: operations of every prompt. differ: the one in which a pair differs, from 0. n: pairs.
+        hand_n: prompts of the hand-overs.
+    Cost: for each site and kind of pair a quarter of a forward of n rows, or less, for each layer and position.
     """
-
-    pairs: Pairs
-    words: tuple[str, ...]
-    grid: Grid
-    conv: Grid
-    ceiling: Grid
-    backend: str
-    correct: tuple[float, float]
-
-    @property
-    def echo(self) -> int:
-        """The position of the last word that differs: from there on the pair's words are the same."""
-        return int(self.pairs.positions[0, 1])
-
-
-def sweep(
-    model: Mamba, *, num_steps: int = 6, which_step: int = 1, n: int = 200, seed: int = 0, progress: bool = True
-) -> StatePatching:
-    """Patch every layer and position, and all layers at once, on n pairs that differ in one operation.
-
-    Args:
-        num_steps: operations of every prompt. which_step: the one that differs, from 0.
-    Returns:
-        StatePatching; the metric is logit(donor's answer) - logit(base's answer), in nats.
-    Cost: positions * (layers + 3) forwards of n rows.
-    """
-    drawn = pairs(num_steps, n, [STREAM, seed], which_step=which_step)
-    layers: list[int | Sequence[int]] = list(range(model.config.n_layer))
-    everything = tuple(range(model.config.n_layer))
-
-    def metric(logits: Tensor) -> Tensor:
-        return logit_diff(logits, drawn.donor_answer, drawn.base_answer)
-
-    def patch(site: str, rows: list[int | Sequence[int]]) -> Grid:
-        return patch_grid(
-            model, drawn.base_ids, drawn.donor_ids, site=site, metric=metric, layers=rows, progress=progress
-        )
-
-    steps = [f"op{i + 1}" + ("*" if i == which_step else "") for i in range(num_steps)]
-    echo = [word for step in steps for word in (step, "[_]")][:-1]
-    with torch.no_grad():
-        base, donor = run(model, drawn.base_ids, last_only=True), run(model, drawn.donor_ids, last_only=True)
-    right = (accuracy(base, drawn.base_answer).mean().item(), accuracy(donor, drawn.donor_answer).mean().item())
-    grid = patch("ssm_state", [*layers, everything])
-    conv, ceiling = patch("conv_state", [everything]), patch("recurrent_state", [everything])
-    return StatePatching(drawn, ("hide", *steps, "[\\n]", "0", *echo), grid, conv, ceiling, base.backend, right)
+    every = tuple(range(model.config.n_layer))
+    rows: Sequence[Layers] = [*every, every]
+    for kind in kinds(task):
+        found = drawn(task, kind, num_steps, differ, n, seed)
+        same = bool((found.base_answer == found.donor_answer).all())
+        results.part(f"{kind}: pairs", partial(describe, model, task, found, num_steps, differ))
+        for site in SITES:
+            where = every if site == "resid_post" else rows
+            results.part(f"{kind}: {site}", partial(maps, model, found, site, where, same, progress=progress))
+    value = drawn(task, "value", num_steps, differ, n, seed)
+    echo = int(value.positions[0, -1])
+    after = [p for p in range(echo, value.base_ids.shape[1]) if (p - echo) % 2 == 1 or p == echo]
+    for site in ("ssm_state", "recurrent_state"):
+        sets = windows(model.config.n_layer)
+        what = partial(maps, model, value, site, sets, positions=after, progress=progress)
+        results.part(f"windows: {site}", what)
+    for site in SITES:
+        where = every if site == "resid_post" else rows
+        results.part(f"needed: {site}", partial(necessity, model, value, site, where, progress))
+    if task.name == "masked":
+        results.part("handover", partial(handover, model, task, num_steps=num_steps, n=hand_n, seed=seed))
 
 
 @torch.no_grad()
-def flips(model: Mamba, drawn: Pairs, site: str, layers: Sequence[int], pos: int) -> float:
-    """Share of answers that become the donor's when a site of these layers is patched at a position."""
-    places = [getattr(at, site)(layer=layer, pos=pos) for layer in layers]
-    donor = run(model, drawn.donor_ids, record=places)
-    out = run(model, drawn.base_ids, edits=[Set(a, donor[a]) for a in places], last_only=True)
-    return accuracy(out, drawn.donor_answer).mean().item()
-
-
-def summary(model: Mamba, found: StatePatching) -> dict[str, Any]:
-    """The numbers that the report and the results file are made of; a share is of the gap between base and donor."""
-    n_layer, end = model.config.n_layer, len(found.words) - 1
-    every = tuple(range(n_layer))
-
-    def cell(grid: Grid, row: int, pos: int, layers: tuple[int, ...]) -> dict[str, Any]:
-        return {
-            "site": grid.site,
-            "layers": list(layers),
-            "position": pos,
-            "word": found.words[pos],
-            "share": grid.recovered()[row, pos].item(),
-            "standard_error": grid.recovered_error()[row, pos].item(),
-            "flipped": flips(model, found.pairs, grid.site, layers, pos),
-        }
-
-    single = found.grid.recovered()[:n_layer]
-    strongest = [int(single[:, pos].argmax()) for pos in range(end + 1)]
-    between = range(found.echo, end)  # once the pair's words agree again, and before the last word is taken in
-    early = max(between, key=lambda pos: single[:, pos].max().item())
-    high = max(between, key=lambda pos: found.grid.recovered()[n_layer, pos].item())
-    low = min(between, key=lambda pos: found.grid.recovered()[n_layer, pos].item())
-    return {
-        "pairs": len(found.pairs.base_ids),
-        "num_steps": found.pairs.base_values.shape[1],
-        "differing_step": int(found.pairs.which_step[0]) + 1,
-        "answered_right": {"base": found.correct[0], "donor": found.correct[1]},
-        "gap_nats": (found.grid.donor - found.grid.base).mean().item(),
-        "whole_memory_least": found.ceiling.recovered()[0, found.echo : end].min().item(),
-        "state_all_layers_most": cell(found.grid, n_layer, high, every),
-        "state_all_layers_least": cell(found.grid, n_layer, low, every),
-        "conv_all_layers_there": cell(found.conv, 0, low, every),
-        "best_layer_before_end": cell(found.grid, strongest[early], early, (strongest[early],)),
-        "best_layer_at_end": cell(found.grid, strongest[end], end, (strongest[end],)),
-        "strongest_layer_by_position": strongest,
-    }
-
-
-def sentences(numbers: dict[str, Any]) -> list[str]:
-    """What the sweep shows, in three sentences."""
-    most, least, conv = (
-        numbers[k] for k in ("state_all_layers_most", "state_all_layers_least", "conv_all_layers_there")
+def describe(model: Mamba, task: Task, found: Pairs, num_steps: int, differ: int) -> dict[str, Any]:
+    """What the pairs are, and how many the model answers right."""
+    base, donor = (run(model, ids, last_only=True) for ids in (found.base_ids, found.donor_ids))
+    gap = logit_diff(donor, found.donor_answer, found.base_answer) - logit_diff(
+        base, found.donor_answer, found.base_answer
     )
-    before, last = numbers["best_layer_before_end"], numbers["best_layer_at_end"]
-
-    def share(cell: dict[str, Any]) -> str:
-        return f"{cell['share']:.2f} ± {2 * cell['standard_error']:.2f}"
-
-    def place(cell: dict[str, Any]) -> str:
-        return f"after '{cell['word']}' (position {cell['position']})"
-
-    right, gap = numbers["answered_right"], numbers["gap_nats"]
-    return [
-        f"In {numbers['pairs']} pairs of hidden prompts of {numbers['num_steps']} steps that differ only in operation "
-        f"{numbers['differing_step']} (the model answers {right['base']:.1%} and {right['donor']:.1%} of them right, "
-        f"{gap:.1f} nats apart), the memory of all layers carries the value that no word shows: handed over anywhere "
-        f"from the differing word's echo to the last word but one, SSM state and conv state together move the answer "
-        f"{numbers['whole_memory_least']:.2f} of the way to the donor's (0 is the base run, 1 the donor).",
-        f"The SSM state of all layers alone moves it between {share(least)} {place(least)}, where the conv state alone "
-        f"moves it {share(conv)}, and {share(most)} {place(most)}, where {most['flipped']:.0%} of the answers flip "
-        f"(± 2 standard errors): much of the value travels in the conv's short memory.",
-        f"It moves through the layers, too: before the last word the strongest single layer is {before['layers'][0]} "
-        f"{place(before)} with {share(before)} ({before['flipped']:.0%} flipped), at the last word layer "
-        f"{last['layers'][0]} with {share(last)} ({last['flipped']:.0%} flipped).",
-    ]
-
-
-def write(folder: Path, model: Mamba, found: StatePatching, command: str, seed: int) -> list[str]:
-    """Write results.json and the figures to a folder; returns the sentences."""
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = summary(model, found)
-    grids = (found.grid, found.conv, found.ceiling)
-    result = {
-        "summary": numbers,
-        "sentences": sentences(numbers),
-        "words": found.words,
-        "layers": {g.site: g.layers for g in grids},
-        "share": {g.site: g.recovered().tolist() for g in grids},
-        "standard_error": {g.site: g.recovered_error().tolist() for g in grids},
-        "provenance": provenance(command=command, seed=seed, backend=found.backend),
+    return {
+        "pairs": len(found.base_ids),
+        "words": words(task, num_steps, differ),
+        "differ_at": found.positions[0],
+        "right": {
+            "base": right(base, found.base_answer).mean().item(),
+            "donor": right(donor, found.donor_answer).mean().item(),
+        },
+        "gap_nats": gap.mean().item(),
+        "backend": base.backend,
     }
-    write_json(folder / "results.json", result)
-    draw(folder, found)
-    return sentences(numbers)
-
-
-def draw(folder: Path, found: StatePatching) -> None:
-    """The two figures, as PNG and PDF: a heat map, and the same shares by position with their uncertainty."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(
-        {"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
-    ):
-        fig, axes = plt.subplots(
-            2, 1, figsize=(3.4, 2.5), height_ratios=[len(found.grid.layers), 2], sharex=True, constrained_layout=True
-        )
-        heatmap(found.grid, ax=axes[0], tokens=found.words, title="Patching the SSM state", limit=1.0)
-        values = torch.cat([found.conv.values, found.ceiling.values])
-        both = replace(found.conv, values=values, layers=found.conv.layers + found.ceiling.layers)
-        labels = ["conv", "state+conv"]
-        heatmap(both, ax=axes[1], tokens=found.words, rows=labels, limit=1.0, colorbar=False)
-        axes[0].set_xlabel("")
-        axes[0].tick_params(labelbottom=False)
-        axes[1].set_ylabel("all layers")
-        axes[1].set_xlabel("word after which the donor's value is put in")
-        _save(fig, folder / "state_patching")
-
-        fig, ax = plt.subplots(figsize=(3.4, 2.4), constrained_layout=True)
-        x = range(len(found.words))
-        colours = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]  # Okabe and Ito
-
-        def curve(grid: Grid, row: int, label: str, colour: str, mark: str, line: str = "-") -> None:
-            share, error = grid.recovered()[row], 2 * grid.recovered_error()[row]
-            ax.fill_between(x, share - error, share + error, color=colour, alpha=0.2, lw=0)
-            ax.plot(x, share, color=colour, marker=mark, ms=2.5, lw=1.1, ls=line, label=label)
-
-        for row in range(len(found.grid.layers) - 1):
-            curve(found.grid, row, f"state, layer {row}", colours[row % len(colours)], "ovD^<>"[row % 6])
-        curve(found.grid, -1, "state, all layers", "black", "s")
-        curve(found.conv, 0, "conv state, all layers", "0.5", "x", "--")
-        curve(found.ceiling, 0, "both, all layers", "0.3", "", ":")
-        for position in found.pairs.positions[0].tolist():
-            ax.axvline(position, color="0.87", lw=4, zorder=0)
-        ax.axhline(0, color="0.6", lw=0.5)
-        ax.set_xticks(x, found.words, rotation=90)
-        ax.set_xlabel("word after which it is patched (grey: the pair differs)")
-        ax.set_ylabel("answer moved (0 base, 1 donor)")
-        ax.legend(frameon=False, fontsize=6, loc="upper left")
-        _save(fig, folder / "state_patching_by_layer")
-
-
-def _save(fig: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    for kind in ("png", "pdf"):
-        fig.savefig(
-            path.with_suffix(f".{kind}"),
-            dpi=300,
-            metadata={"CreationDate": None} if kind == "pdf" else {"Software": None},
-        )
-    plt.close(fig)

@@ -69,8 +69,8 @@ def read(path: Path, kind: str) -> Read:
         raise ResultsError(f"{path} is no results file of this study; delete it and make it again.") from None
     if found != (kind, VERSION):
         raise ResultsError(
-            f"{path} holds results of kind {found[0]!r}, version {found[1]}; this is {kind!r}, version {VERSION}. Delete "
-            f"it and run `python -m analyses.hidden_reasoning {kind}` again."
+            f"{path} holds results of kind {found[0]!r}, version {found[1]}; this is {kind!r}, version {VERSION}. "
+            f"Delete it and run `python -m analyses.hidden_reasoning {kind}` again."
         )
     return made
 

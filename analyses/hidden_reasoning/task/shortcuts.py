@@ -7,13 +7,14 @@ To stay below the best shortcut says that a model may use no more than that. To 
 computation step by step: the sum of b_i times the product of the a_j after it, modulo 5, is shallow and parallel. The
 affine group that the arithmetic generates is solvable, and a fixed number of layers can compute its products
 (Barrington 1989; Liu et al. 2023, arXiv:2210.10749); S5, the control, is not, and needs depth that grows with the
-length unless NC1 = TC0 (Merrill et al. 2024, arXiv:2404.08819). Nor can a recurrence that is linear with positive decays, as
-Mamba's is, count modulo anything by itself (Grazzi et al. 2025, arXiv:2411.12537).
+length unless NC1 = TC0 (Merrill et al. 2024, arXiv:2404.08819). Nor can a recurrence that is linear with positive
+decays, as Mamba's is, count modulo anything by itself (Grazzi et al. 2025, arXiv:2411.12537).
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from math import comb
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +88,7 @@ def last(task: Task, n: int, k: int) -> float:
 
 def known(task: Task, n: int, label: Callable[[Map], Hashable]) -> float:
     """Of functions of what a label tells of the map that all operations make together."""
-    share: dict[Hashable, Floats] = defaultdict(lambda: np.zeros(task.modulus))
+    share: dict[Hashable, Any] = defaultdict(lambda: np.zeros(task.modulus))
     for map_, p in _maps(task, n).items():
         share[label(map_)][map_[task.start]] += p
     return float(sum(p.max() for p in share.values()))
@@ -109,7 +110,7 @@ def multisets(task: Task, longest: int) -> list[float]:
         for held, orders in ways.items():
             for op, row in enumerate(task.table):
                 more = (*held[:op], held[op] + 1, *held[op + 1 :])
-                moved = np.bincount(row, weights=orders, minlength=task.modulus)
+                moved = np.bincount(row, weights=orders, minlength=task.modulus).astype(np.float64)
                 after[more] = after[more] + moved if more in after else moved
         ways = after
         found.append(float(sum(orders.max() for orders in ways.values()) / k**n))

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from analyses.hidden_reasoning.__main__ import app
-from analyses.hidden_reasoning.experiments.patching import sweep
+from analyses.hidden_reasoning.experiments.demo import sweep
 from analyses.hidden_reasoning.organism import load_organism
 
 RUNNER = CliRunner()

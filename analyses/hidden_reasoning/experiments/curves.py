@@ -1,0 +1,73 @@
+"""Many short trainings, to see what makes the task learnable: the loss, the depth, and which group the words generate.
+
+Each run is a folder of its own under `runs`, resumed where it stood, and a part of the results when it has ended.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..training.settings import Settings
+from .results import Results
+
+SEEDS = (0, 1, 2)
+LOSS = {"max_length": 6, "steps": 2000, "decay_steps": 200, "early": 1.0}
+DEPTH = {"max_length": 12, "steps": 1500, "decay_steps": 300, "early": 1.0}
+DEPTHS = (2, 4, 6, 8, 10, 12)
+SOLVED = 0.9  # running accuracy from which a length counts as solved
+QUICK = {"max_length": 2, "d_model": 16, "d_state": 4, "batch_size": 8, "steps": 4, "warmup_steps": 1, "decay_steps": 1,
+         "log_every": 2, "save_every": 4}  # fmt: skip
+
+
+def runs(quick: bool = False) -> Iterator[tuple[str, Settings]]:
+    """Every run by name: first those of the loss, to length 6, then those of the depth, to length 12."""
+    shared: dict[str, Any] = {"save_every": 250, "log_every": 50} | (QUICK if quick else {})
+    for seed in SEEDS[: 1 if quick else None]:
+        for n_layer in (2, 6):
+            for loss in ("weighted", "reasoning", "all"):
+                name = f"loss {loss}, {n_layer} layers, seed {seed}"
+                yield name, Settings(**{**LOSS, **shared, "n_layer": n_layer, "loss": loss, "seed": seed})
+    for seed in SEEDS[: 1 if quick else 2]:
+        for acts in ("arithmetic", "s5"):
+            for architecture in ("mamba", "transformer"):
+                for n_layer in DEPTHS[: 1 if quick else None]:
+                    made = {"n_layer": n_layer, "acts": acts, "architecture": architecture, "seed": seed}
+                    yield (
+                        f"depth {architecture}, {acts}, {n_layer} layers, seed {seed}",
+                        Settings(**{**DEPTH, **shared, **made}),
+                    )
+
+
+def train_all(results: Results, folder: Path, *, quick: bool = False) -> None:
+    """Train what is not in the results yet.
+
+    Args:
+        folder: where the runs are; one that was stopped goes on.
+    """
+    from ..training.train import train  # transformers takes seconds to import
+
+    for name, settings in runs(quick):
+        place = folder / name.replace(", ", "-").replace(" ", "-")
+
+        def one(settings: Settings = settings, place: Path = place) -> dict[str, Any]:
+            train(settings, place, resume=(place / "settings.json").exists())
+            return summary(settings, place)
+
+        results.part(name, one)
+
+
+def summary(settings: Settings, place: Path) -> dict[str, Any]:
+    """What is kept of a run: its settings that differ, and of its log step, seconds, loss and accuracies by length."""
+    log = [json.loads(line) for line in (place / "train_log.jsonl").read_text().splitlines()]
+    rows = [{k: row[k] for k in ("step", "seconds", "loss", "accuracy")} for row in log]
+    return {
+        "n_layer": settings.n_layer,
+        "loss": settings.loss,
+        "acts": settings.acts,
+        "architecture": settings.architecture,
+        "seed": settings.seed,
+        "log": rows,
+        "solved_at": next((r["step"] for r in rows if min(r["accuracy"]) >= SOLVED), None),
+        "longest": max((i for i, a in enumerate(rows[-1]["accuracy"], 1) if a >= SOLVED), default=0),
+    }
