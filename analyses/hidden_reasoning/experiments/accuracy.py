@@ -44,10 +44,12 @@ class Score:
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Ends of the interval of a share.
+    """Ends of the interval of a share; of none asked, 0 and 1.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
+    if n == 0:
+        return 0.0, 1.0
     p, centre = right / n, (right + z * z / 2) / (n + z * z)
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
