@@ -12,7 +12,7 @@ from ..training.settings import Settings
 from .results import Results
 
 SEEDS = (0, 1, 2)
-LOSS = {"max_length": 6, "steps": 2000, "decay_steps": 200, "early": 1.0}
+LOSS = {"max_length": 6, "steps": 1500, "decay_steps": 200, "early": 1.0}
 DEPTH = {"max_length": 12, "steps": 1500, "decay_steps": 300, "early": 1.0}
 DEPTHS = (2, 4, 6, 8, 10, 12)
 SOLVED = 0.9  # running accuracy from which a length counts as solved

@@ -17,6 +17,7 @@ from interp import accuracy as right
 from minimal_mamba import Mamba
 
 from ..task import Pairs, Task, pairs
+from .channels import channels
 from .handover import handover
 from .results import Results
 
@@ -133,6 +134,9 @@ def patch(
     for site in SITES:
         where = every if site == "resid_post" else rows
         results.part(f"needed: {site}", partial(necessity, model, value, site, where, progress))
+    if task.name == "doublethink":
+        both = {kind: drawn(task, kind, num_steps, differ, n, seed) for kind in ("value", "overt")}
+        channels(results, model, task, both, num_steps)
     if task.name == "masked":
         results.part("handover", partial(handover, model, task, num_steps=num_steps, n=hand_n, seed=seed))
 
