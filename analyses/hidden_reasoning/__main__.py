@@ -115,9 +115,12 @@ def evaluate(
         kept = Results(path, "evaluate", key, command=_command("evaluate", name, max_length=max_length, **numbers))
         ask = partial(score, organism.to(device), task=settings.task, tokenizer=words, written=True)
         typer.echo(f"exact final answers on at most {prompts} prompts a length; chance is {1 / settings.modulus:.0%}")
-        for length in range(1, max_length + 1):
-            found = kept.part(f"length {length}", partial(_asdict, ask, length, prompts, seed))
-            typer.echo(line(length, Score(**found)))
+        for what in ("concealed", "shown") if settings.task_name == "masked" else ("concealed",):
+            typer.echo({"concealed": "the values are not written", "shown": "the text shows every value"}[what])
+            for length in range(1, max_length + 1):
+                one = partial(ask, concealed=what == "concealed")
+                found = kept.part(f"{what}, length {length}", partial(_asdict, one, length, prompts, seed))
+                typer.echo(line(length, Score(**found)))
 
 
 @app.command()
@@ -225,7 +228,7 @@ def figures(
 ) -> None:
     """Draw every figure of the study from its results files."""
     with _plain_errors():
-        from .experiments.figures import draw_all
+        from .drawing import draw_all
 
         with tempfile.TemporaryDirectory() as scratch:
             for made in draw_all(results, Path(scratch) if quick else out or Path("runs/figures")):

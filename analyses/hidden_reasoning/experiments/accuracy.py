@@ -55,17 +55,20 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def fresh(num_steps: int, n: int, seed: int, task: Task = MASKED, tokenizer: Tokenizer | None = None) -> Batch:
-    """At most n prompts that conceal their values, drawn from those held out; of a short length, each at most once."""
+def fresh(
+    num_steps: int, n: int, seed: int, task: Task = MASKED, tokenizer: Tokenizer | None = None, concealed: bool = True
+) -> Batch:
+    """At most n prompts, drawn from those held out; of a short length, each at most once."""
     rows_of(num_steps, n)
     k = len(task.operations)
     if k**num_steps > LISTED:
-        return draw(num_steps, n, [STREAM, seed, num_steps], prompts="held out", task=task, tokenizer=tokenizer)
+        given = {"concealed": concealed, "task": task, "tokenizer": tokenizer}
+        return draw(num_steps, n, [STREAM, seed, num_steps], prompts="held out", **given)
     every = np.array(list(product(range(k), repeat=num_steps)))
     if num_steps >= HELD_OUT_FROM:
         every = every[held_out(every, np.full(len(every), num_steps))]
     order = np.random.default_rng([STREAM, seed, num_steps]).permutation(len(every))[:n]
-    return compose(every[order], num_steps, task=task, tokenizer=tokenizer)
+    return compose(every[order], num_steps, concealed=concealed, task=task, tokenizer=tokenizer)
 
 
 @torch.no_grad()
@@ -78,16 +81,18 @@ def score(
     task: Task = MASKED,
     tokenizer: Tokenizer | None = None,
     written: bool = False,
+    concealed: bool = True,
 ) -> Score:
     """Ask a model for the final answers of `fresh` prompts.
 
     Args:
         model: trained on the task, of either kind. num_steps: steps of every prompt, >= 1. n: number of prompts.
-        written: also let the model write all that follows the prompt.
+        written: also let the model write all that follows the prompt. concealed: of `masked`; False: the text before
+            the answer, where it is given, shows every value.
     Raises:
         TaskError: fewer than one step or prompt.
     """
-    batch = fresh(num_steps, n, seed, task, tokenizer)
+    batch = fresh(num_steps, n, seed, task, tokenizer, concealed)
     device = next(model.parameters()).device
     call, right, whole = logits_of(model), 0, 0
     for i in range(0, len(batch.ids), ROWS):

@@ -72,8 +72,7 @@ def overt_map(model: Mamba, task: Task, found: Pairs, site: str, num_steps: int,
 def by_channel(
     model: Mamba, task: Task, value: Pairs, overt: Pairs, site: str, num_steps: int, pos: int
 ) -> dict[str, Any]:
-    """Each layer's channels in groups: the answer under patches of the hidden value, the next overt value under those of
-    the overt one.
+    """Each layer's channels in groups: the answer under patches of one kind of pairs, the next overt value of another.
 
     Returns:
         (layers, groups) of both shares, and the correlation of their sizes over all groups.

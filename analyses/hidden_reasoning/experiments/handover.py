@@ -38,7 +38,9 @@ def accounts(base: Ints, donor: Ints, step: int, task: Task) -> dict[str, Ints]:
         value = task.table[base[:, i], value]
     found = {"base": values[:, -1], "running value": value, "done": others[:, -1]}
     if task.acts == "arithmetic":
-        found["partial sum"] = (_terms(donor, task)[:, :step].sum(1) + _terms(base, task)[:, step:].sum(1)) % m
+        found["partial sum"] = (
+            _terms(donor, task)[:, : step + 1].sum(1) + _terms(base, task)[:, step + 1 :].sum(1)
+        ) % m
     return found
 
 

@@ -100,10 +100,12 @@ def curves(
 
 @torch.no_grad()
 def erase(model: Mamba, task: Task, num_steps: int, n: int, seed: int, name: str, layer: int) -> dict[str, Any]:
-    """Take the space that a probe of a label reads out of the residual stream after a layer, in all of the reasoning.
+    """Take what tells a label's classes apart out of the residual stream after a layer, in all of the reasoning.
 
-    The probe is fitted on other prompts, over all words of the reasoning that name an operation. The control is a
-    random space of as many dimensions.
+    That is the space in which the classes' means differ, on other prompts, over all words of the reasoning that name an
+    operation: where the means agree no linear probe can tell the classes apart (Belrose et al. 2023, arXiv:2306.03819,
+    theorem 3.1), which is not so of the space that a probe's weights span. The control is a random space of as many
+    dimensions.
     Returns:
         the share of right final answers, and of `doublethink` of right overt values, with nothing, the space and the
         control taken out.
@@ -114,8 +116,9 @@ def erase(model: Mamba, task: Task, num_steps: int, n: int, seed: int, name: str
     place = [at.resid_post(layer=layer, pos=p) for p in where]
     recorded = collect(model, fit.ids[:, :end], place, batch=256)
     features = torch.cat([recorded[a] for a in place])
-    groups = torch.arange(n).repeat(len(where))
-    basis = probe(features, labels(task, fit)[name].T.flatten(), groups=groups, folds=FOLDS, seeds=0).basis
+    classes = labels(task, fit)[name].T.flatten()
+    means = torch.stack([features[classes == c].mean(0) for c in classes.unique()])
+    basis = torch.linalg.svd((means - means.mean(0)).double(), full_matrices=False)[2][: len(means) - 1]
     drawn = torch.randn(basis.shape, generator=torch.Generator().manual_seed(seed), dtype=basis.dtype)
     everywhere = at.resid_post(layer=layer, pos=slice(where[0], None))
     ids, targets = test.ids[:, :end], test.targets[:, :end]

@@ -50,6 +50,7 @@ class Results:
         """A part of the results: from the file, or computed now and written."""
         if name not in self.made["parts"]:
             self.made["parts"][name] = plain(compute())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.made)
         return self.made["parts"][name]
 

@@ -1,0 +1,54 @@
+"""Every figure of the study, from its results files alone: `draw_all`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..experiments.results import ResultsError, read
+from . import maps, probes, trainings
+from .style import figure_file
+from .summary import summary
+
+MODELS = ("evaluate-masked", "evaluate-transformer")
+BOUNDS = "shortcuts-masked-arithmetic"
+# name -> the results that it needs, and what draws it
+FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
+    "accuracy": ((*MODELS, "evaluate-doublethink", BOUNDS), trainings.accuracy),
+    "losses": (("curves-all",), trainings.losses),
+    "depth": (("curves-all",), trainings.depth),
+    "patching": (("patch-masked",), maps.patching),
+    "control": (("patch-masked",), maps.control),
+    "sets": (("patch-masked",), maps.sets),
+    "needed": (("patch-masked",), maps.needed),
+    "handover": (("patch-masked",), maps.handover),
+    "probes": (("probe-masked",), probes.probes),
+    "erased": (("probe-masked", "probe-doublethink"), probes.erased),
+    "doublethink": (("patch-doublethink",), probes.doublethink),
+    "channels": (("patch-doublethink",), probes.channels),
+    "summary": ((*MODELS, BOUNDS, "curves-all", "patch-masked"), summary),
+}
+
+
+def draw_all(results: Path, out: Path) -> list[Path]:
+    """Draw each figure whose results are there, as PNG and PDF; the PNGs.
+
+    Raises:
+        ResultsError: no results at all, or of another version.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    out.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, (needs, draw) in FIGURES.items():
+        paths = {need: results / f"{need}.json" for need in needs}
+        if all(path.is_file() for path in paths.values()):
+            found = {need.replace("-", "_"): read(path, need.split("-")[0])["parts"] for need, path in paths.items()}
+            with figure_file(out / name) as new:
+                draw(new, **found)
+            made.append(out / f"{name}.png")
+    if not made:
+        raise ResultsError(
+            f"{results} has no results to draw; `python -m analyses.hidden_reasoning evaluate`, patch, probe, "
+            "shortcuts and curves make them."
+        )
+    return made

@@ -1,0 +1,122 @@
+"""Maps of layers and words, hand-overs and sets of layers: where the hidden value is, and where it is needed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..experiments.results import Read
+from .style import BLUE, GREEN, NAMES, ORANGE, PAGE, RED
+
+
+def share_map(ax: Any, part: Read, words: Sequence[str], title: str, what: str = "share", limit: float = 1.0) -> Any:
+    """Layers upward, words to the right; the row of all layers, if there is one, at the top."""
+    values = np.array(part[what])
+    names = ["all" if isinstance(row, list) else str(row) for row in part["layers"]]
+    kind = (
+        {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+        if what == "share"
+        else {"cmap": "Greys", "vmin": 0, "vmax": 1}
+    )
+    image = ax.imshow(values, aspect="auto", origin="lower", interpolation="nearest", **kind)
+    if names[-1] == "all":
+        ax.axhline(len(names) - 1.5, color="black", lw=0.6)
+    step = 1 if len(names) <= 8 else 2
+    ticks = [i for i, name in enumerate(names) if name == "all" or i % step == 0]
+    ax.set_yticks(ticks, [names[i] for i in ticks])
+    ax.set_xticks(range(len(part["positions"])), [words[p] for p in part["positions"]], rotation=90, fontsize=5.5)
+    ax.set_title(title)
+    ax.tick_params(length=2)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(True)
+    return image
+
+
+def patching(new: Any, patch_masked: Read) -> None:
+    """Four sites over layers and words."""
+    words = patch_masked["value: pairs"]["words"]
+    axes = new(2, 2, figsize=(PAGE, 4.2), sharex=True, sharey="row")
+    for ax, site in zip(axes.flat, NAMES, strict=True):
+        image = share_map(ax, patch_masked[f"value: {site}"], words, NAMES[site])
+    for ax in axes[:, 0]:
+        ax.set_ylabel("layer")
+    for ax in axes[1]:
+        ax.set_xlabel("word after which the donor's value is put in")
+    axes[0, 0].figure.colorbar(image, ax=axes, label="answer moved (0 base, 1 donor)", shrink=0.6, extend="both")
+
+
+def control(new: Any, patch_masked: Read) -> None:
+    """How many answers flip, for pairs whose values differ and for those whose values agree."""
+    words = patch_masked["value: pairs"]["words"]
+    axes = new(2, 2, figsize=(PAGE, 3.6), sharex=True, sharey=True)
+    for row, (kind, label) in enumerate((("value", "values differ"), ("control", "same value, other operation"))):
+        for ax, site in zip(axes[row], ("ssm_state", "recurrent_state"), strict=True):
+            image = share_map(ax, patch_masked[f"{kind}: {site}"], words, f"{NAMES[site]}; {label}", "flip")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("layer")
+    axes[0, 0].figure.colorbar(image, ax=axes, label="answers that change", shrink=0.6)
+
+
+ACCOUNTS = {"running value": (BLUE, "o"), "partial sum": (ORANGE, "^"), "done": (RED, "s"), "base": ("0.45", "x")}
+SAID = {
+    "running value": "running value",
+    "partial sum": "partial sum",
+    "done": "donor's answer",
+    "base": "base's answer",
+}
+
+
+def account_curves(ax: Any, found: Read, site: str, title: str) -> None:
+    """How often the answer is what each account foretells, where it stands alone, by step."""
+    rows = [r for r in found[site] if r["word"] == "after"]
+    x = [r["step"] for r in rows]
+    for name, (colour, mark) in ACCOUNTS.items():
+        share = [r[name]["alone"] / r[name]["of"] for r in rows]
+        error = [[s - r[name]["interval"][0] for s, r in zip(share, rows, strict=True)],
+                 [r[name]["interval"][1] - s for s, r in zip(share, rows, strict=True)]]  # fmt: skip
+        ax.errorbar(x, share, yerr=np.abs(error), color=colour, marker=mark, ms=2.8, elinewidth=0.7, label=SAID[name])
+    ax.set(title=title, xlabel="operations before the hand-over", ylim=(-0.03, 1.05), xticks=x)
+
+
+def handover(new: Any, patch_masked: Read) -> None:
+    """What the answers follow when the memory of another prompt is handed over."""
+    axes = new(1, 3, figsize=(PAGE, 1.9), sharey=True)
+    titles = ("all of the memory", "SSM states of all layers", "conv states of all layers")
+    for ax, site, title in zip(axes, ("recurrent_state", "ssm_state", "conv_state"), titles, strict=True):
+        account_curves(ax, patch_masked["handover"], site, title)
+    axes[0].set_ylabel("answers as foretold")
+    axes[0].legend(loc="center left")
+
+
+def needed(new: Any, patch_masked: Read) -> None:
+    """Right answers when a place has its mean."""
+    words = patch_masked["value: pairs"]["words"]
+    axes = new(1, 3, figsize=(PAGE, 2.3), sharey=True)
+    for ax, site in zip(axes, ("ssm_state", "conv_state", "recurrent_state"), strict=True):
+        image = share_map(ax, patch_masked[f"needed: {site}"], words, f"{NAMES[site]} set to its mean", "right")
+    axes[0].set_ylabel("layer")
+    axes[0].figure.colorbar(image, ax=axes, label="right answers", shrink=0.8)
+
+
+def sets(new: Any, patch_masked: Read) -> None:
+    """The most that a run of neighbouring layers moves the answer, by how many they are."""
+    axes = new(1, 2, figsize=(PAGE, 2.1), sharey=True)
+    words = patch_masked["value: pairs"]["words"]
+    for ax, site in zip(axes, ("ssm_state", "recurrent_state"), strict=True):
+        part = patch_masked[f"windows: {site}"]
+        share, rows = np.array(part["share"]), [r if isinstance(r, list) else [r] for r in part["layers"]]
+        most = max(len(r) for r in rows)
+        for column, colour in zip((1, len(part["positions"]) // 2, -1), (BLUE, ORANGE, GREEN), strict=True):
+            y = [max(share[i, column] for i, r in enumerate(rows) if len(r) == n) for n in range(1, most + 1)]
+            ax.plot(
+                range(1, most + 1),
+                y,
+                color=colour,
+                marker="o",
+                ms=2.5,
+                label=f"after {words[part['positions'][column]]}",
+            )
+        ax.set(xlabel="neighbouring layers patched together", ylim=(-0.05, 1.05), xticks=range(1, most + 1),
+               title=NAMES[site])  # fmt: skip
+    axes[0].set_ylabel("answer moved,\nbest such set")
+    axes[0].legend(loc="lower right")

@@ -1,0 +1,111 @@
+"""What probes read, what goes when it is erased, and whether hidden and overt value share channels."""
+
+from typing import Any
+
+import numpy as np
+
+from ..experiments.results import Read
+from .maps import share_map
+from .style import BLUE, GREEN, NAMES, ORANGE, PAGE, PINK, RED, SKY
+
+LABELS = {"value": ("running value", BLUE, "o"), "partial": ("partial sum", ORANGE, "^"),
+          "answer": ("final answer", RED, "s"), "product": ("product so far", GREEN, "v"),
+          "rest": ("product to come", PINK, "D"), "overt": ("overt value", SKY, "^")}  # fmt: skip
+
+
+def layers_of(parts: Read, site: str) -> list[int]:
+    """The layers that were probed."""
+    return sorted(int(name.rsplit(" ", 1)[1]) for name in parts if name.startswith(f"{site}, layer"))
+
+
+def probes(new: Any, probe_masked: Read) -> None:
+    """Held-out accuracy of the running value by layer and step; and of each label at its best layer, with controls."""
+    axes = new(2, 2, figsize=(PAGE, 4.0), width_ratios=[1, 1.15])
+    steps = probe_masked["steps"]
+    for row, site in zip(axes, ("resid_post", "ssm_state"), strict=True):
+        layers = layers_of(probe_masked, site)
+        value = {n: np.array([[np.nan if v is None else v for v in probe_masked[f"{site}, layer {i}"][n]["score"]]
+                              for i in layers]) for n in probe_masked[f"{site}, layer {layers[0]}"]}  # fmt: skip
+        image = row[0].imshow(value["value"], aspect="auto", origin="lower", cmap="Greys", vmin=0.2, vmax=1)
+        row[0].set(title=f"running value in the {NAMES[site]}", ylabel="layer")
+        row[0].set_xticks(range(len(steps)), steps)
+        row[0].set_yticks(range(0, len(layers), 2), layers[::2])
+        row[0].figure.colorbar(image, ax=row[0], label="held-out accuracy")
+        best_curves(row[1], probe_masked, site, layers, value)
+    for ax in axes[1]:
+        ax.set_xlabel("operation whose word is read at")
+    axes[0, 1].legend(ncols=2, fontsize=5.5, loc="upper left", bbox_to_anchor=(0, 0.93))
+
+
+def best_curves(ax: Any, parts: Read, site: str, layers: list[int], value: dict[str, Any]) -> None:
+    """Each label at the layer that reads it best at a step, with its interval; the best controls in grey."""
+    steps = parts["steps"]
+    for name in value:
+        label, colour, mark = LABELS[name]
+        some = [j for j in range(len(steps)) if not np.isnan(value[name][:, j]).all()]
+        best = [int(np.nanargmax(value[name][:, j])) for j in some]
+        at = [parts[f"{site}, layer {layers[i]}"][name] for i in best]
+        y = np.array([a["score"][j] for a, j in zip(at, some, strict=True)])
+        ends = [np.array([a[k][j] for a, j in zip(at, some, strict=True)]) for k in ("low", "high")]
+        ax.errorbar([steps[j] for j in some], y, yerr=[y - ends[0], ends[1] - y], color=colour, marker=mark,
+                    ms=2.8, elinewidth=0.7, label=label)  # fmt: skip
+    shuffled = np.array([parts[f"{site}, layer {i}"]["value"]["shuffled"] for i in layers], dtype=float)
+    fresh = np.array([parts[f"{site}, layer {i}"]["value"]["random"] for i in layers], dtype=float)
+    ax.plot(steps, np.nanmax(shuffled, 0), color="0.5", lw=0.9, ls="--", label="value, labels shuffled")
+    ax.plot(steps, np.nanmax(fresh, 0), color="0.5", lw=0.9, ls=":", label="value, untrained model")
+    ax.plot(steps, parts["alone"], color="black", lw=0.7, ls="-.", label="value, from the last word")
+    ax.set(title=f"{NAMES[site]}, best layer", ylim=(0, 1.05), xticks=steps, ylabel="held-out accuracy")
+
+
+def erased(new: Any, probe_masked: Read, probe_doublethink: Read) -> None:
+    """Right values when the space that a probe reads is projected out of the residual stream after one layer."""
+    axes = new(1, 3, figsize=(PAGE, 2.0), sharey=True)
+    panels = ((probe_masked, "value", "masked: running value erased"),
+              (probe_doublethink, "value", "doublethink: hidden value erased"),
+              (probe_doublethink, "overt", "doublethink: overt value erased"))  # fmt: skip
+    for ax, (parts, name, title) in zip(axes, panels, strict=True):
+        layers = sorted(int(k.rsplit(" ", 1)[1]) for k in parts if k.startswith(f"erase {name}, layer"))
+        found = [parts[f"erase {name}, layer {i}"] for i in layers]
+        for what, label, colour, mark in (("answer", "final answer", BLUE, "o"), ("overt", "overt values", SKY, "^")):
+            if what in found[0]["space"]:
+                for kind, line, more in (("space", "-", ""), ("control", ":", ", random space")):
+                    y = np.array([f[kind][what] for f in found])
+                    error = 2 * np.sqrt(y * (1 - y) / found[0]["prompts"])
+                    ax.errorbar(layers, y, yerr=error, color=colour, marker=mark, ms=2.5, ls=line, elinewidth=0.7,
+                                label=f"{label}{more}")  # fmt: skip
+        ax.axhline(0.2, color="black", lw=0.5)
+        ax.set(title=title, xlabel="layer after which it is erased", ylim=(0, 1.05))
+    axes[0].set_ylabel("right")
+    axes[1].legend(loc="lower left")
+
+
+def doublethink(new: Any, patch_doublethink: Read) -> None:
+    """Patching hidden-value and overt-value pairs, read at the final answer and at the next overt value."""
+    words = patch_doublethink["value: pairs"]["words"]
+    axes = new(2, 2, figsize=(PAGE, 3.9), sharey=True)
+    sites = ("ssm_state", "conv_state")
+    for row, (part, what) in enumerate((("value: {}", "hidden value, read at the answer"),
+                                        ("overt, next overt: {}", "overt value, read at the next one"))):  # fmt: skip
+        for ax, site in zip(axes[row], sites, strict=True):
+            found = patch_doublethink[part.format(site)]
+            first = patch_doublethink["value: pairs"]["differ_at"][-1]
+            keep = [i for i, p in enumerate(found["positions"]) if p >= first]
+            found = found | {"positions": [found["positions"][i] for i in keep],
+                             "share": np.array(found["share"])[:, keep]}  # fmt: skip
+            image = share_map(ax, found, words, f"{NAMES[site]}: {what}")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("layer")
+    axes[0, 0].figure.colorbar(image, ax=axes, label="moved (0 base, 1 donor)", shrink=0.6, extend="both")
+
+
+def channels(new: Any, patch_doublethink: Read) -> None:
+    """Each group of channels: how much of the hidden and of the overt value it carries."""
+    axes = new(1, 2, figsize=(PAGE, 2.3))
+    for ax, site in zip(axes, ("ssm_state", "conv_state"), strict=True):
+        part = patch_doublethink[f"channels: {site}, 1 after"]
+        hidden, overt = np.abs(part["hidden"]), np.abs(part["overt"])
+        layer = np.repeat(np.arange(len(hidden)), hidden.shape[1])
+        points = ax.scatter(overt.flatten(), hidden.flatten(), c=layer, s=8, cmap="viridis", linewidths=0)
+        ax.set(xlabel="overt value: |share| of the next overt value", ylabel="hidden value: |share| of the answer",
+               title=f"{NAMES[site]}, r = {part['correlation']:.2f}")  # fmt: skip
+        ax.figure.colorbar(points, ax=ax, label="layer")

@@ -1,0 +1,37 @@
+"""The study's style: one palette, column widths, and figures that are saved as PNG and PDF."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"  # Okabe and Ito
+STYLE: Any = {"font.size": 7, "axes.titlesize": 7, "axes.spines.top": False, "axes.spines.right": False,
+         "legend.frameon": False, "legend.fontsize": 6, "pdf.fonttype": 42, "lines.linewidth": 1.1}  # fmt: skip
+COLUMN, PAGE = 3.4, 7.0  # inches
+CHANCE = 0.2
+NAMES = {
+    "ssm_state": "SSM state",
+    "conv_state": "conv state",
+    "recurrent_state": "SSM and conv state",
+    "resid_post": "residual stream",
+}
+
+
+@contextmanager
+def figure_file(path: Path) -> Iterator[Callable[..., Any]]:
+    """Gives `subplots` in the study's style, and saves what was made with it."""
+    import matplotlib.pyplot as plt
+
+    made: list[Any] = []
+
+    def subplots(*args: Any, **more: Any) -> Any:
+        fig, axes = plt.subplots(*args, constrained_layout=True, **more)
+        made.append(fig)
+        return axes
+
+    with plt.rc_context(STYLE):
+        yield subplots
+        for kind, facts in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+            made[0].savefig(path.with_suffix(f".{kind}"), dpi=300, metadata=facts)
+        plt.close(made[0])
