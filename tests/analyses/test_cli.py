@@ -1,4 +1,4 @@
-"""The command line: quick runs, and errors in a sentence."""
+"""The command line: every command is quick with --quick, goes on where it stopped, and says errors in a sentence."""
 
 import json
 import time
@@ -7,39 +7,91 @@ import pytest
 from typer.testing import CliRunner
 
 from analyses.hidden_reasoning.__main__ import app
+from analyses.hidden_reasoning.drawing import FIGURES
 from analyses.hidden_reasoning.organism import load_folder, load_settings
 
 RUNNER = CliRunner()
+QUICK = 60  # seconds; 15 on a machine of its own
 
 
-def test_quick_training_leaves_an_organism_that_evaluates(tmp_path):
-    out, start = tmp_path / "run", time.perf_counter()
-    found = RUNNER.invoke(app, ["train", "--quick", "--out", str(out), "--seed", "3", "--threads", "1"])
+def invoke(*arguments):
+    begin = time.perf_counter()
+    found = RUNNER.invoke(app, [str(a) for a in arguments])
     assert found.exit_code == 0, found.output
-    assert time.perf_counter() - start < 60  # 15 on a machine of its own
-    model, tokenizer = load_folder(out / "organism")
+    assert time.perf_counter() - begin < QUICK
+    return found.output
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny model of each kind, as the command leaves it: name -> folder."""
+    runs = tmp_path_factory.mktemp("runs")
+    kinds = {"masked": [], "doublethink": ["--task", "doublethink"], "transformer": ["--architecture", "transformer"]}
+    for name, more in kinds.items():
+        invoke("train", "--quick", "--out", runs / name, "--seed", 3, "--threads", 1, *more)
+    return {name: runs / name / "organism" for name in kinds}
+
+
+def test_quick_training_leaves_an_organism_that_evaluates(trained, tmp_path):
+    folder = trained["masked"]
+    model, tokenizer = load_folder(folder)
     assert model.config.vocab_size == tokenizer.vocab_size
-    assert load_settings(out / "organism").seed == 3
-    recipe = json.loads((out / "organism" / "recipe.json").read_text())
+    assert load_settings(folder).seed == 3
+    recipe = json.loads((folder / "recipe.json").read_text())
     assert recipe["command"].endswith(
         "--out runs/masked --seed 3 --steps 60 --max-length 3 --batch-size 32 --d-model 32 --n-layer 2"
     )
     assert recipe["provenance"]["packages"].keys() >= {"torch", "transformers"}
 
     scores = tmp_path / "scores.json"
-    folder = str(out / "organism")
-    found = RUNNER.invoke(
-        app, ["evaluate", "--quick", "--model", folder, "--max-length", "2", "--out", str(scores), "--seed", "0"]
-    )
-    assert found.exit_code == 0, found.output
-    written = json.loads((out / "organism" / "evaluation.json").read_text())
+    invoke("evaluate", "--quick", "--model", folder, "--max-length", 2, "--out", scores, "--seed", 0)
+    written = json.loads((folder / "evaluation.json").read_text())["lengths"]
     ours = json.loads(scores.read_text())
-    assert {k: written["accuracy"][k] for k in ("1", "2")} == ours["accuracy"]
-    assert ours["prompts"] == 100
+    for n in ("1", "2"):
+        assert {k: written[n][k] for k in ("right", "prompts", "written")} == {
+            k: ours["parts"][f"concealed, length {n}"][k] for k in ("right", "prompts", "written")
+        }
+    assert ours["key"]["name"] == "masked"
 
-    again = RUNNER.invoke(app, ["train", "--resume", "--out", str(out), "--prompts", "50"])
-    assert again.exit_code == 0, again.output
-    assert json.loads((out / "organism" / "evaluation.json").read_text())["prompts"] == 50
+    invoke("train", "--resume", "--out", folder.parent, "--prompts", 50)
+    assert json.loads((folder / "evaluation.json").read_text())["lengths"]["3"]["prompts"] == 50
+
+
+def test_every_experiment_and_figure_with_quick(trained, tmp_path):
+    """The whole way from models to figures; a second call computes nothing anew."""
+    results = tmp_path / "results"
+    calls = [("evaluate", name) for name in trained] + [
+        (kind, name) for kind in ("patch", "probe") for name in ("masked", "doublethink")
+    ]
+    for kind, name in calls:
+        out = results / f"{kind}-{name}.json"
+        invoke(kind, "--quick", "--model", trained[name], "--out", out)
+        before = out.stat().st_mtime_ns
+        invoke(kind, "--quick", "--model", trained[name], "--out", out)
+        assert out.stat().st_mtime_ns == before
+    for acts in ("arithmetic", "s5"):
+        invoke("shortcuts", "--quick", "--acts", acts, "--out", results / f"shortcuts-masked-{acts}.json")
+    invoke("curves", "--quick", "--out", results / "curves-all.json")
+    invoke("figures", "--results", results, "--out", tmp_path / "figures")
+    made = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert made == {f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")}
+    for path in (tmp_path / "figures").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+    stale = json.loads((results / "patch-masked.json").read_text())
+    (results / "patch-masked.json").write_text(json.dumps(stale | {"version": 0}))
+    found = RUNNER.invoke(app, ["figures", "--results", str(results), "--out", str(tmp_path / "again")])
+    assert found.exit_code == 2
+    assert "version 0" in found.stderr and "again" in found.stderr
+
+
+@pytest.mark.parametrize("command", ["shortcuts", "evaluate", "patch", "probe", "figures", "demo", "train", "curves"])
+def test_help_and_quick_leave_nothing_behind(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--quick" in RUNNER.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    if command in ("shortcuts", "figures"):
+        invoke(command, "--quick")
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -47,10 +99,19 @@ def test_quick_training_leaves_an_organism_that_evaluates(tmp_path):
     [
         ("train --max-length 0 --quick", "at least 1"),
         ("train --steps 0 --quick", "at least 1"),
+        ("train --task maskd --quick", "'masked'"),
+        ("train --loss answer --quick", "weighted, reasoning, all"),
+        ("train --modulus 2 --quick", "same operation"),
         ("train --resume --out nowhere", "nothing to resume"),
         ("train --quick --device nonsense", "cannot be used here"),
+        ("train --quick --tokenizer .", "no tokenizer"),
         ("evaluate --model nowhere", "no organism"),
         ("evaluate --max-length 0", "at least one step"),
+        ("patch --model transformer --quick", "no state"),
+        ("patch --differ 9 --num-steps 3", "operations 1..3"),
+        ("shortcuts --task maskd", "'masked'"),
+        ("shortcuts --max-length 60", "multisets"),
+        ("figures --results nowhere", "no results"),
     ],
 )
 def test_errors_are_a_sentence(arguments, says, tmp_path, monkeypatch):
@@ -59,4 +120,19 @@ def test_errors_are_a_sentence(arguments, says, tmp_path, monkeypatch):
     assert found.exit_code == 2
     assert says in found.stderr
     assert "Traceback" not in found.output
-    assert not list(tmp_path.iterdir())
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_model_of_another_task_is_refused_where_results_are(trained, tmp_path):
+    out = tmp_path / "r.json"
+    invoke("evaluate", "--quick", "--model", trained["masked"], "--out", out)
+    found = RUNNER.invoke(app, ["evaluate", "--quick", "--model", str(trained["doublethink"]), "--out", str(out)])
+    assert found.exit_code == 2
+    assert "task='masked' (now 'doublethink')" in found.stderr
+
+
+def test_a_checkpoint_of_another_task_is_not_trained_on(trained, tmp_path):
+    run = trained["masked"].parent
+    found = RUNNER.invoke(app, ["train", "--resume", "--task", "doublethink", "--out", str(run)])
+    assert found.exit_code == 2
+    assert "task_name='masked' (now 'doublethink')" in found.stderr

@@ -62,8 +62,8 @@ def fresh(
     rows_of(num_steps, n)
     k = len(task.operations)
     if k**num_steps > LISTED:
-        given = {"concealed": concealed, "task": task, "tokenizer": tokenizer}
-        return draw(num_steps, n, [STREAM, seed, num_steps], prompts="held out", **given)
+        key = [STREAM, seed, num_steps]
+        return draw(num_steps, n, key, concealed=concealed, prompts="held out", task=task, tokenizer=tokenizer)
     every = np.array(list(product(range(k), repeat=num_steps)))
     if num_steps >= HELD_OUT_FROM:
         every = every[held_out(every, np.full(len(every), num_steps))]

@@ -68,8 +68,8 @@ class Settings:
     weight_decay: float = 0.01
     clip: float = 1.0
     warmup_steps: int = 100
-    steps: int = 8_000
-    decay_steps: int = 1_600
+    steps: int = 4_000
+    decay_steps: int = 800
     early: float = 0.985
     loss: str = "weighted"
     answer_weight: float = 0.5
