@@ -161,7 +161,7 @@ def patch(
 
         _set_up("cpu", threads)
         if quick:
-            num_steps, differ, n, prompts = 2, 1, 8, 20
+            num_steps, differ, n, prompts = 3, 1, 6, 20
         if differ > num_steps:
             raise TaskError(f"--differ {differ}: a prompt of {num_steps} operations has operations 1..{num_steps}.")
         organism, _ = _mamba(folder)
