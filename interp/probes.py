@@ -48,7 +48,10 @@ class LinearProbe:
         weights: (classes, *features), or (1, *features) of two classes and of numbers; bias likewise.
         patterns: (classes, *features) each class's mean less the mean, what to `Add` to bring it about; of numbers
             (1, *features), what x moves by for one unit. The weights are what the probe reads, not what a class is.
-        basis: (m, *features) orthonormal, the space that the probe reads, for `Project`; m is classes - 1, or 1.
+        basis: (m, *features) orthonormal, the space that the probe reads, for `Project`; m is classes - 1, or 1. To
+            remove it blinds this probe, not every other: classes stay apart along what their means differ by. To erase
+            a label, remove the span of all `patterns` but one, after which no linear probe tells the classes apart (Belrose et al.
+            2023, arXiv:2306.03819, theorem 3.1).
         dims: principal components used. rows, groups: how many.
     """
 

@@ -38,7 +38,7 @@ def test_the_command_writes_figures_and_says_what_they_show(tmp_path):
     assert all(sentence in result.output for sentence in written["sentences"])
     assert len(written["sentences"]) == 3
     assert written["provenance"]["command"].endswith("--pairs 20 --num-steps 3 --differ 2 --seed 0")
-    for name in ("state_patching", "state_patching_by_layer"):
+    for name in ("state_patching", "state_patching_by_word"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 

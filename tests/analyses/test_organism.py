@@ -1,4 +1,4 @@
-"""The model that ships is whole, small, and does what it was trained for."""
+"""The models that ship are whole, small, and do what they were trained for."""
 
 import json
 import subprocess
@@ -7,49 +7,63 @@ import sys
 import pytest
 import torch
 
-from analyses.hidden_reasoning import MASKED, WordTokenizer, accuracy, load_organism, pairs
+from analyses.hidden_reasoning import DOUBLETHINK, MASKED, WordTokenizer, load_organism, pairs, score
 from analyses.hidden_reasoning.errors import OrganismError
-from analyses.hidden_reasoning.organism import FILES, MODELS, load_folder, load_settings
+from analyses.hidden_reasoning.experiments.accuracy import unpacked
+from analyses.hidden_reasoning.experiments.results import fingerprint, read
+from analyses.hidden_reasoning.organism import FILES, MODELS, load_folder, load_settings, organism_folder
 from kernels_bridge import resolve
 from minimal_mamba import Mamba
 
-LENGTHS = range(1, 9)
+SHIPS = {"masked": (MASKED, 12), "doublethink": (DOUBLETHINK, 10), "transformer": (MASKED, 12)}
+RESULTS = MODELS.parent / "results"
 
 
-@pytest.fixture(scope="module")
-def organism():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_organism("masked")
-    torch.set_num_threads(threads)
-
-
-def test_it_is_whole_and_small(organism):
-    model, tokenizer = organism
-    assert isinstance(model, Mamba)
+@pytest.mark.parametrize("name", SHIPS)
+def test_it_is_whole_and_small(name):
+    task, longest = SHIPS[name]
+    model, tokenizer = load_folder(organism_folder(name))
+    settings = load_settings(MODELS / name)
+    assert isinstance(model, Mamba) == (settings.architecture == "mamba") == (name != "transformer")
     assert not model.training
-    assert tokenizer == MASKED.tokenizer == WordTokenizer.load(MODELS / "masked")
-    assert {p.name for p in (MODELS / "masked").iterdir()} == set(FILES)
-    assert sum(p.stat().st_size for p in (MODELS / "masked").iterdir()) <= 2 << 20
-    settings = load_settings(MODELS / "masked")
-    assert settings.task == MASKED
-    assert settings.model == model.config
+    assert tokenizer == task.tokenizer == WordTokenizer.load(MODELS / name)
+    assert {p.name for p in (MODELS / name).iterdir()} == set(FILES)
+    assert sum(p.stat().st_size for p in (MODELS / name).iterdir()) <= 3 << 20
+    assert settings.task == task
+    assert settings.max_length == longest
+    assert json.loads((MODELS / name / "recipe.json").read_text())["command"].startswith("python -m analyses")
 
 
-@pytest.mark.parametrize("num_steps", LENGTHS)
-def test_final_answers_on_hidden_prompts(organism, num_steps):
-    model, _ = organism
-    assert accuracy(model, num_steps, 500, seed=7, ops=resolve("torch")) >= 0.97
+@pytest.mark.parametrize("name", ["masked", "doublethink"])
+@pytest.mark.parametrize("num_steps", [1, 4, 7, 10, 12])
+def test_final_answers_on_held_out_prompts(name, num_steps):
+    task, longest = SHIPS[name]
+    if num_steps <= longest:
+        assert score(load_organism(name)[0], num_steps, 400, seed=7, task=task).share >= 0.95
 
 
-def test_the_evaluation_that_ships_is_good_at_every_length():
-    written = json.loads((MODELS / "masked" / "evaluation.json").read_text())
-    assert written["prompts"] >= 2000
-    assert all(written["accuracy"][str(n)] >= 0.97 for n in LENGTHS)
+@pytest.mark.parametrize("name", ["masked", "doublethink"])
+def test_the_evaluation_that_ships_is_good_at_every_length(name):
+    found = unpacked(json.loads((MODELS / name / "evaluation.json").read_text()))
+    assert list(found) == list(range(1, SHIPS[name][1] + 1))
+    for n, one in found.items():
+        assert one.share >= 0.97
+        assert one.prompts >= 2000 or n <= 5  # of the short ones there are no more
+        assert one.seen == (n < 4)
 
 
-def test_it_answers_both_rows_of_a_pair(organism):
-    model, _ = organism
+@pytest.mark.parametrize("kind", ["evaluate", "patch", "probe"])
+@pytest.mark.parametrize("name", SHIPS)
+def test_the_results_that_ship_are_of_the_models_that_ship(kind, name):
+    if name == "transformer" and kind != "evaluate":
+        return  # it has no state
+    made = read(RESULTS / f"{kind}-{name}.json", kind)
+    assert made["key"]["model"] == fingerprint(load_folder(MODELS / name)[0])
+    assert made["provenance"]["command"].startswith(f"python -m analyses.hidden_reasoning {kind} --model {name}")
+
+
+def test_it_answers_both_rows_of_a_pair():
+    model, _ = load_organism("masked")
     found = pairs(4, 100, seed=0)
     for ids, answer in ((found.base_ids, found.base_answer), (found.donor_ids, found.donor_answer)):
         with torch.no_grad():
@@ -58,10 +72,12 @@ def test_it_answers_both_rows_of_a_pair(organism):
 
 
 def test_unknown_names_and_folders_say_what_there_is(tmp_path):
-    with pytest.raises(OrganismError, match="There are: masked"):
+    with pytest.raises(OrganismError, match="There are: doublethink, masked, transformer"):
         load_organism("maskd")
     with pytest.raises(OrganismError, match="it lacks config"):
         load_folder(tmp_path)
+    with pytest.raises(OrganismError, match="has no state"):
+        load_organism("transformer")
 
 
 def test_the_study_does_not_import_transformers():

@@ -427,3 +427,21 @@ def test_what_cannot_be_probed_raises(monkeypatch):
     with pytest.raises(MissingExtra, match=r"mambascope\[probes\]"):
         probe(x, y, kind="logistic")
     assert isinstance(MissingExtra("x"), ImportError) and probe(x, y).rows == 20
+
+
+def test_to_remove_what_a_probe_reads_is_not_to_erase_what_it_is_of():
+    """Correlated noise turns the weights away from the means' difference; only without that are the classes one."""
+    rng = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (1200,), generator=rng)
+    mix = torch.randn(6, 6, generator=rng, dtype=torch.float64)
+    centres = 3 * torch.randn(3, 6, generator=rng, dtype=torch.float64)
+    x = centres[y] + torch.randn(1200, 6, generator=rng, dtype=torch.float64) @ mix
+
+    def without(basis):
+        q = torch.linalg.qr(basis.T)[0]
+        return x - x @ q @ q.T
+
+    found = probe(x, y, seeds=0)
+    assert found.score > 0.8
+    assert probe(without(found.basis), y, seeds=0).score > found.chance + 0.1
+    assert probe(without(found.patterns[1:]), y, seeds=0).score < found.chance + 0.03

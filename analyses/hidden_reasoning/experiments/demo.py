@@ -1,4 +1,4 @@
-"""Where the hidden value is: state patching on pairs of hidden prompts that differ in one operation."""
+"""The demo: the SSM state patched over all layers and positions, in pairs of prompts that differ in one operation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +13,9 @@ from minimal_mamba import Mamba
 from minimal_mamba.files import write_json
 from minimal_mamba.provenance import provenance
 
-from ..task import Pairs, pairs
-
-STREAM = 3  # keeps the seeds of pairs apart from those of training and evaluation
+from ..drawing.style import BLUE, COLUMN, ORANGE, SKY, figure_file
+from ..task import MASKED, Pairs, pairs
+from .patching import STREAM, words
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,12 @@ def sweep(
             model, drawn.base_ids, drawn.donor_ids, site=site, metric=metric, layers=rows, progress=progress
         )
 
-    steps = [f"op{i + 1}" + ("*" if i == which_step else "") for i in range(num_steps)]
-    echo = [word for step in steps for word in (step, "[_]")][:-1]
     with torch.no_grad():
         base, donor = run(model, drawn.base_ids, last_only=True), run(model, drawn.donor_ids, last_only=True)
     right = (accuracy(base, drawn.base_answer).mean().item(), accuracy(donor, drawn.donor_answer).mean().item())
     grid = patch("ssm_state", [*layers, everything])
     conv, ceiling = patch("conv_state", [everything]), patch("recurrent_state", [everything])
-    return StatePatching(drawn, ("hide", *steps, "[\\n]", "0", *echo), grid, conv, ceiling, base.backend, right)
+    return StatePatching(drawn, words(MASKED, num_steps, which_step), grid, conv, ceiling, base.backend, right)
 
 
 @torch.no_grad()
@@ -172,60 +170,42 @@ def write(folder: Path, model: Mamba, found: StatePatching, command: str, seed: 
 
 
 def draw(folder: Path, found: StatePatching) -> None:
-    """The two figures, as PNG and PDF: a heat map, and the same shares by position with their uncertainty."""
+    """The two figures, as PNG and PDF: a heat map, and the shares by position with their uncertainty."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    with plt.rc_context(
-        {"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
-    ):
-        fig, axes = plt.subplots(
-            2, 1, figsize=(3.4, 2.5), height_ratios=[len(found.grid.layers), 2], sharex=True, constrained_layout=True
-        )
-        heatmap(found.grid, ax=axes[0], tokens=found.words, title="Patching the SSM state", limit=1.0)
+    layers = len(found.grid.layers) - 1
+    with figure_file(folder / "state_patching") as new:
+        top, bottom = new(2, 1, figsize=(COLUMN, 1.4 + 0.12 * layers), height_ratios=[layers + 1, 2], sharex=True)
+        heatmap(found.grid, ax=top, tokens=found.words, title="Patching the SSM state", limit=1.0)
         values = torch.cat([found.conv.values, found.ceiling.values])
         both = replace(found.conv, values=values, layers=found.conv.layers + found.ceiling.layers)
         labels = ["conv", "state+conv"]
-        heatmap(both, ax=axes[1], tokens=found.words, rows=labels, limit=1.0, colorbar=False)
-        axes[0].set_xlabel("")
-        axes[0].tick_params(labelbottom=False)
-        axes[1].set_ylabel("all layers")
-        axes[1].set_xlabel("word after which the donor's value is put in")
-        _save(fig, folder / "state_patching")
+        heatmap(both, ax=bottom, tokens=found.words, rows=labels, limit=1.0, colorbar=False)
+        top.set_xlabel("")
+        top.tick_params(labelbottom=False)
+        bottom.set_ylabel("all layers")
+        bottom.set_xlabel("word after which the donor's value is put in")
 
-        fig, ax = plt.subplots(figsize=(3.4, 2.4), constrained_layout=True)
+    with figure_file(folder / "state_patching_by_word") as new:
+        ax = new(figsize=(COLUMN, 2.4))
         x = range(len(found.words))
-        colours = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]  # Okabe and Ito
 
-        def curve(grid: Grid, row: int, label: str, colour: str, mark: str, line: str = "-") -> None:
-            share, error = grid.recovered()[row], 2 * grid.recovered_error()[row]
-            ax.fill_between(x, share - error, share + error, color=colour, alpha=0.2, lw=0)
-            ax.plot(x, share, color=colour, marker=mark, ms=2.5, lw=1.1, ls=line, label=label)
+        def curve(share: Tensor, error: Tensor, label: str, colour: str, mark: str, line: str = "-") -> None:
+            ax.fill_between(x, share - 2 * error, share + 2 * error, color=colour, alpha=0.2, lw=0)
+            ax.plot(x, share, color=colour, marker=mark, ms=2.5, ls=line, label=label)
 
-        for row in range(len(found.grid.layers) - 1):
-            curve(found.grid, row, f"state, layer {row}", colours[row % len(colours)], "ovD^<>"[row % 6])
-        curve(found.grid, -1, "state, all layers", "black", "s")
-        curve(found.conv, 0, "conv state, all layers", "0.5", "x", "--")
-        curve(found.ceiling, 0, "both, all layers", "0.3", "", ":")
+        share, error = found.grid.recovered(), found.grid.recovered_error()
+        best = share[:layers].argmax(0)
+        curve(share[best, x], error[best, x], "SSM state, best single layer", SKY, "o")
+        curve(share[-1], error[-1], "SSM state, all layers", BLUE, "s")
+        for grid, label, colour, mark in ((found.conv, "conv state", ORANGE, "^"), (found.ceiling, "both", "0.3", "")):
+            curve(grid.recovered()[0], grid.recovered_error()[0], f"{label}, all layers", colour, mark, "--")
         for position in found.pairs.positions[0].tolist():
             ax.axvline(position, color="0.87", lw=4, zorder=0)
         ax.axhline(0, color="0.6", lw=0.5)
         ax.set_xticks(x, found.words, rotation=90)
         ax.set_xlabel("word after which it is patched (grey: the pair differs)")
         ax.set_ylabel("answer moved (0 base, 1 donor)")
-        ax.legend(frameon=False, fontsize=6, loc="upper left")
-        _save(fig, folder / "state_patching_by_layer")
-
-
-def _save(fig: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    for kind in ("png", "pdf"):
-        fig.savefig(
-            path.with_suffix(f".{kind}"),
-            dpi=300,
-            metadata={"CreationDate": None} if kind == "pdf" else {"Software": None},
-        )
-    plt.close(fig)
+        ax.legend(loc="upper left")
