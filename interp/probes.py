@@ -50,8 +50,8 @@ class LinearProbe:
             (1, *features), what x moves by for one unit. The weights are what the probe reads, not what a class is.
         basis: (m, *features) orthonormal, the space that the probe reads, for `Project`; m is classes - 1, or 1. To
             remove it blinds this probe, not every other: classes stay apart along what their means differ by. To erase
-            a label, remove the span of all `patterns` but one, after which no linear probe tells the classes apart (Belrose et al.
-            2023, arXiv:2306.03819, theorem 3.1).
+            a label, remove the span of all `patterns` but one, after which no linear probe tells the classes apart
+            (Belrose et al. 2023, arXiv:2306.03819, theorem 3.1).
         dims: principal components used. rows, groups: how many.
     """
 
