@@ -144,6 +144,12 @@ def test_a_hand_over_is_the_edit_that_it_says(model):
         np.array(said), handover.accounts(base.operations.numpy(), donor.operations.numpy(), 2, MASKED)
     )
     assert {k: v for k, v in row.items() if k not in ("step", "word")} == expected
+    whole = {r["step"]: r for r in found["recurrent_state"] if r["word"] == "after"}
+    for r in found["shifted"]:
+        assert r["of"] == 6
+        if r["from"] == r["to"]:  # the same hand-over, counted where no other account foretells the same
+            assert whole[r["to"]]["running value"]["alone"] <= r["right"] <= r["value"]
+    assert {(r["from"], r["to"]) for r in found["shifted"]} == {(i, j) for i in (1, 2) for j in (1, 2)}
 
 
 # -- patching ---------------------------------------------------------------------------------------------------------

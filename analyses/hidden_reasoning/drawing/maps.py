@@ -79,13 +79,29 @@ def account_curves(ax: Any, found: Read, site: str, title: str) -> None:
 
 
 def handover(new: Any, patch_masked: Read) -> None:
-    """What the answers follow when the memory of another prompt is handed over."""
-    axes = new(1, 3, figsize=(PAGE, 1.9), sharey=True)
+    """What the answers follow when the memory of another prompt is handed over, at the same step and at another."""
+    axes = new(1, 4, figsize=(PAGE, 1.9), width_ratios=[1, 1, 1, 1.25])
+    found = patch_masked["handover"]
     titles = ("all of the memory", "SSM states of all layers", "conv states of all layers")
-    for ax, site, title in zip(axes, ("recurrent_state", "ssm_state", "conv_state"), titles, strict=True):
-        account_curves(ax, patch_masked["handover"], site, title)
+    for ax, site, title in zip(axes, ("recurrent_state", "ssm_state", "conv_state"), titles, strict=False):
+        account_curves(ax, found, site, title)
+        ax.sharey(axes[0])
     axes[0].set_ylabel("answers as foretold")
     axes[0].legend(loc="center left")
+    shifted_map(axes[3], found["shifted"])
+
+
+def shifted_map(ax: Any, rows: Sequence[Read]) -> None:
+    """The share of answers that follow a value handed over from one step to another."""
+    n = max(r["to"] for r in rows)
+    share = np.zeros((n, n))
+    for r in rows:
+        share[r["from"] - 1, r["to"] - 1] = r["right"] / r["of"]
+    image = ax.imshow(share, origin="lower", cmap="Greys", vmin=0, vmax=1)
+    ax.set(title="from step to step", xlabel="base's step", ylabel="donor's step")
+    ax.set_xticks(range(n), range(1, n + 1))
+    ax.set_yticks(range(n), range(1, n + 1))
+    ax.figure.colorbar(image, ax=ax, label="donor's value taken up", shrink=0.9)
 
 
 def needed(new: Any, patch_masked: Read) -> None:

@@ -9,6 +9,9 @@ the answer:
     partial sum     of arithmetic: each step adds its shift times the product of the multipliers after it, known from
                     the prompt; the donor's sum so far, and the base's later terms
 
+Handed over from another step of the donor's than the base has come to, a value that is kept in the same form at every
+step would be taken up too ("shifted"); one whose form depends on the step would not.
+
 The base's own answer means that nothing was carried. Two accounts agree by chance in one prompt of `modulus`, so each
 is counted where it stands alone among the four.
 """
@@ -29,14 +32,18 @@ STREAM = 4  # keeps the seeds of these prompts apart from those of training, eva
 SITES = ("recurrent_state", "ssm_state", "conv_state")
 
 
+def go_on(value: Ints, operations: Ints, step: int, task: Task) -> Ints:
+    """(b,) the final value from a value after `step` operations."""
+    for i in range(step, operations.shape[1]):
+        value = task.table[operations[:, i], value]
+    return value
+
+
 def accounts(base: Ints, donor: Ints, step: int, task: Task) -> dict[str, Ints]:
     """The final value (b,) that each account foretells for a hand-over after `step` operations, 1 to s."""
-    values, others = task.values(base), task.values(donor)
-    n, m = base.shape[1], task.modulus
-    value = others[:, step - 1]
-    for i in range(step, n):
-        value = task.table[base[:, i], value]
-    found = {"base": values[:, -1], "running value": value, "done": others[:, -1]}
+    others, m = task.values(donor), task.modulus
+    value = go_on(others[:, step - 1], base, step, task)
+    found = {"base": task.values(base)[:, -1], "running value": value, "done": others[:, -1]}
     if task.acts == "arithmetic":
         found["partial sum"] = (
             _terms(donor, task)[:, : step + 1].sum(1) + _terms(base, task)[:, step + 1 :].sum(1)
@@ -63,7 +70,9 @@ def handover(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> 
         the word that names the operation and at the one after it: of each account how often the answer is as foretold,
         "alone", and of how many prompts, "of", where no other account foretells the same; with 95 % intervals; and of
         all prompts "none", the answers that no account foretells.
-    Cost: 6 (num_steps - 1) forwards of n rows.
+        "shifted": of hand-overs of the whole memory from the donor's step to the base's, how many answers, and values
+        rather than other words, there are, and how many are the running value's.
+    Cost: (num_steps - 1) (num_steps + 5) forwards of n rows.
     """
     base, donor = (draw(num_steps, n, [STREAM, seed, i], task=task) for i in range(2))
     end = int(base.answer_at[0]) + 1
@@ -83,6 +92,17 @@ def handover(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> 
                 said = np.array([names.get(int(k), -1) for k in out.last_logits.argmax(-1)])
                 rows.append({"step": step, "word": word, **_count(said, foretold)})
         found[site] = rows
+    found["shifted"] = []
+    places = [at.recurrent_state(layer=slice(None), pos=first + 2 * i + 1) for i in range(num_steps - 1)]
+    given = [run(model, others, record=[place], last_only=True)[place] for place in places]
+    values = task.values(donor.operations.numpy())
+    for i in range(num_steps - 1):
+        for j, place in enumerate(places):
+            out = run(model, ids, edits=[Set(place, given[i])], last_only=True)
+            said = np.array([names.get(int(k), -1) for k in out.last_logits.argmax(-1)])
+            value = go_on(values[:, i], base.operations.numpy(), j + 1, task)
+            found["shifted"].append({"from": i + 1, "to": j + 1, "value": int((said >= 0).sum()),
+                                     "right": int((said == value).sum()), "of": n})  # fmt: skip
     return found
 
 
