@@ -94,11 +94,11 @@ def handover(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> 
         found[site] = rows
     found["shifted"] = []
     places = [at.recurrent_state(layer=slice(None), pos=first + 2 * i + 1) for i in range(num_steps - 1)]
-    given = [run(model, others, record=[place], last_only=True)[place] for place in places]
+    memories = [run(model, others, record=[place], last_only=True)[place] for place in places]
     values = task.values(donor.operations.numpy())
     for i in range(num_steps - 1):
         for j, place in enumerate(places):
-            out = run(model, ids, edits=[Set(place, given[i])], last_only=True)
+            out = run(model, ids, edits=[Set(place, memories[i])], last_only=True)
             said = np.array([names.get(int(k), -1) for k in out.last_logits.argmax(-1)])
             value = go_on(values[:, i], base.operations.numpy(), j + 1, task)
             found["shifted"].append({"from": i + 1, "to": j + 1, "value": int((said >= 0).sum()),
