@@ -33,7 +33,12 @@ def runs(quick: bool = False) -> Iterator[tuple[str, Settings]]:
         for acts in ("arithmetic", "s5"):
             for architecture in ("mamba", "transformer"):
                 for n_layer in DEPTHS[: 1 if quick else None]:
-                    made = {"n_layer": n_layer, "acts": acts, "architecture": architecture, "seed": seed}
+                    made: dict[str, Any] = {
+                        "n_layer": n_layer,
+                        "acts": acts,
+                        "architecture": architecture,
+                        "seed": seed,
+                    }
                     made |= {"learning_rate": RATE} if architecture == "transformer" else {}
                     yield (
                         f"depth {architecture}, {acts}, {n_layer} layers, seed {seed}",
