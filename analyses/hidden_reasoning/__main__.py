@@ -52,6 +52,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     d_model: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
     n_layer: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
+    d_conv: Annotated[int | None, typer.Option(help="Tokens that the conv sees; 1: this one alone.")] = None,
     report_to: Annotated[str | None, typer.Option(help="Also log to tensorboard, wandb, ... as Trainer does.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Fresh prompts a length for the evaluation at the end.")] = 2000,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
@@ -64,7 +65,7 @@ def train(
     options: dict[str, Any] = {
         "task_name": task, "acts": acts, "modulus": modulus, "architecture": architecture, "pretrained": pretrained,
         "tokenizer": tokenizer, "loss": loss, "answer_weight": answer_weight, "seed": seed, "max_length": max_length,
-        "batch_size": batch_size, "learning_rate": learning_rate, "d_model": d_model, "n_layer": n_layer,
+        "batch_size": batch_size, "learning_rate": learning_rate, "d_model": d_model, "n_layer": n_layer, "d_conv": d_conv,
         "report_to": report_to,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}

@@ -67,7 +67,8 @@ def build(settings: Settings, tokenizer: Tokenizer) -> nn.Module:
 
 def mamba_config(settings: Settings, tokenizer: Tokenizer) -> MambaConfig:
     """A Mamba from scratch."""
-    return MambaConfig(settings.d_model, settings.n_layer, tokenizer.vocab_size, d_state=settings.d_state)
+    s = settings
+    return MambaConfig(s.d_model, s.n_layer, tokenizer.vocab_size, d_state=s.d_state, d_conv=s.d_conv)
 
 
 def _transformer(settings: Settings, tokenizer: Tokenizer) -> nn.Module:

@@ -36,7 +36,8 @@ class Settings:
         architecture: "mamba", or "transformer", a GPT-2 of as many layers and as many parameters as that Mamba.
         pretrained: a Mamba checkpoint whose first `n_layer` layers are trained on, with its tokenizer unless another
             is named; None: from scratch.
-        d_model, n_layer, d_state: sizes of the model; of a pretrained one n_layer alone counts.
+        d_model, n_layer, d_state, d_conv: sizes of the model; of a pretrained one n_layer alone counts. With d_conv=1
+            the state is all that remembers.
         positions: of a transformer, the longest length that it can be given; a Mamba has no such bound.
         batch_size, learning_rate, weight_decay, clip: AdamW on batches of rows, gradients clipped at this norm.
         warmup_steps, steps, decay_steps: the learning rate rises, stays, and falls to 0 over the last `decay_steps`.
@@ -62,6 +63,7 @@ class Settings:
     d_model: int = 80
     n_layer: int = 12
     d_state: int = 16
+    d_conv: int = 4
     positions: int = 24
     batch_size: int = 64
     learning_rate: float = 1.5e-3
@@ -85,7 +87,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operations", tuple(self.operations))
-        for name in ("batch_size", "steps", "log_every", "save_every", "d_model", "n_layer", "d_state"):
+        for name in ("batch_size", "steps", "log_every", "save_every", "d_model", "n_layer", "d_state", "d_conv"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name}={getattr(self, name)}: give at least 1.")
         for name in ("learning_rate", "clip"):
@@ -162,7 +164,7 @@ class Settings:
 # of the command line
 OPTIONS = (
     "task_name", "acts", "modulus", "architecture", "pretrained", "tokenizer", "loss", "answer_weight", "seed", "steps",
-    "max_length", "batch_size", "learning_rate", "d_model", "n_layer",
+    "max_length", "batch_size", "learning_rate", "d_model", "n_layer", "d_conv",
 )  # fmt: skip
 # What may differ when a run is resumed: how often it is written down, and, until the decay begins, when it ends. A run
 # with another number of steps is the same run up to there.
