@@ -65,8 +65,8 @@ def train(
     options: dict[str, Any] = {
         "task_name": task, "acts": acts, "modulus": modulus, "architecture": architecture, "pretrained": pretrained,
         "tokenizer": tokenizer, "loss": loss, "answer_weight": answer_weight, "seed": seed, "max_length": max_length,
-        "batch_size": batch_size, "learning_rate": learning_rate, "d_model": d_model, "n_layer": n_layer, "d_conv": d_conv,
-        "report_to": report_to,
+        "batch_size": batch_size, "learning_rate": learning_rate, "d_model": d_model, "n_layer": n_layer,
+        "d_conv": d_conv, "report_to": report_to,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     with _plain_errors(), _folder(out, quick and not resume, task or "masked") as run:
