@@ -48,6 +48,7 @@ class Item:
     value: Tensor | None  # (layers, R, P, *features), with 1 where it broadcasts; for Project (m, *features)
     done: int = 0
     pieces: dict[int | None, list[tuple[Tensor, Tensor | None, Tensor]]] = field(default_factory=dict)
+    live: bool = True  # in the present call; before the first, in any
     # of the present call: columns of `pos` inside it, their local times (R, c), and which of them exist
     cols: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     local: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
@@ -67,6 +68,7 @@ class Item:
         valid = (self.pos >= 0) & (local >= 0) & (local < lengths[self.rows, None])
         self.cols = valid.any(0).nonzero()[:, 0]
         self.local, self.valid = local[:, self.cols], valid[:, self.cols]
+        self.live = len(self.cols) > 0
         self.by_time = {}
         whole_batch = isinstance(self.edit, Mean) and self.edit.mean is None
         if whole_batch and bool((self.valid.sum(0) < (self.pos[:, self.cols] >= 0).sum(0)).any()):

@@ -49,7 +49,8 @@ class LayerTap(Tap):
 
     def touches(self, *sites: str) -> bool:
         move = self.plan.moves.get(self.layer)
-        return any((site, self.layer) in self.plan.items or (move and site == move.site) for site in sites)
+        items = (item for site in sites for item in self.plan.items.get((site, self.layer), ()))
+        return any(item.live for item in items) or (move is not None and move.site in sites)
 
     def recorded(self, *sites: str) -> list[int]:
         return self._times(sites, lambda item: item.edit is None)

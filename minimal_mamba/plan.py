@@ -161,7 +161,11 @@ class Plan(Tap):
         return LayerTap(self, layer)
 
     def touches(self, *sites: str) -> bool:
-        return any(site in sites for site, _ in self.items)
+        return any(item.live for (site, _), items in self.items.items() if site in sites for item in items)
+
+    def beyond(self, origin: Tensor) -> set[int]:
+        """How far from the positions `origin` (b,) of its rows something happens: 0 is there, 1 at the next token."""
+        return {int(t) for item in self._resolved for t in (item.pos - origin[item.rows, None])[item.pos >= 0].unique()}
 
     def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
         return self.pass_by(site, None, value, t)

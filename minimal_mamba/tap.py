@@ -96,8 +96,12 @@ class Tap:
         return None
 
     def touches(self, *sites: str) -> bool:
-        """Whether an edit, a recording or a gradient names one of these sites; of a layer's tap, in this layer."""
-        return False
+        """Whether an edit, a recording or a gradient names one of these sites at a position of this call of the model.
+
+        Of a layer's tap, in this layer. Before the first call: at any position. A tap that does something and does not
+        say where is taken to touch everything.
+        """
+        return type(self).__call__ is not Tap.__call__
 
 
 NO_TAP = Tap()
