@@ -11,6 +11,7 @@ from minimal_mamba.block import wide
 from minimal_mamba.scan import Ops, causal_conv, ssm_step
 from minimal_mamba.tap import NO_TAP, ScanInputs, Tap, Toward
 
+from .step import step
 from .torch_scan import scan
 
 
@@ -191,4 +192,4 @@ class _At(Tap):
         return self.tap(site, value, None if t is None else t + self.first)
 
 
-TORCH = Ops("torch", conv, selective_scan)
+TORCH = Ops("torch", conv, selective_scan, step=step)

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import MambaConfig
+from .scan import Memory as Memory
 from .scan import Ops
 from .sites import SITES
 from .tap import Tap
 
 INSIDE = tuple(SITES)[tuple(SITES).index("mixer_in") + 1 : tuple(SITES).index("mixer_out")]  # the sites of `Mixer`
-Memory = tuple[Tensor, Tensor]  # a layer's ssm_state (b, e, n) and conv_state (b, e, k)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -29,9 +29,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self.weight.dtype
-        normal = F.rms_norm(x.to(wide(dtype)), x.shape[-1:], self.weight.to(wide(dtype)), self.eps)
-        return normal.to(dtype)  # (b, l, d)
+        weight, w = self.weight, wide(self.weight.dtype)
+        return F.rms_norm(x.to(w), x.shape[-1:], weight.to(w), self.eps).to(weight.dtype)  # (b, l, d)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -89,6 +88,10 @@ class Mixer(nn.Module):
         """Mix along the sequence: x (b, l, d), the memory before it, mask (b, l) -> (b, l, d), the memory after it."""
         if ops.block is not None and not tap.touches(*INSIDE):
             return tap("mixer_out", ops.block(self, x)), memory
+        alone = x.shape[1] == 1 and mask is None and not torch.is_grad_enabled()
+        if ops.step is not None and alone and not tap.touches(*INSIDE):
+            mixed, memory = ops.step(self)(x, memory)
+            return tap("mixer_out", mixed), memory
         h, window = memory
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
         x, z = tap("x", x), tap("z", z)
@@ -132,7 +135,7 @@ class Layer(nn.Module):
         """
         resid = tap("resid_pre", resid)
         if normal is None or tap.touches("resid_pre"):
-            normal = self.norm(resid)
+            normal = self.norm(resid) if ops.add_norm is None else ops.add_norm(resid, None, self.norm)[1]
         mixed, memory = self.mixer(tap("mixer_in", normal), memory, mask, tap, ops)
         if ops.add_norm is not None and following is not None and not tap.touches("resid_post"):
             return *ops.add_norm(resid, mixed, following), memory

@@ -1,8 +1,6 @@
 """The scan and the convolution of a stretch through the compiled loops: `torch_scan.scan`, `torch_ops.taps` again."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +10,9 @@ from torch.autograd.function import once_differentiable
 from minimal_mamba.tap import Toward
 
 from ..torch_scan import STATES
+from .loop import run
 
 TOKENS = 32  # of a chunk: the states kept for the backward, one a chunk, are a TOKENS-th of all
-FEW = 1 << 20  # numbers: half a millisecond; to start and end two threads takes 0.3 (measured)
 
 
 def scan(
@@ -74,7 +72,7 @@ class _Scan(torch.autograd.Function):
         if move is not None:
             site, axes, runs = getattr(kernels, move.site.upper()), move.axes, move.runs
             dsize = starts.new_empty((b, l, e, move.n) if axes else (b, across, l, n))
-        _run(kernels.scan_backward, b * across, b * l * e * n, wide, _step(l), *inputs, added_at, added, keep, starts,
+        run(kernels.scan_backward, b * across, b * l * e * n, wide, _step(l), *inputs, added_at, added, keep, starts,
              *(g.contiguous() for g in (dy, dlast, dkept)), du, ddt, dA, dB, dC, dh, dadded,
              site, axes, *runs, dsize)  # fmt: skip
         if move is not None and not axes:
@@ -110,7 +108,7 @@ def _forward(
     (b, l, e), n, h = inputs[0].shape, h.shape[2], h.contiguous()
     y, last, wide = h.new_empty((b, l, e)), torch.empty_like(h), kernels.width(n)
     starts = h.new_empty((-(-l // _step(l)) if needs else 0, b, n, e))
-    _run(kernels.scan, b * -(-e // wide), b * l * e * n, wide, _step(l), *inputs, h, *plus, *kept, y, last, starts)
+    run(kernels.scan, b * -(-e // wide), b * l * e * n, wide, _step(l), *inputs, h, *plus, *kept, y, last, starts)
     return y, last, starts
 
 
@@ -138,7 +136,7 @@ class _Conv(torch.autograd.Function):
         (b, long, e), k = x.shape, weight.shape[1]
         x, weight = x.contiguous(), weight.T.contiguous()
         out = x.new_empty((b, long - k + 1, e))
-        _run(kernels.conv, b, out.numel() * k, x, weight, bias.contiguous(), out)
+        run(kernels.conv, b, out.numel() * k, x, weight, bias.contiguous(), out)
         ctx.save_for_backward(x, weight)
         return out
 
@@ -149,22 +147,5 @@ class _Conv(torch.autograd.Function):
 
         x, weight = ctx.saved_tensors
         dx, dweight = torch.zeros_like(x), x.new_zeros((len(x), *weight.shape))
-        _run(kernels.conv_backward, len(x), 2 * x.numel() * len(weight), x, weight, dout.contiguous(), dx, dweight)
+        run(kernels.conv_backward, len(x), 2 * x.numel() * len(weight), x, weight, dout.contiguous(), dx, dweight)
         return dx, dweight.sum(0).T, dout.sum((0, 1))
-
-
-def _run(kernel: Callable[..., None], items: int, work: int, *args: Any) -> None:
-    """A loop over its items, on as many threads as torch has; each starts and ends here, so that a fork is safe."""
-    from .kernels import NUMBERS
-
-    arrays = [x.detach().numpy() if isinstance(x, Tensor) else x for x in args]
-    numbers = NUMBERS[next(x.dtype for x in arrays if not isinstance(x, int))]
-    threads = min(items, torch.get_num_threads()) if work > FEW else 1
-    ends = [items * i // threads for i in range(threads + 1)]
-    if threads == 1:
-        kernel(numbers, 0, items, *arrays)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        tasks = [pool.submit(kernel, numbers, a, b, *arrays) for a, b in pairwise(ends)]
-        for task in tasks:
-            task.result()
