@@ -42,6 +42,7 @@ def scan(
     added: Tensor | None = None,
     added_at: Sequence[int] = (),
     move: Toward | None = None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The selective scan of a stretch that no edit touches.
 
@@ -52,6 +53,7 @@ def scan(
         keep: positions whose states are returned, ascending.
         added: (b, p, e, n) added to the state at the positions `added_at`, ascending.
         move: a site's move toward another run, over these tokens; its size takes its gradient and is taken as zero.
+        room: the memory for the kept states, where no gradient is wanted; None: new.
     Returns:
         y (b, l, e); the last state (b, e, n); the kept states (b, len(keep), e, n). All are differentiable, once.
     Cost: l multiply-adds of (b, e, n); memory beyond the result: some blocks, and for the backward the state at the
@@ -62,7 +64,7 @@ def scan(
     """
     w = h.dtype
     size = None if move is None else move.size
-    return _Scan.apply(u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at), size, move)
+    return _Scan.apply(u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at), size, move, room)
 
 
 class _Inputs(NamedTuple):
@@ -81,13 +83,14 @@ class _Scan(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
         keep: tuple[int, ...], added: Tensor | None, added_at: tuple[int, ...],
-        size: Tensor | None, move: Toward | None,
+        size: Tensor | None, move: Toward | None, room: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         (b, l, e), n = u.shape, A.shape[1]
         needs = any(ctx.needs_input_grad)
         rows, step, width = cut(b, l, e, n)
         starts = h.new_empty((-(-l // step) if needs else 0, b, n, e))  # the state before each block of tokens
-        y, last, kept = torch.empty_like(dt), torch.empty_like(h), h.new_empty((b, len(keep), e, n))
+        y, last = torch.empty_like(dt), torch.empty_like(h)
+        kept = h.new_empty((b, len(keep), e, n)) if room is None else room
         own = _Inputs(u, dt, B, A.T.contiguous())
         ctx.move = _Move(move, own.A_t, (b, l, e, n), (rows, step, width)) if move is not None and needs else None
         for r, c in _grid(b, rows, e, width):
@@ -98,8 +101,11 @@ class _Scan(torch.autograd.Function):
                     starts[k, r, :, c] = state
                 states = block.states(r, s, c, own, state, added, added_at)
                 y[r, s, c] = torch.matmul(_time_first(C, r, s)[:, :, None], states)[:, :, 0].transpose(0, 1)
-                for i, t in _inside(keep, s):
-                    kept[r, i, c] = states[t - s.start].transpose(1, 2)
+                if mine := [*_inside(keep, s)]:  # ascending, without gaps in i
+                    i, t = mine[0]
+                    m, at = len(mine), [t - s.start for _, t in mine]
+                    some = states[at[0] : at[0] + m] if mine[-1][1] - t == m - 1 else states[at]
+                    kept[r, i : i + m, c] = some.permute(1, 0, 3, 2)
                 state.copy_(states[-1])
             last[r, c] = state.transpose(1, 2)
         ctx.save_for_backward(u, dt, A, B, C, added, starts)
@@ -157,7 +163,7 @@ class _Scan(torch.autograd.Function):
                 dA_t[:, c] += power.mul_(dt_s[:, :, None]).sum((0, 1))
             dh[r, c] = flow.transpose(1, 2)
         dsize = None if move is None else move.dsize
-        return du, ddt, dA_t.T, dB, dC, dh, None, dadded, None, dsize, None
+        return du, ddt, dA_t.T, dB, dC, dh, None, dadded, None, dsize, None, None
 
 
 class _Move:

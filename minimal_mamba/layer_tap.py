@@ -58,6 +58,9 @@ class LayerTap(Tap):
     def record(self, site: str, values: Tensor, times: Sequence[int]) -> None:
         self.plan.record_many(site, self.layer, values, times)
 
+    def room(self, site: str, times: Sequence[int], like: Tensor) -> Tensor | None:
+        return self.plan.place(site, self.layer, times, like)
+
     def toward(self) -> Toward | None:
         self.plan.moved.add(self.layer)
         return self.plan.moves.get(self.layer)

@@ -55,7 +55,7 @@ def test_an_import_the_wrong_way_would_be_seen() -> None:
 LATE = (
     "kernels_bridge/training.py",
     "kernels_bridge/compiled/kernels.py",
-    "kernels_bridge/compiled/layer_kernels.py",
+    "kernels_bridge/compiled/token_kernels.py",
 )
 
 

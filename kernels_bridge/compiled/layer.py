@@ -28,7 +28,7 @@ def step(mixer: Mixer) -> Step:
 
 
 def _advance(weights: Sequence[Array], work: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-    from .layer_kernels import step as loop
+    from .token_kernels import step as loop
 
     given, *before = map(array, (x, *memory))
     made, *after = (np.empty(a.shape, a.dtype) for a in (given, *before))
@@ -44,7 +44,7 @@ def add_norm(resid: Tensor, mixed: Tensor | None, norm: nn.Module) -> tuple[Tens
     if torch.is_grad_enabled() or not one_type or not isinstance(norm, RMSNorm):
         total = resid if mixed is None else resid + mixed
         return total, norm(total)
-    from .layer_kernels import add_norm as loop
+    from .token_kernels import add_norm as loop
 
     given = array(resid)
     made = np.empty(given.shape, given.dtype), np.empty(given.shape, given.dtype)

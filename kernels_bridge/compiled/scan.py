@@ -27,6 +27,7 @@ def scan(
     added: Tensor | None = None,
     added_at: Sequence[int] = (),
     move: Toward | None = None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`torch_scan.scan`, with the same arguments and results, compiled.
 
@@ -34,8 +35,13 @@ def scan(
         for the backward the state at the start of each `TOKENS` tokens.
     """
     w = h.dtype
-    size = None if move is None else move.size
-    return _Scan.apply(u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at), size, move)
+    given = u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at)
+    if torch.is_grad_enabled():
+        return _Scan.apply(*given, None if move is None else move.size, move)
+    inputs, plus, kept = _as_the_loops_take_it(*given, room)
+    if len(keep) == dt.shape[1] and not added_at and A.shape[1] >= 16:  # else the other loop is the faster one
+        return _every(inputs, h, kept[1])
+    return *_forward(inputs, h, plus, kept, False)[:2], kept[1]
 
 
 class _Scan(torch.autograd.Function):
@@ -48,9 +54,7 @@ class _Scan(torch.autograd.Function):
         size: Tensor | None, move: Toward | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         needs = any(ctx.needs_input_grad)
-        inputs = tuple(x.contiguous() for x in (u, dt, A.T, B, C))
-        plus = torch.tensor(added_at, dtype=torch.long), _none(h) if added is None else added.contiguous()
-        kept = torch.tensor(keep, dtype=torch.long), h.new_empty((len(h), len(keep), *h.shape[1:]))
+        inputs, plus, kept = _as_the_loops_take_it(u, dt, A, B, C, h, keep, added, added_at)
         y, last, starts = _forward(inputs, h, plus, kept, needs)
         ctx.save_for_backward(*inputs, *plus, kept[0], starts)
         ctx.added, ctx.move = added is not None, _Move(move, inputs) if move is not None and needs else None
@@ -97,6 +101,27 @@ class _Move:
                 for i, run in enumerate(move.runs)
             ]
         self.runs = u, dt, B, torch.stack(starts, 1)  # (runs, b, l, ...), and (chunks, runs, b, n, e)
+
+
+def _as_the_loops_take_it(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, keep: tuple[int, ...], added: Tensor | None,
+    added_at: tuple[int, ...], room: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
+    """What the states are made from; positions and what is added there; positions and the memory for their states."""
+    inputs = tuple(x.contiguous() for x in (u, dt, A.T, B, C))
+    plus = torch.tensor(added_at, dtype=torch.long), _none(h) if added is None else added.contiguous()
+    room = h.new_empty((len(h), len(keep), *h.shape[1:])) if room is None else room
+    return inputs, plus, (torch.tensor(keep, dtype=torch.long), room)
+
+
+def _every(inputs: tuple[Tensor, ...], h: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and every state, which is written into `kept` (b, l, e, n) and read there for the next."""
+    from .token_kernels import scan_kept
+
+    u, dt, A, B, C = inputs
+    y = torch.empty_like(u)
+    run(scan_kept, len(h), kept.numel(), u, dt, A.T.contiguous(), B, C, h.contiguous(), y, kept)
+    return y, kept[:, -1].clone(), kept
 
 
 def _forward(

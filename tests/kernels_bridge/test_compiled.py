@@ -20,7 +20,7 @@ from minimal_mamba.sites import ADDRESSABLE
 pytest.importorskip("numba", reason="the compiled backend needs numba")
 import numpy as np
 
-from kernels_bridge.compiled import kernels, layer_kernels
+from kernels_bridge.compiled import kernels, token_kernels
 from kernels_bridge.compiled.scan import scan
 
 RTOL = 1e-12  # relative norm
@@ -311,7 +311,7 @@ def test_one_loop_is_compiled_for_each_type() -> None:
     """Other strides or empty arguments do not make LLVM begin again, which takes seconds."""
     generate(tiny(), torch.tensor([[1, 2, 3]]), 3, Scale(at.resid_post(layer=0), 0.9), backend="compiled")
     loops = (kernels.scan, kernels.scan_backward, kernels.conv, kernels.conv_backward)
-    for kernel in (*loops, layer_kernels.step, layer_kernels.add_norm):
+    for kernel in (*loops, token_kernels.step, token_kernels.add_norm):
         assert len(kernel.signatures) <= 2
 
 

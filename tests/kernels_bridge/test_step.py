@@ -185,7 +185,7 @@ def test_rows_on_several_threads(threads: None, monkeypatch: pytest.MonkeyPatch)
 def test_softplus_is_within_four_units_in_the_last_place(dtype: type, exact: type) -> None:
     """Where it goes over into x itself too; measured 3.4."""
     from kernels_bridge.compiled.kernels import NUMBERS
-    from kernels_bridge.compiled.layer_kernels import softplus
+    from kernels_bridge.compiled.token_kernels import softplus
 
     if exact is np.longdouble and np.finfo(np.longdouble).nmant <= 52:
         pytest.skip("no type wider than float64 here")

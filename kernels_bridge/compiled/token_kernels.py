@@ -1,7 +1,8 @@
-"""The loops of a layer beside its scan: the norm between two layers, and a whole mixer for one token.
+"""The loops that go token by token: a whole mixer for one, a scan of which every state is kept, the norm of a sum.
 
-Alone, a token costs what reading the weights costs. A product reads each row of its matrix once for all rows of the
-batch, as fast as the memory gives it: on one core of an AMD EPYC 26 to 31 GB/s, where torch's `mv` reaches 13 to 16.
+A state lies as (channels, n) here, as it is carried and recorded. Alone, a token costs what reading the weights costs:
+a product reads each row of its matrix once for all rows of the batch, as fast as the memory gives it, on one core of an
+AMD EPYC 26 to 31 GB/s, where torch's `mv` reaches 13 to 16.
 """
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
@@ -13,7 +14,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .kernels import _exp, _jit, _whole_vectors, dot
+from .kernels import _exp, _jit, _whole_vectors
 
 
 @partial(_jit, flags=("contract", "reassoc"))
@@ -117,12 +118,48 @@ def _window(x, weight, bias, before, after, conv):
 
 
 @_jit
-def _states(p, n, u, dt, A, B, before, after):
+def _write(p, n, u, dt, A, B, before, after):
     """One row's states after a token; u, dt: (e), A, before, after: (e, n), B: (n)."""
     for c in range(len(u)):
         d, w = dt[c], dt[c] * u[c]
         for i in range(n):
             after[c, i] = _exp(d * A[c, i], p) * before[c, i] + w * B[i]
+
+
+@partial(_jit, flags=("contract", "reassoc"))
+def _read(n, C, state, y):
+    """What one row's states give; C: (n), state: (e, n), y: (e)."""
+    for c in range(len(y)):
+        total = C.dtype.type(0)
+        for i in range(n):
+            total += state[c, i] * C[i]
+        y[c] = total
+
+
+@_jit
+def _recur(p, u, dt, A, B, C, before, after, y):
+    """One row's states after a token, and what they give."""
+    n = len(B)
+    if n == 16:  # the usual size: LLVM makes one vector of it
+        _write(p, 16, u, dt, A, B, before, after)
+        _read(16, C, after, y)
+    else:
+        _write(p, n, u, dt, A, B, before, after)
+        _read(n, C, after, y)
+
+
+@_jit
+def scan_kept(p, first, stop, u, dt, A, B, C, h, y, kept):
+    """Rows first..stop of a scan that writes each state where it is kept: (b, l, e, n), for the next token to read.
+
+    A: (e, n). The rest as in `kernels.scan`.
+    """
+    _whole_vectors()
+    for r in range(first, stop):
+        before = h[r]
+        for t in range(u.shape[1]):
+            _recur(p, u[r, t], dt[r, t], A, B[r, t], C[r, t], before, kept[r, t], y[r, t])
+            before = kept[r, t]
 
 
 @_jit
@@ -150,15 +187,9 @@ def step(p, first, stop, in_proj, in_bias, conv, conv_bias, x_proj, dt_proj, dt_
     product(x_proj[r + n :], u, no_bias, C)
     product(dt_proj, low, dt_bias, dt)
     for row in range(b):
-        before, after = h[first + row], h_after[first + row]
         for c in range(e):
             dt[row, c] = _softplus(dt[row, c], p)
-        if n == 16:  # the usual size: LLVM makes one vector of it
-            _states(p, 16, u[row], dt[row], A, B[row], before, after)
-        else:
-            _states(p, n, u[row], dt[row], A, B[row], before, after)
-        for c in range(e):
-            y[row, c] = dot(after, C[row], c, n)
+        _recur(p, u[row], dt[row], A, B[row], C[row], h[first + row], h_after[first + row], y[row])
         for c in range(e):
             u[row, c] = (y[row, c] + D[c] * u[row, c]) * _silu(xz[row, e + c], p)
     product(out_proj, u, out_bias, out[first:stop])
