@@ -95,10 +95,23 @@ class Mixer(nn.Module):
         h, window = memory
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
         x, z = tap("x", x), tap("z", z)
+        u, window = self.convolve(x, window, mask, tap, ops)  # (b, l, e)
+        y, h = self.scan(u, h, mask, tap, ops)  # (b, l, e)
+        y = tap("ssm_out", tap("y", y) + tap("skip", self.D.to(h.dtype) * u))
+        gated = tap("gated", (y * tap("gate", F.silu(z.to(h.dtype)))).to(z.dtype))
+        return tap("mixer_out", self.out_proj(gated)), (h, window)  # (b, l, d)
 
+    # two parts of `forward`, so that what only they need is gone when they return
+
+    def convolve(
+        self, x: Tensor, window: Tensor, mask: Tensor | None, tap: Tap, ops: Ops
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The input of the scan, SiLU(conv(x)) (b, l, e), and the window after it."""
         conv, window = ops.conv(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, mask=mask, tap=tap)
-        u = tap("u", F.silu(tap("conv", conv)))  # (b, l, e)
+        return tap("u", F.silu(tap("conv", conv))), window
 
+    def scan(self, u: Tensor, h: Tensor, mask: Tensor | None, tap: Tap, ops: Ops) -> tuple[Tensor, Tensor]:
+        """What the scan of u (b, l, e) reads from its states, y (b, l, e), and the last state."""
         dt_low, B, C = self.x_proj(u).split(self.sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
         dt_low, B, C = tap("dt_low", dt_low), tap("B", B), tap("C", C)
         dt = F.linear(dt_low, self.dt_proj.weight).to(h.dtype) + self.dt_proj.bias.to(h.dtype)
@@ -108,12 +121,7 @@ class Mixer(nn.Module):
         dt = tap("dt", dt)
 
         A = -torch.exp(self.A_log.to(h.dtype))  # (e, n)
-        y, h = ops.scan(u, dt, A, B, C, h, tap=tap)
-        skip = tap("skip", self.D.to(h.dtype) * u)  # (b, l, e)
-        ssm_out = tap("ssm_out", tap("y", y) + skip)
-        gate = tap("gate", F.silu(z.to(h.dtype)))
-        gated = tap("gated", (ssm_out * gate).to(z.dtype))
-        return tap("mixer_out", self.out_proj(gated)), (h, window)  # (b, l, d)
+        return ops.scan(u, dt, A, B, C, h, tap=tap)
 
 
 class Layer(nn.Module):
