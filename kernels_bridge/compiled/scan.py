@@ -77,8 +77,8 @@ class _Scan(torch.autograd.Function):
             site, axes, runs = getattr(kernels, move.site.upper()), move.axes, move.runs
             dsize = starts.new_empty((b, l, e, move.n) if axes else (b, across, l, n))
         run(kernels.scan_backward, b * across, b * l * e * n, wide, _step(l), *inputs, added_at, added, keep, starts,
-             *(g.contiguous() for g in (dy, dlast, dkept)), du, ddt, dA, dB, dC, dh, dadded,
-             site, axes, *runs, dsize)  # fmt: skip
+            *(g.contiguous() for g in (dy, dlast, dkept)), du, ddt, dA, dB, dC, dh, dadded,
+            site, axes, *runs, dsize)  # fmt: skip
         if move is not None and not axes:
             dsize = dsize.sum(1)[:, :, None].sum_to_size(b, l, 1, move.n)
         return (du, ddt, dA.sum(0).T, dB.sum(1), dC.sum(1), dh, None, dadded if ctx.added else None, None,
@@ -97,8 +97,8 @@ class _Move:
         if self.site in STATES:
             nothing = torch.empty(0, dtype=torch.long), _none(move.runs[0].h)
             starts = [
-                _forward((u[i], dt[i], inputs[2], B[i], inputs[4]), run.h, nothing, nothing, True)[2]
-                for i, run in enumerate(move.runs)
+                _forward((u[i], dt[i], inputs[2], B[i], inputs[4]), r.h, nothing, nothing, True)[2]
+                for i, r in enumerate(move.runs)
             ]
         self.runs = u, dt, B, torch.stack(starts, 1)  # (runs, b, l, ...), and (chunks, runs, b, n, e)
 
