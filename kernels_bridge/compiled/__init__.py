@@ -1,4 +1,4 @@
-"""The `compiled` backend: the scan, the convolution and the single step in loops that numba compiles for this processor.
+"""The `compiled` backend: the scan, the convolution, the single step in loops that numba compiles for this processor.
 
 `kernels` and `token_kernels` have the loops, `scan` the autograd of those that have one, `layer` the others, `ops` the
 backend. numba is imported when the first loop runs. On a machine the first forward of a type compiles for 2 to 3 s, the
