@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy import empty_like
+from torch import Tensor, from_numpy, nn
 
 from minimal_mamba.block import Mixer, RMSNorm
 from minimal_mamba.scan import Memory, Step
 
 from .. import step as plain
-from .loop import Array, array, run
+from .loop import Array, array, spread
 
 
 def step(mixer: Mixer) -> Step:
@@ -30,11 +30,10 @@ def step(mixer: Mixer) -> Step:
 def _advance(weights: Sequence[Array], work: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
     from .token_kernels import step as loop
 
-    given, *before = map(array, (x, *memory))
-    made, *after = (np.empty(a.shape, a.dtype) for a in (given, *before))
-    run(loop, len(given), len(given) * work, *weights, given[:, 0], *before, made[:, 0], *after)
-    out, h, window = map(torch.from_numpy, (made, *after))
-    return out, (h, window)
+    rows, given, h, window = len(x), array(x), array(memory[0]), array(memory[1])
+    out, h_after, window_after = empty_like(given), empty_like(h), empty_like(window)
+    spread(loop, rows, rows * work, given.dtype, *weights, given[:, 0], h, window, out[:, 0], h_after, window_after)
+    return from_numpy(out), (from_numpy(h_after), from_numpy(window_after))
 
 
 def add_norm(resid: Tensor, mixed: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -47,7 +46,6 @@ def add_norm(resid: Tensor, mixed: Tensor | None, norm: nn.Module) -> tuple[Tens
     from .token_kernels import add_norm as loop
 
     given = array(resid)
-    made = np.empty(given.shape, given.dtype), np.empty(given.shape, given.dtype)
-    b, l, d = given.shape
-    run(loop, b * l, b * l * d, norm.eps, given, array(plus), array(weight), *made)
-    return torch.from_numpy(made[0]), torch.from_numpy(made[1])
+    (b, l, d), sums, normals = given.shape, empty_like(given), empty_like(given)
+    spread(loop, b * l, b * l * d, given.dtype, norm.eps, given, array(plus), array(weight), sums, normals)
+    return from_numpy(sums), from_numpy(normals)

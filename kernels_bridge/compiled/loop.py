@@ -20,13 +20,17 @@ def array(x: Tensor) -> Array:
 
 def run(kernel: Callable[..., None], items: int, work: int, *args: Any) -> None:
     """A loop over its items; `work` is how many numbers it makes."""
+    arrays = [array(x) if isinstance(x, Tensor) else x for x in args]
+    spread(kernel, items, work, next(x for x in arrays if isinstance(x, np.ndarray)).dtype, *arrays)
+
+
+def spread(kernel: Callable[..., None], items: int, work: int, dtype: Any, *arrays: Any) -> None:
+    """`run` of what is arrays already, of one type: for loops so short that to look at each would show."""
     from .kernels import NUMBERS
 
-    arrays = [array(x) if isinstance(x, Tensor) else x for x in args]
-    numbers = NUMBERS[next(x.dtype for x in arrays if isinstance(x, np.ndarray))]
-    threads = min(items, torch.get_num_threads()) if work > FEW else 1
+    threads = 1 if work <= FEW else min(items, torch.get_num_threads())
     if threads == 1:
-        kernel(numbers, 0, items, *arrays)
+        kernel(NUMBERS[dtype], 0, items, *arrays)
         return
     ends = [(items * i // threads, items * (i + 1) // threads) for i in range(threads)]
-    over(ends, lambda part: kernel(numbers, *part, *arrays), threads)
+    over(ends, lambda part: kernel(NUMBERS[dtype], *part, *arrays), threads)
