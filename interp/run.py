@@ -12,7 +12,7 @@ from minimal_mamba import Address, Edit, Mamba, MambaState, Plan
 from minimal_mamba.block import wide
 from minimal_mamba.errors import EditError, InputError, MambascopeError, NotRecorded
 from minimal_mamba.item import Probe
-from minimal_mamba.tap import Toward
+from minimal_mamba.tap import NO_TAP, Toward
 
 Metric = Callable[[Tensor], Tensor]  # logits (b, l, v) -> (b,)
 Lengths = Tensor | Sequence[int] | None
@@ -153,28 +153,29 @@ def generate(
 
     def choose(logits: Tensor) -> Tensor:
         real = logits[:, : model.config.vocab_size]
-        if bool((lost := real.isnan().any(1)).any()):
-            raise InputError(
-                f"the logits of row {int(lost.nonzero()[0])} hold NaN, of which no token is the likeliest: look for "
-                "where this model or an edit overflows, with run(model, ids, edits, record=[at.resid_post()])."
-            )
         if temperature == 0:
             return real.argmax(-1, keepdim=True)  # (b, 1)
+        refuse_nan(real[None])
         return torch.multinomial((real.float() / temperature).softmax(-1), 1, generator=draw)
 
     rows = torch.arange(b, device=ids.device)
-    ends = sizes.to(ids.device)
+    ends, one = sizes.to(ids.device), torch.ones_like(sizes)
+    later = model.settled(ops if ops.begin is None else ops.begin(model, False, True))
+    busy = plan.beyond(sizes)
     out = model(ids, lengths=sizes, keep_state=True, last_only=last_only, tap=plan, ops=ops)
     last = out.logits[:, -1] if last_only else out.logits[rows, ends - 1]
-    whole = torch.cat([ids * (torch.arange(l, device=ids.device) < ends[:, None]), ids.new_zeros(b, n_tokens)], 1)
-    steps = []
+    chosen, steps = [], []
     for i in range(n_tokens):
         token = choose(last)
-        whole[rows, ends + i] = token[:, 0]
+        chosen.append(token)
         steps.append(last)
         if i < n_tokens - 1:
-            out_i = model(token, state=out.state, keep_state=True, tap=plan, ops=ops)
+            tap = plan if i in busy else NO_TAP  # the plan has nothing to do at most tokens
+            out_i = model.score(token, one, out.state, True, False, tap, later)
             out, last = out_i if last_only else type(out)(out.logits, out_i.state), out_i.logits[:, 0]
+    refuse_nan(torch.stack(steps)[..., : model.config.vocab_size])  # once, not each token: it waits for the device
+    whole = torch.cat([ids * (torch.arange(l, device=ids.device) < ends[:, None]), ids.new_zeros(b, n_tokens)], 1)
+    whole.scatter_(1, ends[:, None] + torch.arange(n_tokens, device=ids.device), torch.cat(chosen, 1))
     if last_only:
         logits = torch.stack(steps, 1)
     else:
@@ -182,6 +183,15 @@ def generate(
         for i, step in enumerate(steps):
             logits[rows, ends - 1 + i] = step
     return Run(whole, logits, sizes + n_tokens, out.state, ops.name, model.config.vocab_size, plan.results())
+
+
+def refuse_nan(logits: Tensor) -> None:
+    """Raises InputError if logits (tokens, b, v) hold NaN."""
+    if bool((lost := logits.isnan().any(2).any(0)).any()):
+        raise InputError(
+            f"the logits of row {int(lost.nonzero()[0])} hold NaN, of which no token is the likeliest: look for "
+            "where this model or an edit overflows, with run(model, ids, edits, record=[at.resid_post()])."
+        )
 
 
 @dataclass(frozen=True, eq=False)

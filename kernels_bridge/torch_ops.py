@@ -11,6 +11,7 @@ from minimal_mamba.block import wide
 from minimal_mamba.scan import Ops, causal_conv, ssm_step
 from minimal_mamba.tap import NO_TAP, ScanInputs, Tap, Toward
 
+from .step import step
 from .torch_scan import scan
 
 
@@ -48,7 +49,7 @@ def selective_scan(
         y, h, kept = scan(
             u[:, s], dt[:, s], A, B[:, s], C[:, s], h,
             keep=[t - first for t in keep], added=added, added_at=[t - first for t in added_at],
-            move=None if move is None else _during(move, s),
+            move=None if move is None else _during(move, s), room=_room(tap, keep, h),
         )  # fmt: skip
         ys.append(y)
         if move is not None and stop < l:  # an edited position follows
@@ -65,6 +66,12 @@ def selective_scan(
         if at := wanted["state_write"]:
             tap.record("state_write", (dt[:, at] * u[:, at])[..., None] * B[:, at, None].to(h.dtype), at)
     return (ys[0] if len(ys) == 1 else torch.cat(ys, 1)), h  # (b, l, e)
+
+
+def _room(tap: Tap, keep: list[int], h: Tensor) -> Tensor | None:
+    """Where the kept states can be written so that one of the recordings needs no copy."""
+    rooms = (tap.room(site, keep, h) for site in ("ssm_state", "state_read") if keep)
+    return next((room for room in rooms if room is not None), None)
 
 
 def taps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -191,4 +198,4 @@ class _At(Tap):
         return self.tap(site, value, None if t is None else t + self.first)
 
 
-TORCH = Ops("torch", conv, selective_scan)
+TORCH = Ops("torch", conv, selective_scan, step=step)

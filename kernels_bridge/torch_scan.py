@@ -14,19 +14,28 @@ from torch.autograd.function import once_differentiable
 
 from minimal_mamba.tap import Toward
 
+from .threads import over
+
 # A block is some rows of the batch, some tokens and, where one row is too large, some channels. It has at least TOKENS
 # tokens, so the states kept for the backward, one a block, are at most a TOKENS-th of all; and at most BLOCK numbers a
 # buffer, which the cache holds. Rows are cut before channels: long contiguous runs of channels are what is fast.
 BLOCK = 1 << 19
 TOKENS = 16
+FEW = 1 << 20  # numbers, which one thread has done before a second pays
 
 STATES = ("ssm_state", "state_read")  # the sites of a move that need the states of its runs
 
 
-def cut(b: int, l: int, e: int, n: int) -> tuple[int, int, int]:
+def _threads(h: Tensor, l: int) -> int:
+    """On how many threads the blocks of a scan run, each on one."""
+    alone = h.device.type != "cpu" or torch.is_autocast_enabled("cpu") or h.numel() * l < FEW
+    return 1 if alone else torch.get_num_threads()
+
+
+def cut(b: int, l: int, e: int, n: int, threads: int = 1) -> tuple[int, int, int]:
     """Rows, tokens and channels of a block."""
     width = max(1, min(e, BLOCK // (TOKENS * n)))
-    rows = max(1, min(b, BLOCK // (TOKENS * width * n)))
+    rows = max(1, min(-(-b // threads), BLOCK // (TOKENS * width * n)))
     return rows, max(1, min(l, 64, BLOCK // (rows * width * n))), width
 
 
@@ -42,6 +51,7 @@ def scan(
     added: Tensor | None = None,
     added_at: Sequence[int] = (),
     move: Toward | None = None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The selective scan of a stretch that no edit touches.
 
@@ -52,6 +62,7 @@ def scan(
         keep: positions whose states are returned, ascending.
         added: (b, p, e, n) added to the state at the positions `added_at`, ascending.
         move: a site's move toward another run, over these tokens; its size takes its gradient and is taken as zero.
+        room: the memory for the kept states, where no gradient is wanted; None: new.
     Returns:
         y (b, l, e); the last state (b, e, n); the kept states (b, len(keep), e, n). All are differentiable, once.
     Cost: l multiply-adds of (b, e, n); memory beyond the result: some blocks, and for the backward the state at the
@@ -62,7 +73,7 @@ def scan(
     """
     w = h.dtype
     size = None if move is None else move.size
-    return _Scan.apply(u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at), size, move)
+    return _Scan.apply(u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at), size, move, room)
 
 
 class _Inputs(NamedTuple):
@@ -81,16 +92,20 @@ class _Scan(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
         keep: tuple[int, ...], added: Tensor | None, added_at: tuple[int, ...],
-        size: Tensor | None, move: Toward | None,
+        size: Tensor | None, move: Toward | None, room: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         (b, l, e), n = u.shape, A.shape[1]
         needs = any(ctx.needs_input_grad)
-        rows, step, width = cut(b, l, e, n)
+        threads = 1 if move is not None else _threads(h, l)  # a move has one memory for all blocks
+        rows, step, width = cut(b, l, e, n, threads)
         starts = h.new_empty((-(-l // step) if needs else 0, b, n, e))  # the state before each block of tokens
-        y, last, kept = torch.empty_like(dt), torch.empty_like(h), h.new_empty((b, len(keep), e, n))
+        y, last = torch.empty_like(dt), torch.empty_like(h)
+        kept = h.new_empty((b, len(keep), e, n)) if room is None else room
         own = _Inputs(u, dt, B, A.T.contiguous())
         ctx.move = _Move(move, own.A_t, (b, l, e, n), (rows, step, width)) if move is not None and needs else None
-        for r, c in _grid(b, rows, e, width):
+
+        def forth(where: tuple[slice, slice]) -> None:
+            r, c = where
             state = h[r, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (r, n, c), changed in place
             block = _Block(step, len(state), n, c.stop - c.start, h)
             for k, s in enumerate(_pieces(l, step)):
@@ -98,12 +113,17 @@ class _Scan(torch.autograd.Function):
                     starts[k, r, :, c] = state
                 states = block.states(r, s, c, own, state, added, added_at)
                 y[r, s, c] = torch.matmul(_time_first(C, r, s)[:, :, None], states)[:, :, 0].transpose(0, 1)
-                for i, t in _inside(keep, s):
-                    kept[r, i, c] = states[t - s.start].transpose(1, 2)
+                if mine := [*_inside(keep, s)]:  # ascending, without gaps in i
+                    i, t = mine[0]
+                    m, at = len(mine), [t - s.start for _, t in mine]
+                    some = states[at[0] : at[0] + m] if mine[-1][1] - t == m - 1 else states[at]
+                    kept[r, i : i + m, c] = some.permute(1, 0, 3, 2)
                 state.copy_(states[-1])
             last[r, c] = state.transpose(1, 2)
+
+        over(_grid(b, rows, e, width), forth, threads)
         ctx.save_for_backward(u, dt, A, B, C, added, starts)
-        ctx.keep, ctx.added_at, ctx.cut = keep, added_at, (rows, step, width)
+        ctx.keep, ctx.added_at, ctx.cut, ctx.threads = keep, added_at, (rows, step, width), threads
         return y, last, kept
 
     @staticmethod
@@ -113,51 +133,57 @@ class _Scan(torch.autograd.Function):
         (b, l, e), n = u.shape, A.shape[1]
         rows, step, width = ctx.cut
         own = _Inputs(u, dt, B, A.T.contiguous())
-        A_t, move = own.A_t, ctx.move
+        A_t, move, grid = own.A_t, ctx.move, _grid(b, rows, e, width)
         du, ddt = torch.empty_like(dt), torch.empty_like(dt)
-        dA_t, dB, dC = torch.zeros_like(A_t), torch.zeros_like(B), torch.zeros_like(C)
+        dA_t = A_t.new_zeros((-(-b // rows), *A_t.shape))  # a part for each group of rows, to be summed
+        dB, dC = B.new_zeros((2, -(-e // width), *B.shape)).unbind(0)  # and for each of channels
         dh = torch.empty_like(dlast)
         dadded = None if added is None else torch.empty_like(added, memory_format=torch.contiguous_format)
-        for r, c in _grid(b, rows, e, width):
+
+        def back(where: tuple[slice, slice]) -> None:
+            r, c = where
+            i, j = r.start // rows, c.start // width
             # dL/dh from what follows the block (r, n, c)
             flow = dlast[r, c].transpose(1, 2).clone(memory_format=torch.contiguous_format)
             block = _Block(step, len(flow), n, c.stop - c.start, starts)
             grads, product = torch.empty_like(block.write), torch.empty_like(block.write)
-            for k, s in reversed(list(enumerate(_pieces(l, step)))):
-                before = starts[k, r, :, c]
+            for chunk, s in reversed(list(enumerate(_pieces(l, step)))):
+                before = starts[chunk, r, :, c]
                 states = block.states(r, s, c, own, before, added, ctx.added_at)
                 m = len(states)
                 out, dt_s, u_s = (_time_first(x, r, s)[..., c] for x in (dy, dt, u))  # (m, r, c) each
                 B_s, C_s = _time_first(B, r, s), _time_first(C, r, s)  # (m, r, n)
-                dC[r, s] += torch.matmul(states, out[..., None])[..., 0].transpose(0, 1)
+                dC[j, r, s] = torch.matmul(states, out[..., None])[..., 0].transpose(0, 1)
 
                 grad = torch.mul(C_s[..., None], out[:, :, None], out=grads[:m])  # (m, r, n, c)  dL/dh
-                for i, t in _inside(ctx.keep, s):
-                    grad[t - s.start] += dkept[r, i, c].transpose(1, 2)
+                for k, t in _inside(ctx.keep, s):
+                    grad[t - s.start] += dkept[r, k, c].transpose(1, 2)
                 each, decays = grad.unbind(0), block.decay[:m].unbind(0)
                 each[-1].add_(flow)
                 for t in range(m - 2, -1, -1):
                     each[t].addcmul_(decays[t + 1], each[t + 1])
                 torch.mul(decays[0], each[0], out=flow)
-                for i, t in _inside(ctx.added_at, s):
+                for k, t in _inside(ctx.added_at, s):
                     assert dadded is not None
-                    dadded[r, i, c] = each[t - s.start].transpose(1, 2)
+                    dadded[r, k, c] = each[t - s.start].transpose(1, 2)
 
                 ddtu = torch.matmul(B_s[:, :, None], grad)[:, :, 0]  # (m, r, c)
-                dB[r, s] += torch.matmul(grad, (dt_s * u_s)[..., None])[..., 0].transpose(0, 1)
+                dB[j, r, s] = torch.matmul(grad, (dt_s * u_s)[..., None])[..., 0].transpose(0, 1)
                 power = product[:m]  # dL/d decay = dL/dh h_before
                 torch.mul(grad[1:], states[:-1], out=power[1:])
                 torch.mul(grad[0], before, out=power[0])
                 if move is not None:
                     reads = C_s[..., None] * out[:, :, None] if move.site == "state_read" else grad
-                    move.contract(k, r, s, c, own, block, power if move.site == "decay" else reads)
+                    move.contract(chunk, r, s, c, own, block, power if move.site == "decay" else reads)
                 power *= block.decay[:m]  # dL/d(dt A)
                 du[r, s, c] = (ddtu * dt_s).transpose(0, 1)
                 ddt[r, s, c] = torch.addcmul(torch.mul(power, A_t[:, c], out=grad).sum(2), ddtu, u_s).transpose(0, 1)
-                dA_t[:, c] += power.mul_(dt_s[:, :, None]).sum((0, 1))
+                dA_t[i, :, c] += power.mul_(dt_s[:, :, None]).sum((0, 1))
             dh[r, c] = flow.transpose(1, 2)
+
+        over(grid, back, ctx.threads)
         dsize = None if move is None else move.dsize
-        return du, ddt, dA_t.T, dB, dC, dh, None, dadded, None, dsize, None
+        return du, ddt, dA_t.sum(0).T, dB.sum(0), dC.sum(0), dh, None, dadded, None, dsize, None, None
 
 
 class _Move:

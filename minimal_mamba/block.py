@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import MambaConfig
+from .scan import Memory as Memory
 from .scan import Ops
 from .sites import SITES
 from .tap import Tap
 
 INSIDE = tuple(SITES)[tuple(SITES).index("mixer_in") + 1 : tuple(SITES).index("mixer_out")]  # the sites of `Mixer`
-Memory = tuple[Tensor, Tensor]  # a layer's ssm_state (b, e, n) and conv_state (b, e, k)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -29,9 +29,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self.weight.dtype
-        normal = F.rms_norm(x.to(wide(dtype)), x.shape[-1:], self.weight.to(wide(dtype)), self.eps)
-        return normal.to(dtype)  # (b, l, d)
+        weight, w = self.weight, wide(self.weight.dtype)
+        return F.rms_norm(x.to(w), x.shape[-1:], weight.to(w), self.eps).to(weight.dtype)  # (b, l, d)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -89,13 +88,30 @@ class Mixer(nn.Module):
         """Mix along the sequence: x (b, l, d), the memory before it, mask (b, l) -> (b, l, d), the memory after it."""
         if ops.block is not None and not tap.touches(*INSIDE):
             return tap("mixer_out", ops.block(self, x)), memory
+        alone = x.shape[1] == 1 and mask is None and not torch.is_grad_enabled()
+        if ops.step is not None and alone and not tap.touches(*INSIDE):
+            mixed, memory = ops.step(self)(x, memory)
+            return tap("mixer_out", mixed), memory
         h, window = memory
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
         x, z = tap("x", x), tap("z", z)
+        u, window = self.convolve(x, window, mask, tap, ops)  # (b, l, e)
+        y, h = self.scan(u, h, mask, tap, ops)  # (b, l, e)
+        y = tap("ssm_out", tap("y", y) + tap("skip", self.D.to(h.dtype) * u))
+        gated = tap("gated", (y * tap("gate", F.silu(z.to(h.dtype)))).to(z.dtype))
+        return tap("mixer_out", self.out_proj(gated)), (h, window)  # (b, l, d)
 
+    # two parts of `forward`, so that what only they need is gone when they return
+
+    def convolve(
+        self, x: Tensor, window: Tensor, mask: Tensor | None, tap: Tap, ops: Ops
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The input of the scan, SiLU(conv(x)) (b, l, e), and the window after it."""
         conv, window = ops.conv(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, window, mask=mask, tap=tap)
-        u = tap("u", F.silu(tap("conv", conv)))  # (b, l, e)
+        return tap("u", F.silu(tap("conv", conv))), window
 
+    def scan(self, u: Tensor, h: Tensor, mask: Tensor | None, tap: Tap, ops: Ops) -> tuple[Tensor, Tensor]:
+        """What the scan of u (b, l, e) reads from its states, y (b, l, e), and the last state."""
         dt_low, B, C = self.x_proj(u).split(self.sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
         dt_low, B, C = tap("dt_low", dt_low), tap("B", B), tap("C", C)
         dt = F.linear(dt_low, self.dt_proj.weight).to(h.dtype) + self.dt_proj.bias.to(h.dtype)
@@ -105,12 +121,7 @@ class Mixer(nn.Module):
         dt = tap("dt", dt)
 
         A = -torch.exp(self.A_log.to(h.dtype))  # (e, n)
-        y, h = ops.scan(u, dt, A, B, C, h, tap=tap)
-        skip = tap("skip", self.D.to(h.dtype) * u)  # (b, l, e)
-        ssm_out = tap("ssm_out", tap("y", y) + skip)
-        gate = tap("gate", F.silu(z.to(h.dtype)))
-        gated = tap("gated", (ssm_out * gate).to(z.dtype))
-        return tap("mixer_out", self.out_proj(gated)), (h, window)  # (b, l, d)
+        return ops.scan(u, dt, A, B, C, h, tap=tap)
 
 
 class Layer(nn.Module):
@@ -132,7 +143,7 @@ class Layer(nn.Module):
         """
         resid = tap("resid_pre", resid)
         if normal is None or tap.touches("resid_pre"):
-            normal = self.norm(resid)
+            normal = self.norm(resid) if ops.add_norm is None else ops.add_norm(resid, None, self.norm)[1]
         mixed, memory = self.mixer(tap("mixer_in", normal), memory, mask, tap, ops)
         if ops.add_norm is not None and following is not None and not tap.touches("resid_post"):
             return *ops.add_norm(resid, mixed, following), memory

@@ -49,13 +49,17 @@ class LayerTap(Tap):
 
     def touches(self, *sites: str) -> bool:
         move = self.plan.moves.get(self.layer)
-        return any((site, self.layer) in self.plan.items or (move and site == move.site) for site in sites)
+        items = (item for site in sites for item in self.plan.items.get((site, self.layer), ()))
+        return any(item.live for item in items) or (move is not None and move.site in sites)
 
     def recorded(self, *sites: str) -> list[int]:
         return self._times(sites, lambda item: item.edit is None)
 
     def record(self, site: str, values: Tensor, times: Sequence[int]) -> None:
         self.plan.record_many(site, self.layer, values, times)
+
+    def room(self, site: str, times: Sequence[int], like: Tensor) -> Tensor | None:
+        return self.plan.place(site, self.layer, times, like)
 
     def toward(self) -> Toward | None:
         self.plan.moved.add(self.layer)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -126,19 +126,29 @@ class Mamba(nn.Module):
         Raises:
             InputError: ids, lengths or a state that do not fit.
         """
-        ids, sizes = self.check(ids, lengths, state)
+        return self.score(*self.check(ids, lengths, state), state, keep_state, last_only, tap, ops)
+
+    def score(
+        self, ids: Tensor, sizes: Tensor, state: MambaState | None, keep_state: bool, last_only: bool, tap: Tap,
+        ops: Ops,
+    ) -> MambaOutput:  # fmt: skip
+        """`forward` of what `check` gives: for callers that know their ids and their state, one token after another."""
         b, l = ids.shape
         mask = self.mask(sizes, l)  # (b, l)
         start = torch.zeros(b, dtype=torch.long) if state is None else state.position
-        blank = self._blank(b)  # the same for all layers: none writes to what it is given
         tap.begin(start, sizes)
 
         if ops.begin is not None:
             ops = ops.begin(self, state is None, keep_state)
         resid = self.embed(ids, tap)  # (b, l, d)
-        normal, after, layers = None, [], self.backbone.layers
-        for i, (layer, following) in enumerate(zip(layers, self._following(), strict=True)):
-            memory = blank if state is None else (state.ssm_state[i], state.conv_state[i])
+        if state is None:
+            before = [self._blank(b)] * self.config.n_layer  # the same for all: none writes to what it is given
+        else:
+            before = [*zip(state.ssm_state, state.conv_state, strict=True)]
+        normal, after = None, []
+        for i, (layer, memory, following) in enumerate(
+            zip(self.backbone.layers, before, self._following(), strict=True)
+        ):
             resid, normal, memory = layer(resid, memory, mask, tap.at_layer(i), ops, normal, following)
             if keep_state:
                 after.append(memory)
@@ -149,20 +159,29 @@ class Mamba(nn.Module):
         h, window = zip(*after, strict=True)
         return MambaOutput(logits, MambaState(h, window, start + sizes))
 
+    def settled(self, ops: Ops) -> Ops:
+        """The operations for forwards between which no weight changes: each mixer's step is made once."""
+        if ops.step is None:
+            return ops
+        made = {layer.mixer: ops.step(layer.mixer) for layer in self.backbone.layers}
+        return replace(ops, step=made.__getitem__)
+
     # the parts of `forward`, for callers that need the layers one by one: embed, then each layer, then head
 
     def mask(self, sizes: Tensor, l: int) -> Tensor | None:
         """(b, l) True on tokens, False on padding; None where there is no padding."""
+        if l == 1:
+            return None
         return (torch.arange(l) < sizes[:, None]).to(self.device) if bool((sizes < l).any()) else None
 
     def _following(self) -> list[nn.Module]:
         """Of each layer the norm that comes after it."""
-        return [*(layer.norm for layer in self.backbone.layers[1:]), self.backbone.norm_f]
+        return [*(layer.norm for layer in self.backbone.layers), self.backbone.norm_f][1:]
 
     def embed(self, ids: Tensor, tap: Tap = NO_TAP) -> Tensor:
         """The residual stream before layer 0: ids (b, l) -> (b, l, d)."""
         resid = tap("embed", self.backbone.embedding(ids))
-        return resid.to(wide(self.dtype)) if self.config.residual_in_fp32 else resid
+        return resid.to(wide(resid.dtype)) if self.config.residual_in_fp32 else resid
 
     def head(
         self, resid: Tensor, sizes: Tensor, mask: Tensor | None = None, last_only: bool = False, tap: Tap = NO_TAP,
@@ -172,7 +191,7 @@ class Mamba(nn.Module):
 
         With `last_only` (b, 1, v), of each row's last token. `normal` is the stream's norm, if it is there already.
         """
-        last = (torch.arange(len(sizes)), sizes - 1)
+        last = (torch.arange(len(sizes)), sizes - 1) if last_only else ()
         early = last_only and not tap.touches("final_norm", "logits")
         if early:
             resid = resid[last][:, None]  # (b, 1, d)

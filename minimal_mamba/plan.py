@@ -23,9 +23,11 @@ from .item import (
     index_of,
     is_edit,
     is_probe,
-    join,
+    joined,
     positions,
     row_by_row,
+    same,
+    spacious,
 )
 from .layer_tap import LayerTap
 from .sites import RECURRENT_STATE
@@ -161,7 +163,11 @@ class Plan(Tap):
         return LayerTap(self, layer)
 
     def touches(self, *sites: str) -> bool:
-        return any(site in sites for site, _ in self.items)
+        return any(item.live for (site, _), items in self.items.items() if site in sites for item in items)
+
+    def beyond(self, origin: Tensor) -> set[int]:
+        """How far from the positions `origin` (b,) of its rows something happens: 0 is there, 1 at the next token."""
+        return {int(t) for item in self._resolved for t in (item.pos - origin[item.rows, None])[item.pos >= 0].unique()}
 
     def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
         return self.pass_by(site, None, value, t)
@@ -275,11 +281,24 @@ class Plan(Tap):
         item.pieces.setdefault(layer, []).append((cols, valid, got))
         item.done += got.shape[0] * got.shape[1] if valid is None else int(valid.sum())
 
+    def place(self, site: str, layer: int, times: Sequence[int], like: Tensor) -> Tensor | None:
+        """The memory of a recording of just these positions, of all rows and channels; None where there is none."""
+        for item in self.items.get((site, layer), []) if not torch.is_grad_enabled() else []:
+            whole = item.edit is None and item.index is None and item.pos.shape[1] == len(times) == item.local.shape[1]
+            if whole and item.valid.all() and (item.local == torch.tensor(times)).all():
+                if item.room is None:
+                    item.room = spacious((len(item.layers), *item.pos.shape, *like.shape[1:]), like)
+                return item.place(layer)
+        return None
+
     def record_many(self, site: str, layer: int | None, values: Tensor, times: Sequence[int]) -> None:
         """Take in recordings that a fast scan made of positions without edits."""
         column = {t: c for c, t in enumerate(times)}
         for item in self.items.get((site, layer), []):
             if item.edit is not None:
+                continue
+            if same(values, item.place(layer)):
+                self._keep(item, layer, item.cols, None, values)
                 continue
             regular = item.valid.all() and bool((item.local == item.local[:1]).all())
             mine = [t for t in item.by_time if t in column]
@@ -322,8 +341,7 @@ class Plan(Tap):
         return {a: self._assemble(self.of[id(a)]) for a in self.record_at}
 
     def _assemble(self, items: list[Item]) -> Tensor:
-        layers = [[join(item, layer) for layer in item.layers] for item in items]
-        parts = [one[0][None] if len(one) == 1 else torch.stack(one) for one in layers]  # one needs no copy
+        parts = [joined(item) for item in items]
         wide = parts[0].dtype if len(parts) == 1 else torch.promote_types(parts[0].dtype, parts[1].dtype)
         out = torch.cat([p.to(wide) for p in parts], -1) if len(parts) > 1 else parts[0]  # (layers, b, P, *features)
         address = items[0].source

@@ -6,12 +6,16 @@ position that an edit touches, one readable step there, on to the next, the stat
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
 from .tap import NO_TAP, Tap
+
+Memory = tuple[Tensor, Tensor]  # a layer's ssm_state (b, e, n) and conv_state (b, e, k)
+Step = Callable[[Tensor, Memory], tuple[Tensor, Memory]]
 
 
 def causal_conv(
@@ -97,7 +101,11 @@ class Ops:
     Those of a backend whose kernels do several lines of the forward at once; None: line by line.
         block: (mixer, x (b, l, d)) -> mixer_out, all of `Mixer.forward` from a blank memory, of which it gives none
             back; runs where no site inside is edited or recorded.
+        step: mixer -> its single step, a function of x (b, 1, d) and the memory -> mixer_out, the memory after it: all
+            of `Mixer.forward` for one token; runs where no gradient is wanted and no site inside is edited or recorded
+            at this token.
         add_norm: (resid, mixed, norm) -> their sum, and its norm; runs where no site between is edited or recorded.
+            `mixed` is None where there is nothing to add.
         begin: (model, fresh, keep) -> the operations of one forward, `fresh` if it starts from a blank memory, `keep`
             if the memory after it is asked for. It refuses a model that the kernels cannot run.
     """
@@ -106,7 +114,8 @@ class Ops:
     conv: Callable[..., tuple[Tensor, Tensor]]
     scan: Callable[..., tuple[Tensor, Tensor]]
     block: Callable[[nn.Module, Tensor], Tensor] | None = None
-    add_norm: Callable[[Tensor, Tensor, nn.Module], tuple[Tensor, Tensor]] | None = None
+    step: Callable[[Any], Step] | None = None
+    add_norm: Callable[[Tensor, Tensor | None, nn.Module], tuple[Tensor, Tensor]] | None = None
     begin: Callable[[nn.Module, bool, bool], "Ops"] | None = None
 
 

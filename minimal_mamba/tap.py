@@ -80,6 +80,12 @@ class Tap:
     def record(self, site: str, values: Tensor, times: Sequence[int]) -> None:
         """Hand over the values (b, len(times), ...) of positions that no edit touches."""
 
+    def room(self, site: str, times: Sequence[int], like: Tensor) -> Tensor | None:
+        """Where the values (b, len(times), ...) of positions that no edit touches can be written, to be handed to
+        `record` in place; `like` (b, ...) is of their type. None: in memory of your own.
+        """
+        return None
+
     def probed(self, times: Sequence[int], *sites: str) -> tuple[list[int], Tensor] | None:
         """Which of these positions take a gradient in `ssm_state` or `state_write`, and the zeros to add to the state.
 
@@ -96,8 +102,12 @@ class Tap:
         return None
 
     def touches(self, *sites: str) -> bool:
-        """Whether an edit, a recording or a gradient names one of these sites; of a layer's tap, in this layer."""
-        return False
+        """Whether an edit, a recording or a gradient names one of these sites at a position of this call of the model.
+
+        Of a layer's tap, in this layer. Before the first call: at any position. A tap that does something and does not
+        say where is taken to touch everything.
+        """
+        return type(self).__call__ is not Tap.__call__
 
 
 NO_TAP = Tap()

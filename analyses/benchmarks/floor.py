@@ -5,9 +5,13 @@
 A matrix product's rate is measured at the model's own shape. A state h of the scan needs exp(dt A), dt A, (dt u) B,
 decay h + write, and y + C h: one exponential and four multiply-adds, at the rates that this machine reaches on
 arrays in its cache (the best of the matrix products, and `torch.exp`). Norms, convolution, SiLU, softplus, gates and
-all traffic with memory count as nothing. A training step is three forwards. Decoding reads every weight once a token:
-each matrix times one vector, measured. Capturing adds writing the states; a sweep is two forwards and, of each cell,
-the layers above the edit from its position on.
+all traffic with memory count as nothing. A training step is three forwards. Capturing adds writing the states; a sweep
+is two forwards and, of each cell, the layers above the edit from its position on. Decoding reads every weight once:
+
+    token = bytes of the matrices / rate
+
+at the rate at which the sums of matrices of these sizes are taken. (Not their products with a vector: `torch.mv` reads
+at half the rate that the memory has here.)
 """
 
 import statistics
@@ -60,15 +64,11 @@ def rates(c: MambaConfig, tokens: int) -> dict[str, float]:
     }
 
 
-def reading(c: MambaConfig) -> float:
-    """Seconds to multiply every matrix by one vector: every weight is read once."""
-    pairs = [(torch.randn(n, k), torch.randn(k)) for k, n, times in products(c) for _ in range(times)]
-
-    def all_of_them() -> None:
-        for w, x in pairs:
-            torch.mv(w, x)
-
-    return best(all_of_them)
+def reading(c: MambaConfig) -> dict[str, float]:
+    """Bytes of all matrices, and the bytes a second at which they are read, one after another."""
+    matrices = [torch.randn(n, k) for k, n, times in products(c) for _ in range(times)]
+    size = float(sum(w.nbytes for w in matrices))
+    return {"weight_bytes": size, "bytes_per_s": size / best(lambda: [w.sum() for w in matrices])}
 
 
 def floor(kind: str, c: MambaConfig, batch: int, length: int, new: int = 0) -> dict[str, float]:
@@ -85,8 +85,8 @@ def floor(kind: str, c: MambaConfig, batch: int, length: int, new: int = 0) -> d
         to = torch.empty(min(states, 1 << 24))
         return found | {"floor_s": forward + best(lambda: to.fill_(0.0)) * states / to.numel()}
     if kind == "decode":
-        found["reading_s"] = reading(c)
-        return found | {"floor_s": forward + (new - 1) * batch * found["reading_s"]}
+        found |= reading(c)
+        return found | {"floor_s": forward + (new - 1) * found["weight_bytes"] / found["bytes_per_s"]}
     if kind in ("ssm_state", "resid_post"):
         # cell (i, t) computes the l - t last positions of the layers above i; the layers are alike
         share = (length + 1) / 2 * sum(range(c.n_layer)) / c.n_layer

@@ -70,8 +70,8 @@ class Ours(Peer):
         return self.model(ids, ops=self.ops).logits
 
     def states(self, ids: Tensor) -> list[Tensor]:
-        record = [at.ssm_state(layer=i, pos=slice(None)) for i in range(self.model.config.n_layer)]
-        return list(run(self.model, ids, record=record, backend=self.backend).records.values())
+        where = at.ssm_state(layer=slice(None), pos=slice(None))
+        return list(run(self.model, ids, record=where, backend=self.backend).records[where])
 
     def cell(self, site: str, ids: Tensor, donor: Mapping[int, Tensor], clean: Mapping[int, Tensor]) -> Cell:
         """One run a cell; the sweep is `grid`."""

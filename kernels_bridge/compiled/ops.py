@@ -5,6 +5,8 @@ from functools import partial
 from minimal_mamba.scan import Ops
 
 from .. import torch_ops
+from .layer import add_norm, step
 from .scan import scan, taps
 
-COMPILED = Ops("compiled", partial(torch_ops.conv, taps=taps), partial(torch_ops.selective_scan, scan=scan))
+CONV, SCAN = partial(torch_ops.conv, taps=taps), partial(torch_ops.selective_scan, scan=scan)
+COMPILED = Ops("compiled", CONV, SCAN, step=step, add_norm=add_norm)

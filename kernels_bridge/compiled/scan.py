@@ -1,8 +1,6 @@
 """The scan and the convolution of a stretch through the compiled loops: `torch_scan.scan`, `torch_ops.taps` again."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +10,9 @@ from torch.autograd.function import once_differentiable
 from minimal_mamba.tap import Toward
 
 from ..torch_scan import STATES
+from .loop import run
 
 TOKENS = 32  # of a chunk: the states kept for the backward, one a chunk, are a TOKENS-th of all
-FEW = 1 << 20  # numbers: half a millisecond; to start and end two threads takes 0.3 (measured)
 
 
 def scan(
@@ -29,6 +27,7 @@ def scan(
     added: Tensor | None = None,
     added_at: Sequence[int] = (),
     move: Toward | None = None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`torch_scan.scan`, with the same arguments and results, compiled.
 
@@ -36,8 +35,13 @@ def scan(
         for the backward the state at the start of each `TOKENS` tokens.
     """
     w = h.dtype
-    size = None if move is None else move.size
-    return _Scan.apply(u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at), size, move)
+    given = u.to(w), dt, A, B.to(w), C.to(w), h, tuple(keep), added, tuple(added_at)
+    if torch.is_grad_enabled():
+        return _Scan.apply(*given, None if move is None else move.size, move)
+    inputs, plus, kept = _as_the_loops_take_it(*given, room)
+    if len(keep) == dt.shape[1] and not added_at and A.shape[1] >= 16:  # else the other loop is the faster one
+        return _every(inputs, h, kept[1])
+    return *_forward(inputs, h, plus, kept, False)[:2], kept[1]
 
 
 class _Scan(torch.autograd.Function):
@@ -50,9 +54,7 @@ class _Scan(torch.autograd.Function):
         size: Tensor | None, move: Toward | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         needs = any(ctx.needs_input_grad)
-        inputs = tuple(x.contiguous() for x in (u, dt, A.T, B, C))
-        plus = torch.tensor(added_at, dtype=torch.long), _none(h) if added is None else added.contiguous()
-        kept = torch.tensor(keep, dtype=torch.long), h.new_empty((len(h), len(keep), *h.shape[1:]))
+        inputs, plus, kept = _as_the_loops_take_it(u, dt, A, B, C, h, keep, added, added_at)
         y, last, starts = _forward(inputs, h, plus, kept, needs)
         ctx.save_for_backward(*inputs, *plus, kept[0], starts)
         ctx.added, ctx.move = added is not None, _Move(move, inputs) if move is not None and needs else None
@@ -74,9 +76,9 @@ class _Scan(torch.autograd.Function):
         if move is not None:
             site, axes, runs = getattr(kernels, move.site.upper()), move.axes, move.runs
             dsize = starts.new_empty((b, l, e, move.n) if axes else (b, across, l, n))
-        _run(kernels.scan_backward, b * across, b * l * e * n, wide, _step(l), *inputs, added_at, added, keep, starts,
-             *(g.contiguous() for g in (dy, dlast, dkept)), du, ddt, dA, dB, dC, dh, dadded,
-             site, axes, *runs, dsize)  # fmt: skip
+        run(kernels.scan_backward, b * across, b * l * e * n, wide, _step(l), *inputs, added_at, added, keep, starts,
+            *(g.contiguous() for g in (dy, dlast, dkept)), du, ddt, dA, dB, dC, dh, dadded,
+            site, axes, *runs, dsize)  # fmt: skip
         if move is not None and not axes:
             dsize = dsize.sum(1)[:, :, None].sum_to_size(b, l, 1, move.n)
         return (du, ddt, dA.sum(0).T, dB.sum(1), dC.sum(1), dh, None, dadded if ctx.added else None, None,
@@ -95,10 +97,31 @@ class _Move:
         if self.site in STATES:
             nothing = torch.empty(0, dtype=torch.long), _none(move.runs[0].h)
             starts = [
-                _forward((u[i], dt[i], inputs[2], B[i], inputs[4]), run.h, nothing, nothing, True)[2]
-                for i, run in enumerate(move.runs)
+                _forward((u[i], dt[i], inputs[2], B[i], inputs[4]), r.h, nothing, nothing, True)[2]
+                for i, r in enumerate(move.runs)
             ]
         self.runs = u, dt, B, torch.stack(starts, 1)  # (runs, b, l, ...), and (chunks, runs, b, n, e)
+
+
+def _as_the_loops_take_it(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, keep: tuple[int, ...], added: Tensor | None,
+    added_at: tuple[int, ...], room: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
+    """What the states are made from; positions and what is added there; positions and the memory for their states."""
+    inputs = tuple(x.contiguous() for x in (u, dt, A.T, B, C))
+    plus = torch.tensor(added_at, dtype=torch.long), _none(h) if added is None else added.contiguous()
+    room = h.new_empty((len(h), len(keep), *h.shape[1:])) if room is None else room
+    return inputs, plus, (torch.tensor(keep, dtype=torch.long), room)
+
+
+def _every(inputs: tuple[Tensor, ...], h: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and every state, which is written into `kept` (b, l, e, n) and read there for the next."""
+    from .token_kernels import scan_kept
+
+    u, dt, A, B, C = inputs
+    y = torch.empty_like(u)
+    run(scan_kept, len(h), kept.numel(), u, dt, A.T.contiguous(), B, C, h.contiguous(), y, kept)
+    return y, kept[:, -1].clone(), kept
 
 
 def _forward(
@@ -110,7 +133,7 @@ def _forward(
     (b, l, e), n, h = inputs[0].shape, h.shape[2], h.contiguous()
     y, last, wide = h.new_empty((b, l, e)), torch.empty_like(h), kernels.width(n)
     starts = h.new_empty((-(-l // _step(l)) if needs else 0, b, n, e))
-    _run(kernels.scan, b * -(-e // wide), b * l * e * n, wide, _step(l), *inputs, h, *plus, *kept, y, last, starts)
+    run(kernels.scan, b * -(-e // wide), b * l * e * n, wide, _step(l), *inputs, h, *plus, *kept, y, last, starts)
     return y, last, starts
 
 
@@ -138,7 +161,7 @@ class _Conv(torch.autograd.Function):
         (b, long, e), k = x.shape, weight.shape[1]
         x, weight = x.contiguous(), weight.T.contiguous()
         out = x.new_empty((b, long - k + 1, e))
-        _run(kernels.conv, b, out.numel() * k, x, weight, bias.contiguous(), out)
+        run(kernels.conv, b, out.numel() * k, x, weight, bias.contiguous(), out)
         ctx.save_for_backward(x, weight)
         return out
 
@@ -149,22 +172,5 @@ class _Conv(torch.autograd.Function):
 
         x, weight = ctx.saved_tensors
         dx, dweight = torch.zeros_like(x), x.new_zeros((len(x), *weight.shape))
-        _run(kernels.conv_backward, len(x), 2 * x.numel() * len(weight), x, weight, dout.contiguous(), dx, dweight)
+        run(kernels.conv_backward, len(x), 2 * x.numel() * len(weight), x, weight, dout.contiguous(), dx, dweight)
         return dx, dweight.sum(0).T, dout.sum((0, 1))
-
-
-def _run(kernel: Callable[..., None], items: int, work: int, *args: Any) -> None:
-    """A loop over its items, on as many threads as torch has; each starts and ends here, so that a fork is safe."""
-    from .kernels import NUMBERS
-
-    arrays = [x.detach().numpy() if isinstance(x, Tensor) else x for x in args]
-    numbers = NUMBERS[next(x.dtype for x in arrays if not isinstance(x, int))]
-    threads = min(items, torch.get_num_threads()) if work > FEW else 1
-    ends = [items * i // threads for i in range(threads + 1)]
-    if threads == 1:
-        kernel(numbers, 0, items, *arrays)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        tasks = [pool.submit(kernel, numbers, a, b, *arrays) for a, b in pairwise(ends)]
-        for task in tasks:
-            task.result()

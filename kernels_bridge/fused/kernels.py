@@ -99,9 +99,11 @@ class Kernels:
         )  # fmt: skip
         return mixed if m.out_proj.bias is None else mixed + m.out_proj.bias.to(mixed.dtype)
 
-    def add_norm(self, resid: Tensor, mixed: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    def add_norm(self, resid: Tensor, mixed: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """resid + mixed (b, l, d), in the type of resid, and its norm, in that of mixed."""
         n: Any = norm
+        if mixed is None:
+            return resid, n(resid)
         normal, resid = self.layer_norm_fn(
             mixed, n.weight, getattr(n, "bias", None), residual=resid, eps=n.eps, prenorm=True,
             residual_in_fp32=resid.dtype == torch.float32, is_rms_norm=not isinstance(norm, nn.LayerNorm),

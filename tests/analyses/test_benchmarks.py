@@ -105,8 +105,8 @@ def test_memory_is_that_of_what_is_held():
     def hold(mb):
         return lambda: torch.zeros(mb * 2**18)
 
-    few, many = (memory.alone(lambda mb=mb: memory.cost(hold(mb), hold(1)))["mb"] for mb in (20, 200))
-    assert 18 < few < 40 and 195 < many < 240
+    few, many = (memory.alone(lambda mb=mb: memory.cost(hold(mb), hold(1)))["mb"] for mb in (40, 200))
+    assert 38 < few < 60 and 195 < many < 240  # below 32 MB the heap may have room that earlier tests left
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         memory.alone(lambda: 1 / 0)
 

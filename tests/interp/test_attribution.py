@@ -106,7 +106,7 @@ def test_padded_rows_are_exact(site, backend):
 @pytest.mark.parametrize("blocks", [1, 2, 64])
 @pytest.mark.parametrize("site", [*SCAN, "conv_state", "recurrent_state"])
 def test_edits_in_the_base_cut_the_scan_and_change_nothing_else(site, blocks, monkeypatch):
-    monkeypatch.setattr(torch_scan, "cut", lambda b, l, e, n: (2, min(l, blocks), 7))
+    monkeypatch.setattr(torch_scan, "cut", lambda b, l, e, n, threads: (2, min(l, blocks), 7))
     torch.manual_seed(0)
     edits = [
         Set(at.ssm_state(layer=1, pos=3), torch.randn(24, 5, dtype=torch.float64)),
@@ -337,7 +337,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("site", SCAN)
 def test_no_tensor_is_as_large_as_the_states(site, monkeypatch):
-    monkeypatch.setattr(torch_scan, "cut", lambda b, l, e, n: (b, min(l, 8), e))
+    monkeypatch.setattr(torch_scan, "cut", lambda b, l, e, n, threads: (b, min(l, 8), e))
     ids, donor = (torch.randint(0, 29, (2, 80), generator=DRAW) for _ in range(2))
     model, states = tiny(d_state=20), 2 * 80 * 24 * 20
     for backend, steps in (("torch", 0), ("torch", 1), ("reference", 0)):

@@ -1,4 +1,4 @@
-"""Recording one position costs that state and not the trajectory, measured in a process of its own."""
+"""What a forward holds at once, and what a recording costs: measured in a process of its own."""
 
 import os
 import subprocess
@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from kernels_bridge.backends import BACKENDS
 
 ROOT = Path(__file__).parents[2]
+HERE = ["reference", *(n for n in ("torch", "compiled") if not BACKENDS[n].missing(torch.device("cpu")))]
 LENGTH, D_MODEL, N = 2048, 64, 128
 TRAJECTORY = LENGTH * 2 * D_MODEL * N * 4  # bytes of (1, l, e, n) in float32: 128 MiB
-SCRIPT = f"""
+HEAD = """
 import sys, torch
 from minimal_mamba import Mamba, MambaConfig, at
 from interp import run
@@ -21,21 +25,33 @@ def peak():
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
+"""
+RECORDED = f"""
 model = Mamba(MambaConfig(d_model={D_MODEL}, n_layer=2, vocab_size=50, d_state={N}))
 ids = torch.randint(0, 50, (1, {LENGTH}))
 with torch.no_grad():
     for _ in range(3):  # warm: the process has what a plain run needs, and its heap has stopped creeping
         run(model, ids, backend=sys.argv[1])
     before = peak()
-    for place in (at.ssm_state(layer=1, pos=1000), at.ssm_state(layer=1)):
+    for place in (at.ssm_state(layer=1, pos=1000), at.ssm_state(layer=1), at.ssm_state(layer=slice(None))):
         out = run(model, ids, record=[place], backend=sys.argv[1])
-        assert out.records[place].any()
         print(peak() - before)
+        assert out.records[place][..., -1].any()
+        del out
 """
+PLAIN = """
+model = Mamba(MambaConfig(d_model=128, n_layer=4, vocab_size=8))
+with torch.no_grad():
+    run(model, torch.zeros(1, 5, dtype=torch.long), backend=sys.argv[1])
+    before = peak()
+    run(model, torch.zeros(8, 512, dtype=torch.long), backend=sys.argv[1])
+    print(peak() - before)
+"""
+CHANNELS = 8 * 512 * 256 * 4  # bytes of (b, l, e)
 
 
-def growth(backend):
-    """Bytes by which the peak of the process grows over that of a plain run: one position recorded, then all."""
+def growth(script, backend):
+    """What a script prints, bytes by which the peak of its process grows."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "MALLOC_ARENA_MAX": "1",
@@ -43,15 +59,30 @@ def growth(backend):
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, backend], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", HEAD + script, backend],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return map(int, done.stdout.split())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_recording_one_position_costs_that_state(backend):
-    one, every = growth(backend)
+@pytest.mark.parametrize("backend", HERE)
+def test_a_recording_costs_what_it_holds(backend):
+    one, every, both = growth(RECORDED, backend)  # one position, all, all of both layers
     assert one < TRAJECTORY / 16
     assert every > TRAJECTORY * 0.9  # the measure sees a trajectory where there is one
+    if backend != "reference":  # which keeps token by token, and puts that together
+        assert every < TRAJECTORY * 1.1 and both < TRAJECTORY * 2.1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize("backend", HERE[1:])
+def test_a_forward_holds_few_tensors_at_once(backend):
+    """Of (b, l, e): x and z, u, dt or what is made of y, y, and of `torch` the blocks of its scan."""
+    (most,) = growth(PLAIN, backend)
+    assert 4 * CHANNELS < most < 8 * CHANNELS

@@ -8,10 +8,13 @@ from helpers import tiny
 
 from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, generate, run
 from kernels_bridge import resolve
+from kernels_bridge.backends import BACKENDS
 from minimal_mamba import MambaState
 from minimal_mamba.errors import EditError, InputError
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
+HERE = ["reference", *(n for n in ("torch", "compiled") if not BACKENDS[n].missing(torch.device("cpu")))]
+ALL = pytest.mark.parametrize("backend", HERE)
 MODEL = tiny(seed=9)
 CONFIG = MODEL.config
 IDS = torch.randint(0, 29, (3, 8), generator=torch.Generator().manual_seed(0))
@@ -49,7 +52,7 @@ def test_recordings_hold_the_value_after_edits(backend):
     assert out[at.u(layer=0)][:, 3].all()
 
 
-@BOTH
+@ALL
 def test_changing_what_a_run_gave_changes_no_run(backend):
     ids = IDS.clone()
     with torch.no_grad():
@@ -163,7 +166,7 @@ PLACED = [
 ]
 
 
-@BOTH
+@ALL
 def test_with_gradients_without_them_and_in_inference_mode(backend):
     place = at.ssm_state(layer=2, pos=slice(2, None))
 
@@ -187,7 +190,7 @@ def test_with_gradients_without_them_and_in_inference_mode(backend):
         run(MODEL, IDS, state=kept.state, backend=backend)
 
 
-@BOTH
+@ALL
 def test_a_float16_model_under_edits(backend):
     model = tiny(seed=9, dtype=torch.float16)
     place = at.ssm_state(layer=1, pos=2)
@@ -215,7 +218,7 @@ def test_edits_and_addresses_go_through_pickle():
         assert torch.equal(pickle.loads(pickle.dumps(out))[PLACES[0]], out[PLACES[0]])
 
 
-@BOTH
+@ALL
 def test_the_kept_state_goes_on(backend):
     with torch.no_grad():
         whole = run(MODEL, IDS, backend=backend, keep_state=True)
@@ -239,7 +242,7 @@ EDITS = [
 ]
 
 
-@BOTH
+@ALL
 def test_generation_is_one_pass_under_the_same_edits(backend):
     """Also with ragged prompts; each row is what it is alone."""
     n, lengths = 5, [8, 3, 5]
@@ -283,7 +286,7 @@ def test_generation_is_one_pass_under_the_same_edits(backend):
     assert (plain.logits - out.logits).abs().max() > 1e-2
 
 
-@BOTH
+@ALL
 def test_last_only_generation(backend):
     lengths = [8, 2, 5]
     full = generate(MODEL, IDS, 4, lengths=lengths, backend=backend)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scenes import agree, everything, scene_of
 from torch import Tensor
 
-from interp import Set, at, attribution_grid, run
+from interp import Scale, Set, at, attribution_grid, generate, run
 from kernels_bridge import resolve, torch_scan
 from kernels_bridge.harness import check, target
 from kernels_bridge.harness.draw import SMALL, draw_model
@@ -20,7 +20,7 @@ from minimal_mamba.sites import ADDRESSABLE
 pytest.importorskip("numba", reason="the compiled backend needs numba")
 import numpy as np
 
-from kernels_bridge.compiled import kernels
+from kernels_bridge.compiled import kernels, token_kernels
 from kernels_bridge.compiled.scan import scan
 
 RTOL = 1e-12  # relative norm
@@ -309,7 +309,9 @@ def test_a_run_says_so() -> None:
 
 def test_one_loop_is_compiled_for_each_type() -> None:
     """Other strides or empty arguments do not make LLVM begin again, which takes seconds."""
-    for kernel in (kernels.scan, kernels.scan_backward, kernels.conv, kernels.conv_backward):
+    generate(tiny(), torch.tensor([[1, 2, 3]]), 3, Scale(at.resid_post(layer=0), 0.9), backend="compiled")
+    loops = (kernels.scan, kernels.scan_backward, kernels.conv, kernels.conv_backward)
+    for kernel in (*loops, token_kernels.step, token_kernels.add_norm):
         assert len(kernel.signatures) <= 2
 
 
