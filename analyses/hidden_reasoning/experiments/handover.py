@@ -70,8 +70,9 @@ def handover(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> 
         the word that names the operation and at the one after it: of each account how often the answer is as foretold,
         "alone", and of how many prompts, "of", where no other account foretells the same; with 95 % intervals; and of
         all prompts "none", the answers that no account foretells.
-        "shifted": of hand-overs of the whole memory from the donor's step to the base's, how many answers, and values
-        rather than other words, there are, and how many are the running value's.
+        "shifted": of hand-overs of the whole memory from the donor's step to the base's, in how many the running value
+        is the likeliest of the values; and in how many the answer is a value at all, "said": a model that counts may
+        wait for more operations.
     Cost: (num_steps - 1) (num_steps + 5) forwards of n rows.
     """
     base, donor = (draw(num_steps, n, [STREAM, seed, i], task=task) for i in range(2))
@@ -99,10 +100,11 @@ def handover(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> 
     for i in range(num_steps - 1):
         for j, place in enumerate(places):
             out = run(model, ids, edits=[Set(place, memories[i])], last_only=True)
-            said = np.array([names.get(int(k), -1) for k in out.last_logits.argmax(-1)])
+            values_said = int(torch.isin(out.last_logits.argmax(-1), task.value_ids).sum())
+            likeliest = out.last_logits[:, task.value_ids].argmax(-1).numpy()
             value = go_on(values[:, i], base.operations.numpy(), j + 1, task)
-            found["shifted"].append({"from": i + 1, "to": j + 1, "value": int((said >= 0).sum()),
-                                     "right": int((said == value).sum()), "of": n})  # fmt: skip
+            taken = int((likeliest == value).sum())
+            found["shifted"].append({"from": i + 1, "to": j + 1, "said": values_said, "right": taken, "of": n})
     return found
 
 
