@@ -29,21 +29,14 @@ def runs(quick: bool = False) -> Iterator[tuple[str, Settings]]:
             for loss in ("weighted", "reasoning", "all"):
                 name = f"loss {loss}, {n_layer} layers, seed {seed}"
                 yield name, Settings(**{**LOSS, **shared, "n_layer": n_layer, "loss": loss, "seed": seed})
+    kinds = (("mamba", "arithmetic", DEPTHS), ("mamba", "s5", DEPTHS), ("transformer", "arithmetic", DEPTHS[::2]))
     for seed in SEEDS[: 1 if quick else 2]:
-        for acts in ("arithmetic", "s5"):
-            for architecture in ("mamba", "transformer"):
-                for n_layer in DEPTHS[: 1 if quick else None]:
-                    made: dict[str, Any] = {
-                        "n_layer": n_layer,
-                        "acts": acts,
-                        "architecture": architecture,
-                        "seed": seed,
-                    }
-                    made |= {"learning_rate": RATE} if architecture == "transformer" else {}
-                    yield (
-                        f"depth {architecture}, {acts}, {n_layer} layers, seed {seed}",
-                        Settings(**{**DEPTH, **shared, **made}),
-                    )
+        for architecture, acts, depths in kinds:
+            for n_layer in depths[: 1 if quick else None]:
+                made: dict[str, Any] = {"n_layer": n_layer, "acts": acts, "architecture": architecture, "seed": seed}
+                made |= {"learning_rate": RATE} if architecture == "transformer" else {}
+                name = f"depth {architecture}, {acts}, {n_layer} layers, seed {seed}"
+                yield name, Settings(**{**DEPTH, **shared, **made})
 
 
 def train_all(results: Results, folder: Path, *, quick: bool = False) -> None:
