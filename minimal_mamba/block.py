@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import MambaConfig
+from .scan import Memory as Memory
 from .scan import Ops
 from .sites import SITES
 from .tap import Tap
 
 INSIDE = tuple(SITES)[tuple(SITES).index("mixer_in") + 1 : tuple(SITES).index("mixer_out")]  # the sites of `Mixer`
-Memory = tuple[Tensor, Tensor]  # a layer's ssm_state (b, e, n) and conv_state (b, e, k)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -88,7 +88,8 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, memory: Memory, mask: Tensor | None, tap: Tap, ops: Ops) -> tuple[Tensor, Memory]:
         """Mix along the sequence: x (b, l, d), the memory before it, mask (b, l) -> (b, l, d), the memory after it."""
         if ops.block is not None and not tap.touches(*INSIDE):
-            return tap("mixer_out", ops.block(self, x)), memory
+            mixed, memory = ops.block(self, x, memory, mask, tap.last_only)
+            return tap("mixer_out", mixed), memory
         h, window = memory
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
         x, z = tap("x", x), tap("z", z)

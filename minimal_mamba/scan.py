@@ -6,12 +6,15 @@ position that an edit touches, one readable step there, on to the next, the stat
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
 from .tap import NO_TAP, Tap
+
+Memory = tuple[Tensor, Tensor]  # a layer's ssm_state (b, e, n) and conv_state (b, e, k)
 
 
 def causal_conv(
@@ -95,19 +98,21 @@ class Ops:
     Args:
         conv, scan: with the signatures of `causal_conv` and `selective_scan`.
     Those of a backend whose kernels do several lines of the forward at once; None: line by line.
-        block: (mixer, x (b, l, d)) -> mixer_out, all of `Mixer.forward` from a blank memory, of which it gives none
-            back; runs where no site inside is edited or recorded.
+        block: (mixer, x (b, l, d), memory, mask, last_only) -> mixer_out, the memory after it, all of `Mixer.forward`;
+            runs where no site inside is edited or recorded. With `last_only` of each row's last token, (b, 1, d).
         add_norm: (resid, mixed, norm) -> their sum, and its norm; runs where no site between is edited or recorded.
         begin: (model, fresh, keep) -> the operations of one forward, `fresh` if it starts from a blank memory, `keep`
             if the memory after it is asked for. It refuses a model that the kernels cannot run.
+        carry: what changes of the state do to later tokens, with the signature of `kernels_bridge.carry`; None: that.
     """
 
     name: str
     conv: Callable[..., tuple[Tensor, Tensor]]
     scan: Callable[..., tuple[Tensor, Tensor]]
-    block: Callable[[nn.Module, Tensor], Tensor] | None = None
+    block: Callable[[Any, Tensor, Memory, Tensor | None, bool], tuple[Tensor, Memory]] | None = None
     add_norm: Callable[[Tensor, Tensor, nn.Module], tuple[Tensor, Tensor]] | None = None
     begin: Callable[[nn.Module, bool, bool], "Ops"] | None = None
+    carry: Callable[..., Tensor] | None = None
 
 
 READABLE = Ops("reference", causal_conv, selective_scan)

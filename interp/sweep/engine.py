@@ -21,7 +21,8 @@ from minimal_mamba.errors import EditError, InputError
 from minimal_mamba.provenance import digest, model_digest
 
 from ..run import Lengths, Metric, apply_metric
-from .batch import Base, Cell, alone, begin, run_group
+from .base import Base
+from .batch import Cell, alone, begin, columns, run_group
 from .store import Saved, edits_digest
 
 TOKENS = 8192  # of a group: enough for the machine to be busy, few enough for the cache
@@ -134,7 +135,7 @@ def run_cells(
                 for name, v in out.items():
                     v[numbers] = done[name].to(v.device)
                 if not alone(group[0]):
-                    base.pass_by(group)
+                    base.before(columns(group))  # in the same steps, so that what follows has the same bits
             bar.update(len(group))
         bar.update(bar.total - bar.n)  # cells without edits
     members = tuple(tuple(c.number for c in group) for group in groups)

@@ -1,0 +1,107 @@
+"""A mixer of which nothing inside is touched and no gradient is wanted: `Mixer.forward` in pieces that stay in the
+cache, its matrix products by torch and what lies between them in compiled loops."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minimal_mamba.block import Memory, Mixer
+from minimal_mamba.scan import Ops
+
+from .scan import _run
+
+CACHE = 1 << 18  # numbers that in_proj makes of a piece: a megabyte
+FEWEST = 256  # tokens of a piece, below which the products are slower
+
+
+def block(
+    mixer: Mixer, x: Tensor, memory: Memory, mask: Tensor | None, last_only: bool, *, keep: bool = True
+) -> tuple[Tensor, Memory]:
+    """`Mixer.forward`; without `keep` NaN comes in the place of the memory after it.
+
+    Args:
+        x: (b, l, d). mask: (b, l) True on tokens; padding comes last. All of one type, float32 or float64.
+        last_only: of each row only the last token goes on behind the scan.
+    Returns:
+        (b, l, d), of padding what nothing gives, or (b, 1, d); and the memory.
+    Cost: that of the products, and an exp and three multiply-adds for each of (b, l, e, n). Memory beyond the result:
+        (4 e) of a piece's tokens, and the memory twice.
+    """
+    from . import kernels, mixer_kernels
+
+    m, (b, l, d), (e, n), r = mixer, x.shape, mixer.A_log.shape, mixer.dt_proj.in_features
+    A, D, wide = -torch.exp(m.A_log.to(x.dtype)).T.contiguous(), m.D.to(x.dtype), kernels.width(n)  # A: (n, e)
+    taps = m.conv1d.weight[:, 0].T.contiguous()  # (k, e)
+    taps_bias = taps.new_zeros(e) if m.conv1d.bias is None else m.conv1d.bias
+    h, window = (part.transpose(1, 2).clone(memory_format=torch.contiguous_format) for part in memory)  # (b, n or k, e)
+    sizes = torch.full((b,), l) if mask is None else mask.sum(1)
+    made = x.new_empty(b, 1 if last_only else l, d)
+    z = gated = x.new_empty(b, 1, e)  # of `last_only`
+    if last_only:
+        gated = torch.empty_like(z)
+        _product(x[torch.arange(b), sizes - 1], m.in_proj, z, slice(e, None))
+    inputs = e if last_only else 2 * e  # what is made of every token: x, and z
+    rows, step = piece(b, l, 2 * e)
+    space = [x.new_empty(rows * step * size) for size in (inputs, e, r + 2 * n, e)]
+    for i, t in pieces(b, l, rows, step):
+        part = x[i, t]
+        count, tokens = part.shape[:2]
+        xz, u, low, raw = (s[: s.numel() // (rows * step) * count * tokens].view(count, tokens, -1) for s in space)
+        here = (sizes[i] - t.start).clamp(0, tokens)
+        _product(part, m.in_proj, xz, slice(inputs))
+        _run(mixer_kernels.conv, count, u.numel() * len(taps), xz, window[i], taps, taps_bias, u)
+        _product(u, m.x_proj, low)
+        torch.mm(low[..., :r].reshape(-1, r), m.dt_proj.weight.T, out=raw.view(-1, e))
+        ends = (z[i], 0, gated[i]) if last_only else (xz, e, raw)  # in place: a token is read before it is written
+        _run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, m.dt_proj.bias, A, low, r, D,
+             *ends, last_only, here, h[i])  # fmt: skip
+        if keep or t.stop < l:
+            window[i] = _newest(window[i], xz[..., :e], here)
+        if not last_only:
+            _product(raw, m.out_proj, made[i, t])
+    if last_only:
+        _product(gated, m.out_proj, made)
+    if not keep:
+        h, window = (after.new_full((), torch.nan).expand_as(after) for after in (h, window))
+    return made, (h.transpose(1, 2), window.transpose(1, 2))
+
+
+def piece(b: int, l: int, width: int) -> tuple[int, int]:
+    """Rows and tokens of a piece, where a token makes `width` numbers."""
+    tokens = max(FEWEST, CACHE // width) * torch.get_num_threads()
+    return (max(1, min(b, tokens // l)), l) if l <= tokens else (1, tokens)
+
+
+def pieces(b: int, l: int, rows: int, step: int) -> Iterator[tuple[slice, slice]]:
+    """The rows and the positions of each piece, in the order in which a row's memory goes on."""
+    for i in range(0, b, rows):
+        for t in range(0, l, step):
+            yield slice(i, min(i + rows, b)), slice(t, min(t + step, l))
+
+
+def _product(x: Tensor, linear: nn.Linear, into: Tensor, outputs: slice = slice(None)) -> None:
+    """into = x weight^T + bias, of some of the outputs; into is contiguous."""
+    x, weight, bias = x.reshape(-1, x.shape[-1]), linear.weight[outputs].T, linear.bias
+    if bias is None:
+        torch.mm(x, weight, out=into.view(len(x), -1))
+    else:
+        torch.addmm(bias[outputs], x, weight, out=into.view(len(x), -1))
+
+
+def _newest(window: Tensor, x: Tensor, sizes: Tensor) -> Tensor:
+    """The last k inputs of each row, after `sizes` (b,) more of x (b, l, e); window: (b, k, e)."""
+    k, rows = window.shape[1], torch.arange(len(window))[:, None]
+    times = sizes[:, None] + torch.arange(-k, 0)  # (b, k)
+    old, new = window[rows, (times + k).clamp(max=k - 1)], x[rows, times.clamp(min=0)]
+    return torch.where((times >= 0)[:, :, None], new, old)
+
+
+def begin(model: nn.Module, fresh: bool, keep: bool, *, ops: Ops) -> Ops:
+    """The operations of one forward: with the block, where no gradient is wanted and the loops have the type."""
+    typed: Any = model
+    suits = not torch.is_grad_enabled() and typed.dtype in (torch.float32, torch.float64)
+    return replace(ops, begin=None, block=partial(block, keep=keep) if suits else None)
