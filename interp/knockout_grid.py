@@ -103,7 +103,7 @@ def knockout_grid(
     base = Base(model, ids, lengths, backend)
     base.read(min(map(min, groups)))
     first = min(places)  # before it the cut runs are the base run
-    memories = {i: (h[0], window[0]) for i, (h, window) in base.before(torch.full((1, b), first)).items()}
+    memories = {i: (h[0], window[0]) for i, (h, window) in base.before(torch.full((1, b), first))[0].items()}
     fixed = baseline_of(model, ids, baseline, (), lengths, backend)
     step = max(1, batch // b)
     values = []

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,17 @@ class Scanned:
         u, dt, B, C = (x[at].flatten(0, 1) for x in (self.u, self.dt, self.B, self.C))
         dt = dt if real is None or real.all() else dt * real[:, :, None].to(h.device)
         return ops.scan(u, dt, _decay_rates(mixer, h), B, C, h.flatten(0, 1), tap=tap)[1].unflatten(0, (c, b))
+
+    def mixed(self, mixer: Mixer, at: tuple[Tensor, Tensor], h: Tensor, ops: Ops, tap: Tap) -> tuple[Tensor, Tensor]:
+        """`mixer_out` (R, m, d) at rows and positions `at` (R, m), under edits inside the scan alone.
+
+        h (R, e, n) is the state before them; the one after them comes too.
+        """
+        u, dt, B, C, gate = (x[at] for x in (self.u, self.dt, self.B, self.C, self.gate))
+        y, h = ops.scan(u, dt, _decay_rates(mixer, h), B, C, h, tap=tap)
+        gated = torch.addcmul(y, mixer.D.to(y.dtype), u.to(y.dtype)).mul_(gate)
+        mixed: Tensor = mixer.out_proj(gated.to(u.dtype))
+        return mixed, h
 
     def window(self, start: Tensor, width: int) -> Tensor:
         """The base run's last conv inputs (c, b, e, k) before the positions `start` (c, b), newest last."""
@@ -92,7 +104,7 @@ class Base:
         self.padded, self.depth = lengths is not None, model.config.n_layer
         self.streams: dict[int, Tensor] = {}  # stage -> (b, l, d): what enters layer `stage`, or leaves the last one
         self.layers: dict[int, Scanned] = {}
-        self.at, self.memory = torch.zeros_like(self.sizes), dict[int, Tensor]()  # before these positions, the states
+        self.at, self.memory = torch.zeros_like(self.sizes), dict[int, Tensor]()  # before these positions, states
         self.read_before = False  # whether a metric read logits before the last
 
     def read(self, first: int) -> None:
@@ -116,31 +128,58 @@ class Base:
 
         return apply_metric(metric, Logits(last[:, 0], self.ids.shape[1], whole))
 
-    def before(self, starts: Tensor) -> dict[int, Memory]:
-        """Each layer's memory before the positions `starts` (c, b): states (c, b, e, n), conv inputs (c, b, e, k).
+    def before(
+        self, starts: Tensor, later: Sequence[int] = ()
+    ) -> tuple[dict[int, Memory], dict[int, dict[int, Tensor]]]:
+        """Each layer's memory before the positions `starts` (c, b), and its states so many tokens later.
 
         They are what the memory was before others, and what lies between: one scan, where the rows go on alike.
+
+        Returns:
+            {layer: (states (c, b, e, n), conv inputs (c, b, e, k))}, {tokens: {layer: states (c, b, e, n)}}
         """
         if not self.memory or bool((starts[0] < self.at).any()):
             blank = self.model.initial_state(starts.shape[1])
             self.memory, self.at = {i: blank.ssm_state[i] for i in self.layers}, torch.zeros_like(self.at)
         steps = starts - self.at  # (c, b)
-        if len(starts) > 1 and bool((steps != steps[:, :1]).any() | (steps.diff(dim=0) < 0).any()):
-            apart = [self.before(start[None]) for start in starts]
-            return {i: tuple(map(torch.cat, zip(*(a[i] for a in apart), strict=True))) for i in self.layers}  # type: ignore[misc]
-        between = self.at[:, None] + torch.arange(int(steps.max()))  # (b, m)
-        found = {}
+        if bool((steps != steps[:, :1]).any() | (steps.diff(dim=0) < 0).any()):
+            if len(starts) > 1:
+                return _joined([self.before(start[None], later) for start in starts])
+            self._go_on(starts[0])
+            steps = torch.zeros_like(steps)
+        at, gone = self.at, steps[:, 0].tolist()
+        wanted = sorted({step + more for step in gone for more in (0, *later)} - {0})
+        between = (at[:, None] + torch.arange(max(wanted, default=0)))[None]  # (1, b, m)
+        memory, after = dict[int, Memory](), {more: dict[int, Tensor]() for more in later}
         for i, scanned in self.layers.items():
-            h, tap = self.memory[i], States([int(s) - 1 for s in steps[:-1, 0] if s])
-            last = h
-            if between.shape[1]:
-                mixer, real = self.model.backbone.layers[i].mixer, between < starts[-1][:, None]
-                last = scanned.states(mixer, between[None], h[None], self.carrying, tap, real)[0]
-            kept = [tap.found[int(s) - 1] if s else h for s in steps[:-1, 0]]
-            self.memory[i] = last
-            found[i] = torch.stack([*kept, last]), scanned.window(starts, self.model.config.d_conv)
+            states = States([t - 1 for t in wanted])
+            if wanted:
+                scanned.states(
+                    self.model.backbone.layers[i].mixer, between, self.memory[i][None], self.carrying, states
+                )
+            found = {t + 1: h for t, h in states.found.items()} | {0: self.memory[i]}
+            memory[i] = torch.stack([found[t] for t in gone]), scanned.window(starts, self.model.config.d_conv)
+            for more in later:
+                after[more][i] = torch.stack([found[t + more] for t in gone])
+            self.memory[i] = memory[i][0][-1]
         self.at = starts[-1]
-        return found
+        return memory, after
+
+    def _go_on(self, start: Tensor) -> None:
+        """To the memory before the positions `start` (b,), which rows reach after different numbers of tokens."""
+        between = self.at[:, None] + torch.arange(int((start - self.at).max()))  # (b, m)
+        for i, scanned in self.layers.items():
+            mixer, real = self.model.backbone.layers[i].mixer, between < start[:, None]
+            h = scanned.states(mixer, between[None], self.memory[i][None], self.carrying, States(), real)
+            self.memory[i] = h[0]
+        self.at = start
+
+
+def _joined(apart: list[tuple[dict[int, Memory], dict[int, dict[int, Tensor]]]]) -> Any:
+    """What several calls of `Base.before` gave as that of one."""
+    memories, afters = zip(*apart, strict=True)
+    memory = {i: tuple(torch.cat([m[i][part] for m in memories]) for part in (0, 1)) for i in memories[0]}
+    return memory, {more: {i: torch.cat([a[more][i] for a in afters]) for i in memory} for more in afters[0]}
 
 
 class States(Tap):

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from minimal_mamba import SITES, Edit, Mean, Plan, Tap
 
 from ..run import Lengths, run
-from .base import Base, States
+from .base import Base
 from .logits import Logits
 
 _NAMES = tuple(SITES)
+RECURRENCE = ("decay", "state_write", "ssm_state", "state_read")
 BEFORE_CONV = ("embed", "resid_pre", "mixer_in", "x", "conv_state", "resid_post")
 LATE = ("resid_pre", *_NAMES[_NAMES.index("y") :])  # of the last layer: what needs all tokens behind the scan
 
@@ -30,10 +31,22 @@ class Cell:
     tokens: int  # how many from the start on differ in that layer before its scan; after them only the state does
 
 
-def columns(group: Sequence[Cell]) -> Tensor:
-    """The different starts of a group's cells (c, b), in order."""
-    starts = sorted({tuple(c.start.tolist()) for c in group}, key=lambda start: (sum(start), start))
-    return torch.tensor(starts)
+def starts(base: Base, group: Sequence[Cell]) -> tuple[Tensor, list[int]]:
+    """The different starts of a group's cells (c, b), in order, and after how many tokens only the state differs."""
+    found = sorted({tuple(c.start.tolist()) for c in group}, key=lambda start: (sum(start), start))
+    return torch.tensor(found), sorted({*_heads(base, group).values()} - {_length(base, group)})
+
+
+def _length(base: Base, group: Sequence[Cell]) -> int:
+    return int(max((base.sizes - c.start).max() for c in group))
+
+
+def _heads(base: Base, group: Sequence[Cell]) -> dict[int, int]:
+    """Stage -> tokens of its cells that run whole there."""
+    most, found = _length(base, group), dict[int, int]()
+    for c in group:
+        found[c.stage] = max(found.get(c.stage, 0), most if c.stage == base.depth else min(c.tokens, most))
+    return found
 
 
 def begin(base: Base, number: int, edits: Sequence[Edit]) -> Cell:
@@ -111,27 +124,25 @@ class Batch:
         self.sizes = base.sizes.repeat(len(group)) - self.start
         stages = torch.tensor([c.stage for c in group])  # ascending: at each layer, the first rows have entered
         self.entered = [b * int((stages <= i).sum()) for i in range(-1, depth + 1)]  # of layer i at i + 1
-        self.first, self.length = int(stages[0]), int(self.sizes.max())
+        self.first, self.length = int(stages[0]), _length(base, group)
         at = base.ids.device
         self.row = torch.arange(b).repeat(len(group))[:, None].to(at)  # (rows, 1)
         self.times = (self.start[:, None] + torch.arange(self.length)).clamp(max=l - 1).to(at)  # (rows, m)
         self.ends = (torch.arange(len(self.start)), self.sizes - 1)
-        self.columns = columns(group)  # (c, b)
-        number = {tuple(start): i for i, start in enumerate(self.columns.tolist())}
+        columns, later = starts(base, group)  # (c, b)
+        number = {tuple(start): i for i, start in enumerate(columns.tolist())}
         self.column = torch.tensor([number[tuple(c.start.tolist())] for c in group]).to(at)  # (cells,)
-        self.before = base.before(self.columns)
+        self.before, self.after = base.before(columns, later)
         self.mask = (
             None if base.passing.block is None else base.model.mask(self.sizes, self.length)
         )  # it spares a block
         self.plan = Plan(base.model.config, (), (), self.start, self.start + self.sizes)
         self.heads: dict[int, tuple[int, Plan]] = {}  # stage -> tokens that run whole there, and the edits in them
+        for stage, tokens in _heads(base, group).items():
+            new = self.new(stage)
+            plan = Plan(base.model.config, (), (), self.start[new], (self.start + self.sizes)[new])
+            self.heads[stage] = tokens, plan
         for k, cell in enumerate(group):
-            if cell.stage not in self.heads:
-                new = self.new(cell.stage)
-                tokens = min(self.length, max(c.tokens for c in group if c.stage == cell.stage))
-                tokens = self.length if cell.stage == depth else tokens
-                plan = Plan(base.model.config, (), (), self.start[new], (self.start + self.sizes)[new])
-                self.heads[cell.stage] = tokens, plan
             own, rest = partial(_own, True, cell.stage, depth), partial(_own, False, cell.stage, depth)
             self.heads[cell.stage][1].beside(cell.plan, k * b - self.new(cell.stage).start, own)
             self.plan.beside(cell.plan, k * b, rest)
@@ -193,23 +204,21 @@ class Batch:
         that the layer makes of them is the base run's but for the state, in which the layer is linear.
         """
         tokens, plan = self.heads[i]
-        new, model, ops = self.new(i), self.base.model, self.base.carrying
+        new, model, b = self.new(i), self.base.model, len(self.base.ids)
         layer, start, sizes = model.backbone.layers[i], self.start[new], self.sizes[new]
+        scanned, mixer, cells = self.base.layers[i], layer.mixer, slice(new.start // b, new.stop // b)
         plan.begin(start, sizes.clamp(max=tokens))
-        here = slice(tokens)
-        resid = (
-            self.stream(i, new, here) if i else model.embed(self.base.ids[self.row[new], self.times[new, here]], plan)
-        )
-        if i:
-            resid = plan.at_layer(i - 1)("resid_post", resid)
-        out, _, (h, _) = layer(resid, self.memory(i, new), None, plan.at_layer(i), ops)
+        tap, memory, ops, here = plan.at_layer(i), self.memory(i, new), self.base.carrying, slice(tokens)
+        if {site for site, _ in plan.items} <= {*RECURRENCE}:  # all before the scan is the base run's
+            mixed, h = scanned.mixed(mixer, (self.row[new], self.times[new, here]), memory[0], ops, tap)
+            out = self.stream(i, new, here) + mixed
+        else:
+            resid = plan.at_layer(i - 1)("resid_post", self.stream(i, new, here)) if i else self.embed(new, here, plan)
+            out, _, (h, _) = layer(resid, memory, None, tap, ops)
         ends = torch.arange(len(out)), sizes.clamp(max=tokens) - 1
         if tokens == self.length:
             return out[ends][:, None] if narrow else out
-        b, scanned, mixer = len(self.base.ids), self.base.layers[i], layer.mixer
-        there = self.columns[:, :, None] + torch.arange(tokens)
-        clean = scanned.states(mixer, there, self.before[i][0], ops, States())  # (c, b, e, n)
-        delta = h.unflatten(0, (-1, b)) - clean[self.column[new.start // b : new.stop // b]]  # (k, b, e, n)
+        delta = h.unflatten(0, (-1, b)) - self.after[tokens][i][self.column[cells]]  # (k, b, e, n)
         first = (start + tokens).view(-1, b).to(h.device)
         if not narrow:
             moved = F.linear(scanned.after(mixer, delta, first, self.length - tokens, ops), mixer.out_proj.weight)
@@ -218,6 +227,10 @@ class Batch:
         gated = scanned.last(mixer, delta, first, at[1].view(-1, b))
         after = self.base.streams[i + 1][at] + F.linear(gated, mixer.out_proj.weight).flatten(0, 1)
         return out[ends].where((sizes <= tokens)[:, None].to(out.device), after)[:, None]
+
+    def embed(self, rows: slice, tokens: slice, tap: Tap) -> Tensor:
+        """The residual stream (rows, tokens, d) before the first layer, under edits."""
+        return self.base.model.embed(self.base.ids[self.row[rows], self.times[rows, tokens]], tap)
 
 
 def _own(wanted: bool, stage: int, depth: int, site: str, layer: int | None) -> bool:

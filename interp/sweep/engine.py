@@ -22,7 +22,7 @@ from minimal_mamba.provenance import digest, model_digest
 
 from ..run import Lengths, Metric, apply_metric
 from .base import Base
-from .batch import Cell, alone, begin, columns, run_group
+from .batch import Cell, alone, begin, run_group, starts
 from .store import Saved, edits_digest
 
 TOKENS = 8192  # of a group: enough for the machine to be busy, few enough for the cache
@@ -135,7 +135,7 @@ def run_cells(
                 for name, v in out.items():
                     v[numbers] = done[name].to(v.device)
                 if not alone(group[0]):
-                    base.before(columns(group))  # in the same steps, so that what follows has the same bits
+                    base.before(*starts(base, group))  # in the same steps, so that what follows has the same bits
             bar.update(len(group))
         bar.update(bar.total - bar.n)  # cells without edits
     members = tuple(tuple(c.number for c in group) for group in groups)
@@ -151,7 +151,7 @@ def need(base: Base, rows: int, tokens: int, columns: int) -> int:
     c, b = base.model.config, len(base.ids)
     size = torch.finfo(wide(base.model.dtype)).bits // 8
     a_token = 3 * c.d_model + 10 * c.d_inner + c.rank + 2 * c.d_state
-    states = 4 * rows + (columns + 2) * b * base.depth
+    states = 4 * rows + (2 * columns + 2) * b * base.depth
     return size * (rows * tokens * a_token + states * c.d_inner * (c.d_state + c.d_conv) + rows * c.padded_vocab)
 
 

@@ -14,7 +14,7 @@ from minimal_mamba.scan import Ops
 
 from .scan import _run
 
-CACHE = 1 << 18  # numbers that in_proj makes of a piece: a megabyte
+CACHE = 1 << 18  # numbers, half a megabyte: x of a piece, and as much u, and dt
 FEWEST = 256  # tokens of a piece, below which the products are slower
 
 
@@ -29,7 +29,7 @@ def block(
     Returns:
         (b, l, d), of padding what nothing gives, or (b, 1, d); and the memory.
     Cost: that of the products, and an exp and three multiply-adds for each of (b, l, e, n). Memory beyond the result:
-        (4 e) of a piece's tokens, and the memory twice.
+        (3 e) of a piece's tokens, and the memory twice.
     """
     from . import kernels, mixer_kernels
 
@@ -39,31 +39,32 @@ def block(
     taps_bias = taps.new_zeros(e) if m.conv1d.bias is None else m.conv1d.bias
     h, window = (part.transpose(1, 2).clone(memory_format=torch.contiguous_format) for part in memory)  # (b, n or k, e)
     sizes = torch.full((b,), l) if mask is None else mask.sum(1)
-    made = x.new_empty(b, 1 if last_only else l, d)
-    z = gated = x.new_empty(b, 1, e)  # of `last_only`
-    if last_only:
-        gated = torch.empty_like(z)
-        _product(x[torch.arange(b), sizes - 1], m.in_proj, z, slice(e, None))
-    inputs = e if last_only else 2 * e  # what is made of every token: x, and z
-    rows, step = piece(b, l, 2 * e)
-    space = [x.new_empty(rows * step * size) for size in (inputs, e, r + 2 * n, e)]
+    gated, made = x.new_empty(b, 1, e) if last_only else None, x.new_empty(b, 1 if last_only else l, d)
+    rows, step = piece(b, l, e)
+    space = [x.new_empty(rows * step * size) for size in (e, e, r + 2 * n, e)]
     for i, t in pieces(b, l, rows, step):
-        part = x[i, t]
+        part, here = x[i, t], (sizes[i] - t.start).clamp(0, t.stop - t.start)
         count, tokens = part.shape[:2]
-        xz, u, low, raw = (s[: s.numel() // (rows * step) * count * tokens].view(count, tokens, -1) for s in space)
-        here = (sizes[i] - t.start).clamp(0, tokens)
-        _product(part, m.in_proj, xz, slice(inputs))
-        _run(mixer_kernels.conv, count, u.numel() * len(taps), xz, window[i], taps, taps_bias, u)
+        first, u, low, raw = (s[: s.numel() // (rows * step) * count * tokens].view(count, tokens, -1) for s in space)
+        _product(part, m.in_proj, first, slice(e))
+        _run(mixer_kernels.conv, count, u.numel() * len(taps), first, window[i], taps, taps_bias, u)
+        if keep or t.stop < l:
+            window[i] = _newest(window[i], first, here)
         _product(u, m.x_proj, low)
         torch.mm(low[..., :r].reshape(-1, r), m.dt_proj.weight.T, out=raw.view(-1, e))
-        ends = (z[i], 0, gated[i]) if last_only else (xz, e, raw)  # in place: a token is read before it is written
+        z, out = first, raw  # in the place of what is no longer needed
+        if gated is not None:
+            part, z, out = (
+                x[i][torch.arange(count), sizes[i] - 1],
+                first.view(-1)[: count * e].view(count, 1, e),
+                gated[i],
+            )
+        _product(part, m.in_proj, z, slice(e, None))
         _run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, m.dt_proj.bias, A, low, r, D,
-             *ends, last_only, here, h[i])  # fmt: skip
-        if keep or t.stop < l:
-            window[i] = _newest(window[i], xz[..., :e], here)
-        if not last_only:
+             z, out, last_only, here, h[i])  # fmt: skip
+        if gated is None:
             _product(raw, m.out_proj, made[i, t])
-    if last_only:
+    if gated is not None:
         _product(gated, m.out_proj, made)
     if not keep:
         h, window = (after.new_full((), torch.nan).expand_as(after) for after in (h, window))

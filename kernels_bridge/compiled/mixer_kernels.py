@@ -18,8 +18,7 @@ def conv(p, first, stop, x, window, weight, bias, u):
     """Rows first..stop of u = SiLU(bias + sum_i weight_i x_{t-k+1+i}).
 
     Args:
-        x: (b, l, e or more), of which the first e. window: (b, k, e) before x, newest last. weight: (k, e).
-        u: (b, l, e).
+        x, u: (b, l, e). window: (b, k, e) before x, newest last. weight: (k, e).
     """
     _whole_vectors()
     _, l, e = u.shape
@@ -31,7 +30,7 @@ def conv(p, first, stop, x, window, weight, bias, u):
                 u_t[c] = bias[c]
             for i in range(k):
                 at = t - k + 1 + i
-                x_t = x[r, at, :e] if at >= 0 else window[r, k + at, :e]
+                x_t = x[r, at] if at >= 0 else window[r, k + at]
                 for c in range(e):
                     u_t[c] += weight[i, c] * x_t[c]
             for c in range(e):
@@ -39,13 +38,13 @@ def conv(p, first, stop, x, window, weight, bias, u):
 
 
 @_jit
-def recurrence(p, first, stop, wide, u, raw, bias, A, low, rank, D, z, where, out, last_only, sizes, h):
+def recurrence(p, first, stop, wide, u, raw, bias, A, low, rank, D, z, out, last_only, sizes, h):
     """The items first..stop of out = (scan(u, softplus(raw + bias)) + D u) SiLU(z); an item is as in `kernels.scan`.
 
     Args:
-        u, raw: (b, l, e). A: (n, e). low: (b, l, rank + 2 n), which ends with B and C. z: (b, l, where + e). out:
-            (b, l, e), which may be raw.
-        last_only: out and z are (b, 1, ...), of each row's last token.
+        u, raw: (b, l, e). A: (n, e). low: (b, l, rank + 2 n), which ends with B and C.
+        z, out: (b, l, e); out may be raw: a token is read before it is written.
+        last_only: z and out are (b, 1, e), of each row's last token.
         sizes: (b) real tokens of each row; after them nothing happens, and `out` is 0.
         h: (b, n, e) the states, which this changes.
     """
@@ -81,7 +80,7 @@ def recurrence(p, first, stop, wide, u, raw, bias, A, low, rank, D, z, where, ou
                     state[i, c] = now
                     total[c] += C_i * now
             at = 0 if last_only else t
-            z_t, out_t = z[r, at, where + c0 : where + c0 + m], out[r, at, here]
+            z_t, out_t = z[r, at, here], out[r, at, here]
             for c in range(m):
                 out_t[c] = total[c] * _silu(z_t[c], p)
         if not last_only:
