@@ -95,7 +95,7 @@ class Base:
     """The base run: its residual stream and its scans' inputs at each layer, and its memory before any position."""
 
     def __init__(self, model: Mamba, ids: Tensor, lengths: Lengths, backend: str):
-        self.model, self.ops = model, resolve(backend, model.device)
+        self.model, self.backend, self.ops = model, backend, resolve(backend, model.device)
         begun = self.ops.begin or (lambda model, fresh, keep: self.ops)
         self.carrying, self.passing = (
             begun(model, False, keep) for keep in (True, False)

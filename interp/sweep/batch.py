@@ -83,7 +83,7 @@ def run_group(
     if alone(group[0]):
         for cell in group:
             out = run(
-                base.model, base.ids, edits[cell.number], lengths=lengths, backend=base.ops.name, last_only=base.padded
+                base.model, base.ids, edits[cell.number], lengths=lengths, backend=base.backend, last_only=base.padded
             )
             yield cell.number, out.logits
         return
@@ -102,7 +102,7 @@ def run_group(
     def every(first: int) -> Tensor:
         """(b, l, v): up to the first touched position the base run's."""
         if batch.narrow:  # a metric that reads more here than it did of the base run
-            return run(base.model, base.ids, edits[group[first // b].number], backend=base.ops.name).logits
+            return run(base.model, base.ids, edits[group[first // b].number], backend=base.backend).logits
         mine = slice(first, first + b)
         logits = base.model.head(base.streams[base.depth], base.sizes)
         after = base.model.head(resid[mine], batch.sizes[mine]) if suffix is None else suffix[mine]
@@ -128,14 +128,15 @@ class Batch:
         at = base.ids.device
         self.row = torch.arange(b).repeat(len(group))[:, None].to(at)  # (rows, 1)
         self.times = (self.start[:, None] + torch.arange(self.length)).clamp(max=l - 1).to(at)  # (rows, m)
-        self.ends = (torch.arange(len(self.start)), self.sizes - 1)
+        self.ends = torch.arange(len(self.start)), self.sizes - 1
         columns, later = starts(base, group)  # (c, b)
         number = {tuple(start): i for i, start in enumerate(columns.tolist())}
         self.column = torch.tensor([number[tuple(c.start.tolist())] for c in group]).to(at)  # (cells,)
         self.before, self.after = base.before(columns, later)
+        mask = base.model.mask(self.sizes, self.length)
         self.mask = (
-            None if base.passing.block is None else base.model.mask(self.sizes, self.length)
-        )  # it spares a block
+            None if base.passing.block is None else mask
+        )  # of padding, which costs line by line, a block is spared
         self.plan = Plan(base.model.config, (), (), self.start, self.start + self.sizes)
         self.heads: dict[int, tuple[int, Plan]] = {}  # stage -> tokens that run whole there, and the edits in them
         for stage, tokens in _heads(base, group).items():
