@@ -23,7 +23,10 @@ from interp import (
     run,
     sweep,
 )
+from kernels_bridge import resolve
+from minimal_mamba.scan import READABLE
 from minimal_mamba.sites import ADDRESSABLE
+from minimal_mamba.tap import NO_TAP
 
 MODEL = tiny(seed=6)
 N, B, L = MODEL.config.n_layer, 3, 7
@@ -121,3 +124,17 @@ def test_a_grid_of_knockouts() -> None:
         for column, source in enumerate(found.sources):
             want = knockout(MODEL, IDS, [Knockout(source, -2, layer, "scan")], backend="reference")
             close(found.values[row, column], score(want.logits).detach())
+
+
+@torch.no_grad()
+def test_the_block_gives_each_rows_last_token_alone_if_asked() -> None:
+    mixer, memory = MODEL.backbone.layers[0].mixer, tuple(part[0] for part in (
+        MODEL.initial_state(B).ssm_state, MODEL.initial_state(B).conv_state))  # fmt: skip
+    ops = resolve("fused").begin(MODEL, True, False)
+    x, sizes = torch.randn(B, L, MODEL.config.d_model, generator=RNG, dtype=torch.float64), torch.tensor([7, 4, 6])
+    want, _ = mixer(x, memory, None, NO_TAP, READABLE)
+    for mask, ends in ((None, torch.full((B,), L)), (torch.arange(L) < sizes[:, None], sizes)):
+        found, after = ops.block(mixer, x, memory, mask, True)
+        close(found[:, 0], want[torch.arange(B), ends - 1])
+        assert all(part.isnan().all() for part in after)  # the kernels give none back
+        close(ops.block(mixer, x, memory, mask, False)[0], want)
