@@ -133,10 +133,8 @@ class Batch:
         number = {tuple(start): i for i, start in enumerate(columns.tolist())}
         self.column = torch.tensor([number[tuple(c.start.tolist())] for c in group]).to(at)  # (cells,)
         self.before, self.after = base.before(columns, later)
-        mask = base.model.mask(self.sizes, self.length)
-        self.mask = (
-            None if base.passing.block is None else mask
-        )  # of padding, which costs line by line, a block is spared
+        spared = base.passing.block is not None  # the padding; line by line a mask costs more than that
+        self.mask = base.model.mask(self.sizes, self.length) if spared else None
         self.plan = Plan(base.model.config, (), (), self.start, self.start + self.sizes)
         self.heads: dict[int, tuple[int, Plan]] = {}  # stage -> tokens that run whole there, and the edits in them
         for stage, tokens in _heads(base, group).items():

@@ -246,6 +246,8 @@ def test_a_change_is_carried_on_as_the_scan_would(way: Any, e: int, n: int) -> N
     first = torch.tensor([[0, 2, 1], [3, 3, 3], [7, 10, 5], [11, 4, 9]])
     found = way(delta, first, count, dt, A, C, gate)
     assert found.shape == (k, b, count, e) and found.isfinite().all()
+    beyond = first[..., None] + torch.arange(count) >= l
+    assert way is carry or not found[beyond].any()
     for j in range(k):
         for r in range(b):
             s, row = slice(int(first[j, r]), min(l, int(first[j, r]) + count)), slice(r, r + 1)
