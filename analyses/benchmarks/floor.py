@@ -4,8 +4,8 @@
 
 A matrix product's rate is measured at the model's own shape. A state h of the scan needs exp(dt A), dt A, (dt u) B,
 decay h + write, and y + C h: one exponential and four multiply-adds, at the best rate of the matrix products. An
-exponential is as dear as ten multiply-adds (a polynomial of degree 6, reduction, scaling), or as `torch.exp` on an array
-in the cache where that is faster. Norms, convolution, SiLU, softplus, gates and all traffic with memory count as
+exponential is as dear as ten multiply-adds (a polynomial of degree 6, reduction, scaling), or as `torch.exp` on an
+array in the cache where that is faster. Norms, convolution, SiLU, softplus, gates and all traffic with memory count as
 nothing. A training step is three forwards. Decoding reads every weight once a token: each matrix times one vector,
 measured. Capturing adds writing the states.
 

@@ -87,9 +87,10 @@ def sweep(
     Raises:
         what `run` raises for any cell, before anything runs; MetricError; InputError for a memory that holds no cell.
     Cost: of each cell the layers behind the one that it touches, from its first position on. In that layer itself only
-        the tokens that are touched run, and those that the conv sees them from; later ones differ by their state
-        alone, which is carried on with the base run's decays. Behind the last scan only the last token is made,
-        unless a metric reads others. A cell with a `Mean` of the batch is run alone, and whole.
+        the tokens that are touched run, and those that the conv sees them from; of edits inside the scan, the scan
+        alone. Later tokens differ by their state alone, which is carried on with the base run's decays. Behind the last
+        scan only the last token is made, unless a metric reads others. A cell with a `Mean` of the batch is run alone,
+        and whole.
     """
     named = metric if isinstance(metric, Mapping) else {"metric": metric}
     if isinstance(cells, Edit) or not all(isinstance(cell, Edit | Iterable) for cell in cells):

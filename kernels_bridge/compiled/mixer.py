@@ -1,6 +1,7 @@
 """A mixer of which nothing inside is touched and no gradient is wanted: `Mixer.forward` in pieces that stay in the
 cache, its matrix products by torch and what lies between them in compiled loops."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,9 @@ from minimal_mamba.scan import Ops
 
 from .scan import _run
 
-CACHE = 1 << 18  # numbers, half a megabyte: x of a piece, and as much u, and dt
+CACHE = (
+    1 << 18
+)  # numbers that a piece makes of x, then of u, dt and z: a megabyte each (measured: half or twice is worse)
 FEWEST = 256  # tokens of a piece, below which the products are slower
 
 
@@ -39,32 +42,31 @@ def block(
     taps_bias = taps.new_zeros(e) if m.conv1d.bias is None else m.conv1d.bias
     h, window = (part.transpose(1, 2).clone(memory_format=torch.contiguous_format) for part in memory)  # (b, n or k, e)
     sizes = torch.full((b,), l) if mask is None else mask.sum(1)
-    gated, made = x.new_empty(b, 1, e) if last_only else None, x.new_empty(b, 1 if last_only else l, d)
+    made, gated = x.new_empty(b, 1 if last_only else l, d), x.new_empty(b if last_only else 0, 1, e)
     rows, step = piece(b, l, e)
-    space = [x.new_empty(rows * step * size) for size in (e, e, r + 2 * n, e)]
+    space = [x.new_empty(rows * step * size) for size in (e, e, r + 2 * n, e)]  # used again by each piece
     for i, t in pieces(b, l, rows, step):
         part, here = x[i, t], (sizes[i] - t.start).clamp(0, t.stop - t.start)
         count, tokens = part.shape[:2]
-        first, u, low, raw = (s[: s.numel() // (rows * step) * count * tokens].view(count, tokens, -1) for s in space)
-        _product(part, m.in_proj, first, slice(e))
-        _run(mixer_kernels.conv, count, u.numel() * len(taps), first, window[i], taps, taps_bias, u)
+        inputs, u, low, raw = (
+            _first(s, count, tokens, size) for s, size in zip(space, (e, e, r + 2 * n, e), strict=True)
+        )
+        _product(part, m.in_proj, inputs, slice(e))
+        _run(mixer_kernels.conv, count, u.numel() * len(taps), inputs, window[i], taps, taps_bias, u)
         if keep or t.stop < l:
-            window[i] = _newest(window[i], first, here)
+            window[i] = _newest(window[i], inputs, here)
         _product(u, m.x_proj, low)
         torch.mm(low[..., :r].reshape(-1, r), m.dt_proj.weight.T, out=raw.view(-1, e))
-        z, out = first, raw  # in the place of what is no longer needed
-        if gated is not None:
-            part, z, out = (
-                x[i][torch.arange(count), sizes[i] - 1],
-                first.view(-1)[: count * e].view(count, 1, e),
-                gated[i],
-            )
-        _product(part, m.in_proj, z, slice(e, None))
+        gate, out = inputs, raw  # in the place of what is not needed any more
+        if last_only:
+            part = x[i][torch.arange(count), sizes[i] - 1]
+            gate, out = _first(space[0], count, 1, e), gated[i]
+        _product(part, m.in_proj, gate, slice(e, None))
         _run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, m.dt_proj.bias, A, low, r, D,
-             z, out, last_only, here, h[i])  # fmt: skip
-        if gated is None:
-            _product(raw, m.out_proj, made[i, t])
-    if gated is not None:
+             gate, out, last_only, here, h[i])  # fmt: skip
+        if not last_only:
+            _product(out, m.out_proj, made[i, t])
+    if last_only:
         _product(gated, m.out_proj, made)
     if not keep:
         h, window = (after.new_full((), torch.nan).expand_as(after) for after in (h, window))
@@ -82,6 +84,11 @@ def pieces(b: int, l: int, rows: int, step: int) -> Iterator[tuple[slice, slice]
     for i in range(0, b, rows):
         for t in range(0, l, step):
             yield slice(i, min(i + rows, b)), slice(t, min(t + step, l))
+
+
+def _first(space: Tensor, *shape: int) -> Tensor:
+    """The first numbers of a piece of memory, in a shape."""
+    return space[: math.prod(shape)].view(shape)
 
 
 def _product(x: Tensor, linear: nn.Linear, into: Tensor, outputs: slice = slice(None)) -> None:
