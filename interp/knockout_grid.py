@@ -21,7 +21,7 @@ from .cutter import Cutter
 from .knockout import Baseline, Knockout, baseline_of, cuts_of
 from .recurrence import one_position
 from .run import Lengths, Metric, apply_metric, span
-from .sweep.batch import Base
+from .sweep.base import Base
 from .sweep.logits import Logits
 from .sweep.patch import LayerSpec, chosen_layers
 
@@ -103,7 +103,7 @@ def knockout_grid(
     base = Base(model, ids, lengths, backend)
     base.read(min(map(min, groups)))
     first = min(places)  # before it the cut runs are the base run
-    memories = base.before(torch.full((b,), first))
+    memories = {i: (h[0], window[0]) for i, (h, window) in base.before(torch.full((1, b), first))[0].items()}
     fixed = baseline_of(model, ids, baseline, (), lengths, backend)
     step = max(1, batch // b)
     values = []

@@ -40,11 +40,12 @@ class LayerTap(Tap):
         return sorted({*self._times(sites, is_probe)} - {*self._times(sites, is_edit)})
 
     def overwritten(self) -> list[int]:
-        found: set[int] = set()
+        rows: dict[int, set[int]] = {}
         for item in self.plan.items.get(("ssm_state", self.layer), []):
             if item.edit is not None and item.edit.blind and item.index is None:
-                every = len(self.plan.start)
-                found |= {t for t, (i, _) in item.by_time.items() if int(item.write[i].sum()) == every}
+                for t, (i, _) in item.by_time.items():
+                    rows.setdefault(t, set()).update(item.rows[i][item.write[i]].tolist())
+        found = {t for t, some in rows.items() if len(some) == len(self.plan.start)}
         return sorted(found - set(self._times(("decay", "state_write"), lambda item: item.edit is not None)))
 
     def touches(self, *sites: str) -> bool:

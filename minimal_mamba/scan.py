@@ -99,24 +99,26 @@ class Ops:
     Args:
         conv, scan: with the signatures of `causal_conv` and `selective_scan`.
     Those of a backend whose kernels do several lines of the forward at once; None: line by line.
-        block: (mixer, x (b, l, d)) -> mixer_out, all of `Mixer.forward` from a blank memory, of which it gives none
-            back; runs where no site inside is edited or recorded.
+        block: (mixer, x (b, l, d), memory, mask, last_only) -> mixer_out, the memory after it, all of `Mixer.forward`;
+            runs where no site inside is edited or recorded. With `last_only` of each row's last token, (b, 1, d).
         step: mixer -> its single step, a function of x (b, 1, d) and the memory -> mixer_out, the memory after it: all
-            of `Mixer.forward` for one token; runs where no gradient is wanted and no site inside is edited or recorded
-            at this token.
+            of `Mixer.forward` for one token, before `block`; runs where no gradient is wanted and no site inside is
+            edited or recorded at this token.
         add_norm: (resid, mixed, norm) -> their sum, and its norm; runs where no site between is edited or recorded.
             `mixed` is None where there is nothing to add.
         begin: (model, fresh, keep) -> the operations of one forward, `fresh` if it starts from a blank memory, `keep`
             if the memory after it is asked for. It refuses a model that the kernels cannot run.
+        carry: what changes of the state do to later tokens, with the signature of `kernels_bridge.carry`; None: that.
     """
 
     name: str
     conv: Callable[..., tuple[Tensor, Tensor]]
     scan: Callable[..., tuple[Tensor, Tensor]]
-    block: Callable[[nn.Module, Tensor], Tensor] | None = None
+    block: Callable[[Any, Tensor, Memory, Tensor | None, bool], tuple[Tensor, Memory]] | None = None
     step: Callable[[Any], Step] | None = None
     add_norm: Callable[[Tensor, Tensor | None, nn.Module], tuple[Tensor, Tensor]] | None = None
     begin: Callable[[nn.Module, bool, bool], "Ops"] | None = None
+    carry: Callable[..., Tensor] | None = None
 
 
 READABLE = Ops("reference", causal_conv, selective_scan)

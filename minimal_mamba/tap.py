@@ -40,7 +40,10 @@ class Tap:
     """A tap that changes and records nothing; `Plan` is the one that does.
 
     Positions here are local: 0 is the first token of this call of the model.
+    `last_only`: behind the scan of this layer only the last token of each row is wanted.
     """
+
+    last_only = False
 
     def begin(self, start: Tensor, lengths: Tensor) -> None:
         """Called once a forward: row i holds the positions start[i] .. start[i] + lengths[i] - 1."""

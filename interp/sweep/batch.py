@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels_bridge import resolve
-from minimal_mamba import SITES, Edit, Mamba, Mean, Ops, Plan, Tap
-from minimal_mamba.block import Memory
+from minimal_mamba import SITES, Edit, Mean, Plan, Tap
 
-from ..run import Lengths, Metric, apply_metric, run
-from .carry import SCANNED, Scanned
+from ..run import Lengths, run
+from .base import Base
 from .logits import Logits
 
 _NAMES = tuple(SITES)
+RECURRENCE = ("decay", "state_write", "ssm_state", "state_read")
 BEFORE_CONV = ("embed", "resid_pre", "mixer_in", "x", "conv_state", "resid_post")
 LATE = ("resid_pre", *_NAMES[_NAMES.index("y") :])  # of the last layer: what needs all tokens behind the scan
 
@@ -32,88 +31,22 @@ class Cell:
     tokens: int  # how many from the start on differ in that layer before its scan; after them only the state does
 
 
-class Base:
-    """The base run: its residual stream and its scans' inputs at each layer, and its memory before any position."""
-
-    def __init__(self, model: Mamba, ids: Tensor, lengths: Lengths, backend: str):
-        self.model, self.ops = model, resolve(backend, model.device)
-        begun = self.ops.begin
-        self.carrying = self.ops if begun is None else begun(model, False, True)  # from one memory to the next
-        self.ids, self.sizes = model.check(ids, lengths)
-        self.padded, self.depth = lengths is not None, model.config.n_layer
-        self.streams: dict[int, Tensor] = {}  # stage -> (b, l, d): what enters layer `stage`, or leaves the last one
-        self.layers: dict[int, Scanned] = {}
-        self.at, self.memory = torch.zeros_like(self.sizes), dict[int, Memory]()  # before these positions
-        self.read_before = False  # whether a metric read logits before the last
-
-    def read(self, first: int) -> None:
-        """Run once and keep what later layers need from stage `first` on."""
-        sites: dict[tuple[int, str], Tensor] = {}
-        self.model(self.ids, lengths=self.sizes, last_only=True, tap=_Kept(sites, first), ops=self.ops)
-        for layer in range(first - 1, self.depth):
-            self.streams[layer + 1] = sites[layer, "resid_post" if layer >= 0 else "embed"]
-        self.layers = {i: Scanned(*(sites[i, site] for site in SCANNED)) for i in range(first, self.depth)}
-
-    def logits(self, metric: Metric) -> Tensor:
-        """The metric of the base run."""
-        resid = self.streams[self.depth]
-        last = self.model.head(resid, self.sizes, last_only=True)  # (b, 1, v)
-        if self.padded:
-            return apply_metric(metric, last)
-
-        def whole() -> Tensor:
-            self.read_before = True
-            return self.model.head(resid, self.sizes)
-
-        return apply_metric(metric, Logits(last[:, 0], self.ids.shape[1], whole))
-
-    def pass_by(self, group: Sequence[Cell]) -> list[dict[int, Memory]]:
-        """The memory before each of a group's starts; a group that is not run again is passed by in the same steps,
-        so that what follows has the same numbers to the bit."""
-        return [self.before(torch.tensor(start)) for start in _columns(group)]
-
-    def before(self, start: Tensor) -> dict[int, Memory]:
-        """Each layer's memory before the positions `start` (b,): what it was before others, and what lies between."""
-        if not self.memory or bool((start < self.at).any()):
-            blank = self.model.initial_state(len(start))
-            self.memory = {i: (blank.ssm_state[i], blank.conv_state[i]) for i in self.layers}
-            self.at = torch.zeros_like(start)
-        between = self.at[:, None] + torch.arange(int((start - self.at).max()))  # (b, m)
-        width = self.model.config.d_conv
-        for i, scanned in self.layers.items():
-            mixer, h = self.model.backbone.layers[i].mixer, self.memory[i][0]
-            if between.shape[1]:
-                h = scanned.states(mixer, between[None], h[None], self.carrying, between < start[:, None])[0]
-            self.memory[i] = h, scanned.window(start, width)
-        self.at = start
-        return dict(self.memory)
+def starts(base: Base, group: Sequence[Cell]) -> tuple[Tensor, list[int]]:
+    """The different starts of a group's cells (c, b), in order, and after how many tokens only the state differs."""
+    found = sorted({tuple(c.start.tolist()) for c in group}, key=lambda start: (sum(start), start))
+    return torch.tensor(found), sorted({*_heads(base, group).values()} - {_length(base, group)})
 
 
-def _columns(group: Sequence[Cell]) -> dict[tuple[int, ...], int]:
-    """The different starts of a group's cells, in order, and the number of each."""
-    starts = sorted({tuple(c.start.tolist()) for c in group}, key=lambda start: (sum(start), start))
-    return {start: i for i, start in enumerate(starts)}
+def _length(base: Base, group: Sequence[Cell]) -> int:
+    return int(max((base.sizes - c.start).max() for c in group))
 
 
-class _Kept(Tap):
-    """Keeps what leaves each layer from the one before `first` on, and of each from `first` on its scan's inputs."""
-
-    def __init__(self, kept: dict[tuple[int, str], Tensor], first: int, layer: int = -1):
-        self.kept, self.first, self.layer = kept, first, layer
-        self.sites = {"resid_post"} if layer >= first - 1 else set()
-        self.sites |= {*SCANNED} if layer >= first else set()
-        self.sites |= {"embed"} if first == 0 else set()
-
-    def at_layer(self, layer: int) -> Tap:
-        return _Kept(self.kept, self.first, layer)
-
-    def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
-        if site in self.sites:
-            self.kept[self.layer, site] = value
-        return value
-
-    def touches(self, *sites: str) -> bool:
-        return not self.sites.isdisjoint(sites)
+def _heads(base: Base, group: Sequence[Cell]) -> dict[int, int]:
+    """Stage -> tokens of its cells that run whole there."""
+    most, found = _length(base, group), dict[int, int]()
+    for c in group:
+        found[c.stage] = max(found.get(c.stage, 0), most if c.stage == base.depth else min(c.tokens, most))
+    return found
 
 
 def begin(base: Base, number: int, edits: Sequence[Edit]) -> Cell:
@@ -150,7 +83,7 @@ def run_group(
     if alone(group[0]):
         for cell in group:
             out = run(
-                base.model, base.ids, edits[cell.number], lengths=lengths, backend=base.ops.name, last_only=base.padded
+                base.model, base.ids, edits[cell.number], lengths=lengths, backend=base.backend, last_only=base.padded
             )
             yield cell.number, out.logits
         return
@@ -169,7 +102,7 @@ def run_group(
     def every(first: int) -> Tensor:
         """(b, l, v): up to the first touched position the base run's."""
         if batch.narrow:  # a metric that reads more here than it did of the base run
-            return run(base.model, base.ids, edits[group[first // b].number], backend=base.ops.name).logits
+            return run(base.model, base.ids, edits[group[first // b].number], backend=base.backend).logits
         mine = slice(first, first + b)
         logits = base.model.head(base.streams[base.depth], base.sizes)
         after = base.model.head(resid[mine], batch.sizes[mine]) if suffix is None else suffix[mine]
@@ -191,24 +124,24 @@ class Batch:
         self.sizes = base.sizes.repeat(len(group)) - self.start
         stages = torch.tensor([c.stage for c in group])  # ascending: at each layer, the first rows have entered
         self.entered = [b * int((stages <= i).sum()) for i in range(-1, depth + 1)]  # of layer i at i + 1
-        self.first, self.length = int(stages[0]), int(self.sizes.max())
+        self.first, self.length = int(stages[0]), _length(base, group)
         at = base.ids.device
         self.row = torch.arange(b).repeat(len(group))[:, None].to(at)  # (rows, 1)
         self.times = (self.start[:, None] + torch.arange(self.length)).clamp(max=l - 1).to(at)  # (rows, m)
-        self.ends = (torch.arange(len(self.start)), self.sizes - 1)
-        columns = _columns(group)
-        self.columns = torch.tensor([*columns])  # (columns, b)
-        self.column = torch.tensor([columns[tuple(c.start.tolist())] for c in group]).repeat_interleave(b).to(at)
-        self.before = base.pass_by(group)
+        self.ends = torch.arange(len(self.start)), self.sizes - 1
+        columns, later = starts(base, group)  # (c, b)
+        number = {tuple(start): i for i, start in enumerate(columns.tolist())}
+        self.column = torch.tensor([number[tuple(c.start.tolist())] for c in group]).to(at)  # (cells,)
+        self.before, self.after = base.before(columns, later)
+        spared = base.passing.block is not None  # the padding; line by line a mask costs more than that
+        self.mask = base.model.mask(self.sizes, self.length) if spared else None
         self.plan = Plan(base.model.config, (), (), self.start, self.start + self.sizes)
         self.heads: dict[int, tuple[int, Plan]] = {}  # stage -> tokens that run whole there, and the edits in them
+        for stage, tokens in _heads(base, group).items():
+            new = self.new(stage)
+            plan = Plan(base.model.config, (), (), self.start[new], (self.start + self.sizes)[new])
+            self.heads[stage] = tokens, plan
         for k, cell in enumerate(group):
-            if cell.stage not in self.heads:
-                new = self.new(cell.stage)
-                tokens = min(self.length, max(c.tokens for c in group if c.stage == cell.stage))
-                tokens = self.length if cell.stage == depth else tokens
-                plan = Plan(base.model.config, (), (), self.start[new], (self.start + self.sizes)[new])
-                self.heads[cell.stage] = tokens, plan
             own, rest = partial(_own, True, cell.stage, depth), partial(_own, False, cell.stage, depth)
             self.heads[cell.stage][1].beside(cell.plan, k * b - self.new(cell.stage).start, own)
             self.plan.beside(cell.plan, k * b, rest)
@@ -226,21 +159,21 @@ class Batch:
 
     def run(self) -> Tensor:
         """The residual stream (rows, m, d) after the last layer, or that of the last token (rows, 1, d)."""
-        model, depth, ops = self.base.model, self.base.depth, self.base.carrying
+        model, depth, ops = self.base.model, self.base.depth, self.base.passing
         self.plan.begin(self.start, self.sizes)
         resid: Tensor | None = None
         for i in range(self.first, depth):
             tap, narrow = self.plan.at_layer(i), self.narrow and i == depth - 1
-            found = None if i not in self.heads else self.enter(i, narrow, ops)
+            found = None if i not in self.heads else self.enter(i, narrow)
             if resid is None:
                 assert found is not None
                 resid = tap("resid_post", found)
                 continue
             layer, n = model.backbone.layers[i], len(resid)
-            normal = layer.norm(resid) if narrow else None
-            joined = _Last(tap, self.ends, n) if narrow else tap
+            normal, mask = layer.norm(resid) if narrow else None, None if self.mask is None else self.mask[:n]
+            joined = _Last(tap, found, (self.ends[0][:n], self.ends[1][:n])) if narrow else _Joined(tap, found)
             stream = resid[joined.ends][:, None] if isinstance(joined, _Last) else resid
-            resid, *_ = layer(stream, self.memory(i, slice(n)), None, _Joined(joined, found), ops, normal)
+            resid, *_ = layer(stream, self.memory(i, slice(n)), mask, joined, ops, normal)
         if depth in self.heads:
             plan = self.heads[depth][1]
             new = self.new(depth)
@@ -258,48 +191,45 @@ class Batch:
 
     def memory(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
         """The memory of a layer before the first token of some rows."""
-        h, window = (torch.stack([before[layer][part] for before in self.before]) for part in (0, 1))
-        at = self.column[rows], self.row[rows, 0]
-        return h[at], window[at]
+        b = len(self.base.ids)
+        cells = self.column[(rows.start or 0) // b : rows.stop // b]
+        h, window = self.before[layer]  # (c, b, e, n), (c, b, e, k)
+        return h[cells].flatten(0, 1), window[cells].flatten(0, 1)
 
-    def enter(self, i: int, narrow: bool, ops: Ops) -> Tensor:
+    def enter(self, i: int, narrow: bool) -> Tensor:
         """What leaves the layer in which rows begin to differ: (rows, m, d), or of the last token (rows, 1, d).
 
         Their first tokens run through the layer as always. Those that follow have the base run's inputs, and so all
         that the layer makes of them is the base run's but for the state, in which the layer is linear.
         """
         tokens, plan = self.heads[i]
-        new, layer = self.new(i), self.base.model.backbone.layers[i]
-        start, sizes = self.start[new], self.sizes[new]
+        new, model, b = self.new(i), self.base.model, len(self.base.ids)
+        layer, start, sizes = model.backbone.layers[i], self.start[new], self.sizes[new]
+        scanned, mixer, cells = self.base.layers[i], layer.mixer, slice(new.start // b, new.stop // b)
         plan.begin(start, sizes.clamp(max=tokens))
-        here = slice(tokens)
-        resid = (
-            self.stream(i, new, here)
-            if i
-            else self.base.model.embed(self.base.ids[self.row[new], self.times[new, here]], plan)
-        )
-        if i:
-            resid = plan.at_layer(i - 1)("resid_post", resid)
-        out, _, (h, _) = layer(resid, self.memory(i, new), None, plan.at_layer(i), ops)
-        if tokens == self.length:
-            return out[torch.arange(len(out)), sizes - 1][:, None] if narrow else out
-        scanned, mixer = self.base.layers[i], layer.mixer
-        there = self.columns[:, :, None] + torch.arange(tokens)
-        delta = (
-            h
-            - scanned.states(mixer, there, torch.stack([b[i][0] for b in self.before]), ops)[
-                self.column[new], self.row[new, 0]
-            ]
-        )
-        carry = scanned.last if narrow else scanned.after
-        gated = carry(mixer, delta, self.row[new, 0], self.times[new], sizes, tokens)
-        moved = F.linear(gated, mixer.out_proj.weight)
-        if not narrow:
-            return torch.cat([out, self.stream(i + 1, new, slice(tokens, None)) + moved], 1)
+        tap, memory, ops, here = plan.at_layer(i), self.memory(i, new), self.base.carrying, slice(tokens)
+        if {site for site, _ in plan.items} <= {*RECURRENCE}:  # all before the scan is the base run's
+            mixed, h = scanned.mixed(mixer, (self.row[new], self.times[new, here]), memory[0], ops, tap)
+            out = self.stream(i, new, here) + mixed
+        else:
+            resid = plan.at_layer(i - 1)("resid_post", self.stream(i, new, here)) if i else self.embed(new, here, plan)
+            out, _, (h, _) = layer(resid, memory, None, tap, ops)
         ends = torch.arange(len(out)), sizes.clamp(max=tokens) - 1
+        if tokens == self.length:
+            return out[ends][:, None] if narrow else out
+        delta = h.unflatten(0, (-1, b)) - self.after[tokens][i][self.column[cells]]  # (k, b, e, n)
+        first = (start + tokens).view(-1, b).to(h.device)
+        if not narrow:
+            moved = F.linear(scanned.after(mixer, delta, first, self.length - tokens, ops), mixer.out_proj.weight)
+            return torch.cat([out, self.stream(i + 1, new, slice(tokens, None)).add_(moved.flatten(0, 1))], 1)
         at = self.row[new, 0], self.times[new][torch.arange(len(out)), sizes - 1]
-        after = self.base.streams[i + 1][at] + moved
+        gated = scanned.last(mixer, delta, first, at[1].view(-1, b))
+        after = self.base.streams[i + 1][at] + F.linear(gated, mixer.out_proj.weight).flatten(0, 1)
         return out[ends].where((sizes <= tokens)[:, None].to(out.device), after)[:, None]
+
+    def embed(self, rows: slice, tokens: slice, tap: Tap) -> Tensor:
+        """The residual stream (rows, tokens, d) before the first layer, under edits."""
+        return self.base.model.embed(self.base.ids[self.row[rows], self.times[rows, tokens]], tap)
 
 
 def _own(wanted: bool, stage: int, depth: int, site: str, layer: int | None) -> bool:
@@ -329,15 +259,14 @@ class _Joined(Tap):
 
 
 class _Last(_Joined):
-    """A tap that lets only the last token of each row go on behind the scan."""
+    """Such a tap that lets only the last token of each row, at `ends`, go on behind the scan."""
 
-    def __init__(self, tap: Tap, ends: tuple[Tensor, Tensor], rows: int):
-        super().__init__(tap, None)
-        self.ends = ends[0][:rows], ends[1][:rows]
+    last_only = True
+
+    def __init__(self, tap: Tap, new: Tensor | None, ends: tuple[Tensor, Tensor]):
+        super().__init__(tap, new)
+        self.ends = ends
 
     def __call__(self, site: str, value: Tensor, t: int | None = None) -> Tensor:
-        value = self.tap(site, value, t)
+        value = super().__call__(site, value, t)
         return value[self.ends][:, None] if site in ("y", "skip", "gate") else value
-
-    def touches(self, *sites: str) -> bool:
-        return sites != ("resid_pre",)  # line by line, so that what is narrowed passes by here

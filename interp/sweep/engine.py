@@ -21,7 +21,8 @@ from minimal_mamba.errors import EditError, InputError
 from minimal_mamba.provenance import digest, model_digest
 
 from ..run import Lengths, Metric, apply_metric
-from .batch import Base, Cell, alone, begin, run_group
+from .base import Base
+from .batch import Cell, alone, begin, run_group, starts
 from .store import Saved, edits_digest
 
 TOKENS = 8192  # of a group: enough for the machine to be busy, few enough for the cache
@@ -86,9 +87,10 @@ def sweep(
     Raises:
         what `run` raises for any cell, before anything runs; MetricError; InputError for a memory that holds no cell.
     Cost: of each cell the layers behind the one that it touches, from its first position on. In that layer itself only
-        the tokens that are touched run, and those that the conv sees them from; later ones differ by their state
-        alone, which is carried on with the base run's decays. Behind the last scan only the last token is made,
-        unless a metric reads others. A cell with a `Mean` of the batch is run alone, and whole.
+        the tokens that are touched run, and those that the conv sees them from; of edits inside the scan, the scan
+        alone. Later tokens differ by their state alone, which is carried on with the base run's decays. Behind the last
+        scan only the last token is made, unless a metric reads others. A cell with a `Mean` of the batch is run alone,
+        and whole.
     """
     named = metric if isinstance(metric, Mapping) else {"metric": metric}
     if isinstance(cells, Edit) or not all(isinstance(cell, Edit | Iterable) for cell in cells):
@@ -134,7 +136,7 @@ def run_cells(
                 for name, v in out.items():
                     v[numbers] = done[name].to(v.device)
                 if not alone(group[0]):
-                    base.pass_by(group)
+                    base.before(*starts(base, group))  # in the same steps, so that what follows has the same bits
             bar.update(len(group))
         bar.update(bar.total - bar.n)  # cells without edits
     members = tuple(tuple(c.number for c in group) for group in groups)
@@ -150,7 +152,7 @@ def need(base: Base, rows: int, tokens: int, columns: int) -> int:
     c, b = base.model.config, len(base.ids)
     size = torch.finfo(wide(base.model.dtype)).bits // 8
     a_token = 3 * c.d_model + 10 * c.d_inner + c.rank + 2 * c.d_state
-    states = 4 * rows + (columns + 2) * b * base.depth
+    states = 4 * rows + (2 * columns + 2) * b * base.depth
     return size * (rows * tokens * a_token + states * c.d_inner * (c.d_state + c.d_conv) + rows * c.padded_vocab)
 
 

@@ -174,14 +174,19 @@ class _Values:
         self.b = len(ids)
         self.sizes = [model.config.size(axis) for axis in ADDRESSABLE[site].features]
         self.axes = ADDRESSABLE[site].features
-        # apart, because in a short row one from the start and one from the end may be the same
-        self.halves = [h for h in ([p for p in columns if p >= 0], [p for p in columns if p < 0]) if h]
-        self.held: dict[Address, Tensor] = {}
+        self.held: dict[tuple[int | None, int], Tensor] = {}  # of a layer and a position, (b, *features)
         if source in ("donor", "mean"):
             used = sorted({layer for row in rows for layer in row})
-            places = [a for half in self.halves for a in self.places(used, half)]
+            layers: list[int | None] = [*used] or [None]
+            # apart, because in a short row one from the start and one from the end may be the same
+            halves = [h for h in ([p for p in columns if p >= 0], [p for p in columns if p < 0]) if h]
+            places = [self.places(used, half) for half in halves]
             given = ids if source == "mean" or donor_ids is None else donor_ids
-            self.held = dict(run(model, given, record=places, lengths=lengths, backend=backend, last_only=True).records)
+            every = [a for half in places for a in half]
+            made = run(model, given, record=every, lengths=lengths, backend=backend, last_only=True).records
+            for half, addresses in zip(halves, places, strict=True):
+                for layer, place in zip(layers, addresses, strict=True):
+                    self.held |= {(layer, pos): value for pos, value in zip(half, made[place].unbind(1), strict=True)}
 
     def places(self, layers: list[int], pos: int | list[int], **fields: list[int]) -> list[Address]:
         if not layers:
@@ -213,8 +218,7 @@ class _Values:
         if self.source == "noise":
             drawn = self._noise(place, fields)
             return [Add(place, drawn if mask is None else drawn * mask.cpu())]
-        half = next(h for h in self.halves if pos in h)
-        value = self.held[self.places(layer, half)[0]][:, half.index(pos)]  # (b, *features)
+        value = self.held[layer[0] if layer else None, pos]  # (b, *features)
         if self.source == "mean":
             value = value.mean(0, keepdim=True)
         for axis, sel in fields.items():

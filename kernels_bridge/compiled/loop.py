@@ -26,7 +26,7 @@ def run(kernel: Callable[..., None], items: int, work: int, *args: Any) -> None:
 
 def spread(kernel: Callable[..., None], items: int, work: int, dtype: Any, *arrays: Any) -> None:
     """`run` of what is arrays already, of one type: for loops so short that to look at each would show."""
-    from .kernels import NUMBERS
+    from .functions import NUMBERS
 
     threads = 1 if work <= FEW else min(items, torch.get_num_threads())
     if threads == 1:

@@ -11,10 +11,8 @@ AMD EPYC 26 to 31 GB/s, where torch's `mv` reaches 13 to 16.
 from functools import partial
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from .kernels import _exp, _jit, _whole_vectors
+from .functions import _exp, _jit, _silu, _softplus, _whole_vectors
 
 
 @partial(_jit, flags=("contract", "reassoc"))
@@ -61,47 +59,6 @@ def product(weight, x, bias, out):
             for j in range(m):
                 a += weight[i, j] * x[r, j]
             out[r, i] = a
-
-
-def _softplus(x, p):
-    """log(1 + exp(x)) in at most 4 units in the last place; beyond 20 x itself, as torch has it; NaN at NaN.
-
-        log(1 + exp(x)) = max(x, 0) + 2 artanh(s)        s = t / (2 + t)        t = exp(-|x|)
-
-    without a branch. The series artanh s = s (1 + s^2 / 3 + s^4 / 5 ...), where s <= 1/3, ends with a term below the
-    last place: 8 of them in float32, 17 in float64.
-    """
-    raise NotImplementedError
-
-
-@overload(_softplus, jit_options={"fastmath": {"contract"}})
-def _softplus_of(x, p):
-    dtype, terms = (np.float32, 8) if x == types.float32 else (np.float64, 17)
-    series = tuple(dtype(1 / (2 * k + 1)) for k in range(terms))
-    zero, two = dtype(0), dtype(2)
-
-    def softplus(x, p):
-        t = _exp(-abs(x), p)
-        s = t / (two + t)
-        total = series[terms - 1]
-        for k in range(terms - 2, -1, -1):
-            total = total * (s * s) + series[k]
-        return x if x > 20 else (x if x > 0 else zero) + two * s * total
-
-    return softplus
-
-
-@_jit
-def softplus(p, x, out):
-    """out = log(1 + exp(x)), one axis: what the step sizes are made with, for the tests."""
-    _whole_vectors()
-    for i in range(len(x)):
-        out[i] = _softplus(x[i], p)
-
-
-@_jit
-def _silu(x, p):
-    return x / (p[6] + _exp(-x, p))
 
 
 @_jit

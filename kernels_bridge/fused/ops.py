@@ -19,7 +19,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from minimal_mamba.errors import BackendUnavailable
-from minimal_mamba.scan import Ops, causal_conv, ssm_step
+from minimal_mamba.scan import Memory, Ops, causal_conv, ssm_step
 from minimal_mamba.tap import NO_TAP, Tap
 
 from .. import torch_ops
@@ -38,7 +38,7 @@ def make(kernels: Callable[[], Kernels], name: str = NAME) -> Ops:
             name,
             partial(conv, kernels=k, fresh=fresh, keep=keep),
             partial(scan, kernels=k, fresh=fresh, keep=keep),
-            block=k.block if fresh and not keep else None,
+            block=partial(block, kernels=k) if fresh and not keep else None,
             add_norm=k.add_norm,
         )
 
@@ -78,6 +78,18 @@ def check(model: nn.Module, kernels: Kernels) -> None:
 
 def _list(values: object) -> str:
     return ", ".join(sorted(map(str, values)))  # type: ignore[call-overload]
+
+
+def block(
+    mixer: nn.Module, x: Tensor, memory: Memory, mask: Tensor | None, last_only: bool, *, kernels: Kernels
+) -> tuple[Tensor, Memory]:
+    """`Mixer.forward` from a blank memory through the fused kernels, which give none back: NaN comes in its place."""
+    mixed = kernels.block(mixer, x)  # (b, l, d)
+    if last_only:
+        last = torch.full((len(x),), x.shape[1]) if mask is None else mask.sum(1)
+        mixed = mixed[torch.arange(len(x), device=x.device), last.to(x.device) - 1][:, None]
+    h, window = (part.new_full((), torch.nan).expand_as(part) for part in memory)
+    return mixed, (h, window)
 
 
 # -- the scan -----------------------------------------------------------------------------------------------------

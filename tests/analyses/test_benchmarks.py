@@ -101,6 +101,25 @@ def test_the_quantities_of_the_floor():
     assert forward["floor_s"] > forward["matrix_products_s"] > 0
 
 
+def test_the_floor_of_a_sweep(monkeypatch):
+    """By hand, in multiply-adds: 3 layers, of 2 tokens a cell 1.5 on average."""
+    c = cpu.MambaConfig(16, 3, vocab_size=32, d_state=4, dt_rank=2)  # e 32
+    rates = {"in_proj_s": 16 * 64, "x_proj_s": 32 * 10, "dt_proj_s": 2 * 32, "out_proj_s": 32 * 16}
+    products = sum(rates.values())
+    shared = {"multiply_adds_per_s": 1.0, "exponentials_per_s": 0.1}
+
+    def counted(c, tokens):
+        every = {"matrix_products_s": tokens * (3 * products + 16 * 32)}
+        return {name: t * tokens for name, t in rates.items()} | every | shared
+
+    monkeypatch.setattr(floor, "rates", counted)
+    scan = 32 * 4 * (4 + 10)
+    carried, last = 512 + 2 * 128, 512 + 320 * 6 / 10 + 64 + scan - 128
+    for kind, cells in (("ssm_state", (products + scan) + 2 * (last + carried)), ("resid_post", last + carried)):
+        found = floor.floor(kind, c, 1, 2)
+        assert found["floor_s"] == pytest.approx(2 * found["forward_s"] + 2 * 1.5 * cells)
+
+
 def test_memory_is_that_of_what_is_held():
     def hold(mb):
         return lambda: torch.zeros(mb * 2**18)

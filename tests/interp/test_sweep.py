@@ -5,9 +5,11 @@ import torch
 from helpers import tiny
 
 from interp import Grid, Set, at, heatmap, logit_diff, patch_grid, run
+from kernels_bridge import BACKENDS
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
 
-BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
+HERE = [name for name in ("reference", "torch", "compiled") if not BACKENDS[name].missing(torch.device("cpu"))]
+EACH = pytest.mark.parametrize("backend", HERE)
 MODEL = tiny(seed=6)
 N = MODEL.config.n_layer
 RNG = torch.Generator().manual_seed(0)
@@ -22,7 +24,7 @@ def last(logits):
     return logits[:, -1, 3] - logits[:, -1, 5]
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("site", ["ssm_state", "recurrent_state", "resid_post", "state_read"])
 def test_every_cell_is_a_run_under_that_edit(site, backend):
     grid = patch_grid(MODEL, IDS, DONOR, site=site, metric=metric, backend=backend, progress=False)

@@ -11,6 +11,7 @@ from helpers import tiny
 from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, logit_diff, run, sweep
 from interp.sweep import batch
 from interp.sweep.logits import Logits
+from kernels_bridge import BACKENDS
 from minimal_mamba.block import Mixer
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
 from minimal_mamba.sites import ADDRESSABLE
@@ -20,7 +21,8 @@ oracle = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(oracle)
 B, draw = oracle.B, oracle.draw
 
-BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
+HERE = [name for name in ("reference", "torch", "compiled") if not BACKENDS[name].missing(torch.device("cpu"))]
+EACH = pytest.mark.parametrize("backend", HERE)
 MODEL = tiny(seed=2)
 N, L = MODEL.config.n_layer, 8
 RNG = torch.Generator().manual_seed(0)
@@ -63,7 +65,7 @@ def one_of_each(lengths):
     return [[Set(a, donor[a])] for a in places]
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("lengths", [None, [8, 3, 7, 4]])
 def test_every_site_layer_and_position(backend, lengths):
     cells = one_of_each(lengths)
@@ -194,7 +196,7 @@ def test_metrics_that_read_all_logits_only_of_some_runs():
     close(sweep(MODEL, IDS, cells, fickle, progress=False).values, by_hand(cells, fickle))
 
 
-@BOTH
+@EACH
 def test_edits_of_many_positions_and_layers(backend):
     """Those that start in a layer and go on in it, later and in the ones above."""
     cells = [

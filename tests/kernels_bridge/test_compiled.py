@@ -1,4 +1,4 @@
-"""The compiled loops against a plain loop, `torch` and the readable model; their exp over its whole range."""
+"""The compiled loops against a plain loop, `torch` and the readable model; their exp and 2^x over their whole range."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +20,7 @@ from minimal_mamba.sites import ADDRESSABLE
 pytest.importorskip("numba", reason="the compiled backend needs numba")
 import numpy as np
 
-from kernels_bridge.compiled import kernels, token_kernels
+from kernels_bridge.compiled import functions, kernels, token_kernels
 from kernels_bridge.compiled.scan import scan
 
 RTOL = 1e-12  # relative norm
@@ -72,35 +72,61 @@ def near(got: Tensor, want: Tensor, rtol: float = RTOL) -> None:
 # -- exp --------------------------------------------------------------------------------------------------------------
 
 
-def ours(x: np.ndarray) -> np.ndarray:
+def ours(x: np.ndarray, base: str = "exp") -> np.ndarray:
     out = np.empty_like(x)
-    kernels.exp(kernels.NUMBERS[x.dtype], x, out)
+    getattr(functions, base)(functions.NUMBERS[x.dtype], x, out)
     return out
 
 
-@pytest.mark.parametrize(("dtype", "exact", "low", "high"), [
+RANGES = pytest.mark.parametrize(("dtype", "exact", "low", "high"), [
     (np.float32, np.float64, -104.5, 89), (np.float64, np.longdouble, -746, 710),
 ])  # fmt: skip
-def test_exp_is_within_two_units_in_the_last_place(dtype: type, exact: type, low: float, high: float) -> None:
-    """Over the whole range, denormals too; measured 1.6 in float32."""
+
+
+def units(x: np.ndarray, exact: type, low: float, high: float, base: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Errors in units in the last place over the whole range, where it does not overflow; there; and what is exact."""
     if exact is np.longdouble and np.finfo(np.longdouble).nmant <= 52:
         pytest.skip("no type wider than float64 here")
-    rng = np.random.default_rng(0)
-    spread, small = rng.uniform(low, high, 2_000_000), np.exp(rng.uniform(-60, 0, 100_000))
-    x = np.concatenate([spread, small, -small]).astype(dtype)
-    want, got = np.exp(x.astype(exact)), ours(x)
-    top = want > np.finfo(dtype).max
+    want, got = getattr(np, base)(x.astype(exact)), ours(x, base)
+    top = want > np.finfo(x.dtype).max
     assert top.any() and np.isinf(got[top]).all()
-    unit = np.spacing(want[~top].astype(dtype)).astype(exact)
-    error = np.abs(got[~top].astype(exact) - want[~top]) / unit
-    assert error.max() <= 2 and (got[~top] < np.finfo(dtype).tiny).sum() > 1000  # of which many are denormals or 0
+    unit = np.spacing(want[~top].astype(x.dtype)).astype(exact)
+    return np.abs(got[~top].astype(exact) - want[~top]) / unit, got[~top], want[~top]
+
+
+def spread(low: float, high: float, dtype: type) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    small = np.exp(rng.uniform(-60, 0, 100_000))
+    return np.concatenate([rng.uniform(low, high, 2_000_000), small, -small]).astype(dtype)
+
+
+@RANGES
+def test_exp_is_within_two_units_in_the_last_place(dtype: type, exact: type, low: float, high: float) -> None:
+    """Over the whole range, denormals too; measured 1.6 in float32."""
+    error, got, _ = units(spread(low, high, dtype), exact, low, high, "exp")
+    assert error.max() <= 2 and (got < np.finfo(dtype).tiny).sum() > 1000  # of which many are denormals or 0
+
+
+@RANGES
+def test_exp2_is_within_two_units_in_the_last_place(dtype: type, exact: type, low: float, high: float) -> None:
+    """Of normal numbers, but for the largest half of a power of two, which may be inf; what is smaller may become 0."""
+    low, high = low * 1.45, high * 1.45
+    error, got, want = units(spread(low, high, dtype), exact, low, high, "exp2")
+    tiny, big = np.finfo(dtype).tiny, np.finfo(dtype).max
+    assert error[(want >= tiny) & (want < big / 1.42)].max() <= 2
+    below = want < tiny
+    assert below.sum() > 1000 and (got[below] >= 0).all() and (got[below] <= tiny).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_exp_at_the_ends(dtype: type) -> None:
+@pytest.mark.parametrize("base", ["exp", "exp2"])
+def test_exp_at_the_ends(dtype: type, base: str) -> None:
     big = np.finfo(dtype).max
-    x = np.array([0.0, -0.0, -np.inf, np.inf, np.nan, -big, big, np.finfo(dtype).smallest_subnormal], dtype)
-    np.testing.assert_array_equal(ours(x), np.array([1, 1, 0, np.inf, np.nan, 0, np.inf, 1], dtype))
+    odd = np.array(np.nan, dtype).view(f"i{np.dtype(dtype).itemsize}") + 12345  # a NaN with bits of its own
+    x = np.array(
+        [0.0, -0.0, -np.inf, np.inf, np.nan, -big, big, np.finfo(dtype).smallest_subnormal, odd.view(dtype)], dtype
+    )
+    np.testing.assert_array_equal(ours(x, base), np.array([1, 1, 0, np.inf, np.nan, 0, np.inf, 1, np.nan], dtype))
 
 
 # -- the scan ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from helpers import tiny
 from torch import Tensor
 
 import minimal_mamba.scan
-from interp import Add, Edit, Mean, Scale, Set, Zero, at, gradients, logit_diff, run
+from interp import Add, Address, Edit, Mean, Scale, Set, Zero, at, gradients, logit_diff, run
 from kernels_bridge import resolve, torch_ops
 from kernels_bridge.torch_ops import stretches
 from minimal_mamba import SITES, Mamba, MambaConfig, MambaOutput, MambaState, Plan
@@ -93,6 +93,37 @@ def test_edits_of_one_position_share_its_step(steps: Callable[[], tuple[int, int
     ragged = [Zero(at.ssm_state(layer=0, pos=-1))]  # positions 31 and 9
     run(MODEL, draw_ids(2, 32), backend="torch", edits=ragged, lengths=[32, 10])
     assert steps() == (2, 0)
+
+
+STATE = at.ssm_state(layer=1, pos=4)
+PUT: dict[str, tuple[list[Edit], list[Address], int]] = {
+    "whole": ([Set(STATE, 0.3)], [at.ssm_state(), at.state_read()], 0),
+    "zero": ([Zero(STATE), Scale(at.state_read(layer=1, pos=4), 2.0)], [], 0),
+    "row by row": ([Set(STATE, 0.3, rows=[1]), Zero(STATE, rows=[0])], [at.ssm_state()], 0),
+    "and then changed": ([Set(STATE, 0.3), Scale(STATE, 0.5)], [], 0),
+    "of one row": ([Set(STATE, 0.3, rows=[1])], [], 1),
+    "of some dimensions": ([Set(at.ssm_state(layer=1, pos=4, n=[0, 2]), 0.3)], [], 1),
+    "changed": ([Scale(STATE, 0.5)], [], 1),
+    "beside what it would be": ([Set(STATE, 0.3)], [at.decay(layer=1, pos=4), at.state_write()], 1),
+    "beside an edit of the write": ([Set(STATE, 0.3), Zero(at.state_write(layer=1, pos=4))], [], 1),
+}
+
+
+@pytest.mark.parametrize("name", PUT)
+def test_a_state_that_is_put_in_place_of_any_takes_no_step(name: str, steps: Callable[[], tuple[int, int]]) -> None:
+    edits, record, taken = PUT[name]
+    value = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    edits = [Set(e.address, value, rows=e.rows) if isinstance(e, Set) else e for e in edits]
+    found = {}
+    for backend in ("torch", "reference"):
+        done = run(MODEL, draw_ids(2, 9), edits, record, backend, keep_state=True)
+        values = [done.logits, *done.state.ssm_state, *(done[a] for a in record)]
+        leaves = [*MODEL.parameters(), *([value] if any(isinstance(e, Set) for e in edits) else [])]
+        loss = sum(v.square().sum() for v in values)
+        found[backend] = [*values, *torch.autograd.grad(loss, leaves)]
+    assert steps() == (taken, 0)
+    for got, want in zip(*found.values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("l", [32, 128])

@@ -1,0 +1,114 @@
+"""A mixer of which nothing inside is touched and no gradient is wanted: `Mixer.forward` in pieces that stay in the
+cache, its matrix products by torch and what lies between them in compiled loops."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minimal_mamba.block import Memory, Mixer
+from minimal_mamba.scan import Ops
+
+from .loop import run
+
+# numbers that a piece makes of x, then of u, dt and z: a megabyte each (measured: half or twice is worse)
+CACHE = 1 << 18
+FEWEST = 256  # tokens of a piece, below which the products are slower
+
+
+def block(
+    mixer: Mixer, x: Tensor, memory: Memory, mask: Tensor | None, last_only: bool, *, keep: bool = True
+) -> tuple[Tensor, Memory]:
+    """`Mixer.forward`; without `keep` NaN comes in the place of the memory after it.
+
+    Args:
+        x: (b, l, d). mask: (b, l) True on tokens; padding comes last. All of one type, float32 or float64.
+        last_only: of each row only the last token goes on behind the scan.
+    Returns:
+        (b, l, d), of padding what nothing gives, or (b, 1, d); and the memory.
+    Cost: that of the products, and an exp and three multiply-adds for each of (b, l, e, n). Memory beyond the result:
+        (3 e) of a piece's tokens, and the memory twice.
+    """
+    from . import kernels, mixer_kernels
+
+    m, (b, l, d), (e, n), r = mixer, x.shape, mixer.A_log.shape, mixer.dt_proj.in_features
+    A, D, wide = -torch.exp(m.A_log.to(x.dtype)).T.contiguous(), m.D.to(x.dtype), kernels.width(n)  # A: (n, e)
+    taps = m.conv1d.weight[:, 0].T.contiguous()  # (k, e)
+    taps_bias = taps.new_zeros(e) if m.conv1d.bias is None else m.conv1d.bias
+    h, window = (part.transpose(1, 2).clone(memory_format=torch.contiguous_format) for part in memory)  # (b, n or k, e)
+    sizes = torch.full((b,), l) if mask is None else mask.sum(1)
+    made, gated = x.new_empty(b, 1 if last_only else l, d), x.new_empty(b if last_only else 0, 1, e)
+    rows, step = piece(b, l, e)
+    space = [x.new_empty(rows * step * size) for size in (e, e, r + 2 * n, e)]  # used again by each piece
+    for i, t in pieces(b, l, rows, step):
+        part, here = x[i, t], (sizes[i] - t.start).clamp(0, t.stop - t.start)
+        count, tokens = part.shape[:2]
+        inputs, u, low, raw = (
+            _first(s, count, tokens, size) for s, size in zip(space, (e, e, r + 2 * n, e), strict=True)
+        )
+        _product(part, m.in_proj, inputs, slice(e))
+        run(mixer_kernels.conv, count, u.numel() * len(taps), inputs, window[i], taps, taps_bias, u)
+        if keep or t.stop < l:
+            window[i] = _newest(window[i], inputs, here)
+        _product(u, m.x_proj, low)
+        torch.mm(low[..., :r].reshape(-1, r), m.dt_proj.weight.T, out=raw.view(-1, e))
+        gate, out = inputs, raw  # in the place of what is not needed any more
+        if last_only:
+            part = x[i][torch.arange(count), sizes[i] - 1]
+            gate, out = _first(space[0], count, 1, e), gated[i]
+        _product(part, m.in_proj, gate, slice(e, None))
+        run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, m.dt_proj.bias, A, low, r, D,
+             gate, out, last_only, here, h[i])  # fmt: skip
+        if not last_only:
+            _product(out, m.out_proj, made[i, t])
+    if last_only:
+        _product(gated, m.out_proj, made)
+    if not keep:
+        h, window = (after.new_full((), torch.nan).expand_as(after) for after in (h, window))
+    return made, (h.transpose(1, 2), window.transpose(1, 2))
+
+
+def piece(b: int, l: int, width: int) -> tuple[int, int]:
+    """Rows and tokens of a piece, where a token makes `width` numbers."""
+    tokens = max(FEWEST, CACHE // width) * torch.get_num_threads()
+    return (max(1, min(b, tokens // l)), l) if l <= tokens else (1, tokens)
+
+
+def pieces(b: int, l: int, rows: int, step: int) -> Iterator[tuple[slice, slice]]:
+    """The rows and the positions of each piece, in the order in which a row's memory goes on."""
+    for i in range(0, b, rows):
+        for t in range(0, l, step):
+            yield slice(i, min(i + rows, b)), slice(t, min(t + step, l))
+
+
+def _first(space: Tensor, *shape: int) -> Tensor:
+    """The first numbers of a piece of memory, in a shape."""
+    return space[: math.prod(shape)].view(shape)
+
+
+def _product(x: Tensor, linear: nn.Linear, into: Tensor, outputs: slice = slice(None)) -> None:
+    """into = x weight^T + bias, of some of the outputs; into is contiguous."""
+    x, weight, bias = x.reshape(-1, x.shape[-1]), linear.weight[outputs].T, linear.bias
+    if bias is None:
+        torch.mm(x, weight, out=into.view(len(x), -1))
+    else:
+        torch.addmm(bias[outputs], x, weight, out=into.view(len(x), -1))
+
+
+def _newest(window: Tensor, x: Tensor, sizes: Tensor) -> Tensor:
+    """The last k inputs of each row, after `sizes` (b,) more of x (b, l, e); window: (b, k, e)."""
+    k, rows = window.shape[1], torch.arange(len(window))[:, None]
+    times = sizes[:, None] + torch.arange(-k, 0)  # (b, k)
+    old, new = window[rows, (times + k).clamp(max=k - 1)], x[rows, times.clamp(min=0)]
+    return torch.where((times >= 0)[:, :, None], new, old)
+
+
+def begin(model: nn.Module, fresh: bool, keep: bool, *, ops: Ops) -> Ops:
+    """The operations of one forward: with the block, where no gradient is wanted and the loops have the type."""
+    typed: Any = model
+    suits = not torch.is_grad_enabled() and typed.dtype in (torch.float32, torch.float64)
+    return replace(ops, begin=None, block=partial(block, keep=keep) if suits else None)

@@ -1,0 +1,266 @@
+"""The compiled mixer and the compiled carry against `Mixer.forward` line by line and the scan as it is written."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny
+from torch import Tensor
+
+from interp import Scale, at, run
+from kernels_bridge import resolve
+from kernels_bridge.carry import carry
+from minimal_mamba.block import Memory, Mixer
+from minimal_mamba.scan import READABLE, selective_scan
+from minimal_mamba.tap import NO_TAP
+
+pytest.importorskip("numba", reason="the compiled backend needs numba")
+import numpy as np
+
+from kernels_bridge.compiled import functions, kernels, mixer, mixer_kernels
+from kernels_bridge.compiled.carry import carry as compiled_carry
+
+LENGTHS = (1, 2, 3, 7, 63, 500)
+
+
+def near(got: Tensor, want: Tensor, tol: float = 1e-12) -> None:
+    assert got.shape == want.shape and got.dtype == want.dtype
+    assert (got - want).norm() <= tol * want.norm().clamp(min=1e-9), f"off by {(got - want).norm() / want.norm():.1e}"
+
+
+def draw(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def memory_of(m: Mixer, b: int) -> Memory:
+    (e, n), k = m.A_log.shape, m.conv1d.weight.shape[2]
+    return draw(b, e, n, seed=1), draw(b, e, k, seed=2)
+
+
+@pytest.fixture(params=[None, 7, 40], ids=["whole", "rows are cut", "a few rows"])
+def cut(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of so few tokens."""
+    if request.param is not None:
+        monkeypatch.setattr(mixer, "FEWEST", request.param)
+        monkeypatch.setattr(mixer, "CACHE", 1)
+
+
+# -- softplus ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [(np.float32, np.float64), (np.float64, np.longdouble)])
+def test_softplus_is_within_four_units_in_the_last_place(dtype: type, exact: type) -> None:
+    """Beyond 20, where torch gives x itself, of which exp(-x) is missing: 2e-9."""
+    if exact is np.longdouble and np.finfo(np.longdouble).nmant <= 52:
+        pytest.skip("no type wider than float64 here")
+    rng = np.random.default_rng(0)
+    x = np.concatenate(
+        [rng.uniform(-700, 20, 500_000), rng.uniform(-20, 20, 500_000), np.exp(rng.uniform(-60, 0, 9_999))]
+    )
+    x = x[x > np.log(np.finfo(dtype).tiny) + 1].astype(dtype)
+    got = np.empty_like(x)
+    functions.softplus(functions.NUMBERS[x.dtype], x, got)
+    want = np.log1p(np.exp(-np.abs(x.astype(exact)))) + np.maximum(x.astype(exact), 0)
+    assert (np.abs(got.astype(exact) - want) / np.spacing(want.astype(dtype)).astype(exact)).max() <= 4
+
+
+def test_softplus_at_the_ends() -> None:
+    x = torch.tensor([0.0, 20.0, 20.5, 1e30, -1e30, float("inf"), -float("inf"), float("nan")], dtype=torch.float64)
+    got = np.empty_like(x.numpy())
+    functions.softplus(functions.NUMBERS[got.dtype], x.numpy(), got)
+    torch.testing.assert_close(
+        torch.from_numpy(got), torch.nn.functional.softplus(x), equal_nan=True, rtol=1e-15, atol=0
+    )
+
+
+# -- the mixer --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def line_by_line(m: Mixer, x: Tensor, memory: Memory, mask: Tensor | None) -> tuple[Tensor, Memory]:
+    return m(x, memory, mask, NO_TAP, READABLE)
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("l", LENGTHS)
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_it_is_the_mixer(l: int, padded: bool) -> None:
+    m, b = tiny(n_layer=1).backbone.layers[0].mixer, 5
+    x, memory = draw(b, l, m.in_proj.in_features, seed=3), memory_of(m, b)
+    before = [t.clone() for t in (x, *memory)]
+    sizes = torch.tensor([l, max(1, l - 2), 1, l // 2 + 1, l]) if padded else torch.full((b,), l)
+    mask = torch.arange(l) < sizes[:, None] if padded else None
+    want, (h, window) = line_by_line(m, x, memory, mask)
+    found, after = mixer.block(m, x, memory, mask, False)
+    real = torch.arange(l) < sizes[:, None]
+    near(found[real], want[real])
+    near(after[0], h)
+    near(after[1], window, 1e-15)
+    assert found.isfinite().all()  # on padding too
+    last, after = mixer.block(m, x, memory, mask, True)
+    near(last[:, 0], want[torch.arange(b), sizes - 1])
+    near(after[0], h)
+    near(after[1], window, 1e-15)
+    for keep in (False, True):
+        found, after = mixer.block(m, x, memory, mask, keep, keep=False)
+        assert all(part.isnan().all() for part in after)  # not asked for
+        near(found[:, 0] if keep else found[real], last[:, 0] if keep else want[real])
+    assert all(torch.equal(t, old) for t, old in zip((x, *memory), before, strict=True))
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("sizes", [
+    {"bias": True}, {"conv_bias": False}, {"d_conv": 1}, {"d_conv": 2}, {"d_conv": 7}, {"d_state": 1}, {"d_state": 40},
+    {"expand": 1}, {"dt_rank": 1}, {"d_model": 130},
+], ids=str)  # fmt: skip
+@torch.no_grad()
+def test_every_size_and_bias(sizes: dict[str, Any]) -> None:
+    m, b = tiny(n_layer=1, **sizes).backbone.layers[0].mixer, 4
+    mask = torch.arange(9) < torch.tensor([[9], [2], [5], [8]])
+    x, memory = draw(b, 9, m.in_proj.in_features, seed=3), memory_of(m, b)
+    want, (h, window) = line_by_line(m, x, memory, mask)
+    for last_only in (False, True):
+        found, after = mixer.block(m, x, memory, mask, last_only)
+        near(found[:, 0], want[torch.arange(b), mask.sum(1) - 1]) if last_only else near(found[mask], want[mask])
+        near(after[0], h)
+        near(after[1], window, 1e-15)
+
+
+@torch.no_grad()
+def test_strides_do_not_matter() -> None:
+    m = tiny(n_layer=1).backbone.layers[0].mixer
+    x, memory = draw(3, 11, m.in_proj.in_features), memory_of(m, 3)
+    want = mixer.block(m, x, memory, None, False)[0]
+    odd = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, *memory)]
+    assert torch.equal(mixer.block(m, odd[0], (odd[1], odd[2]), None, False)[0], want)
+    assert torch.equal(mixer.block(m, x, (memory[0].expand(3, -1, -1), memory[1]), None, False)[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@torch.no_grad()
+def test_what_is_not_a_number_goes_where_it_goes_in_torch(value: float, dtype: torch.dtype) -> None:
+    m = tiny(n_layer=1, dtype=dtype).backbone.layers[0].mixer
+    x, memory = draw(3, 9, m.in_proj.in_features).to(dtype), memory_of(m, 3)
+    memory = memory[0].to(dtype), memory[1].to(dtype)
+    x[1, 4, 2] = value
+    want, (h, _) = line_by_line(m, x, memory, None)
+    found, (after, _) = mixer.block(m, x, memory, None, False)
+    for got, other in ((found, want), (after, h)):
+        torch.testing.assert_close(got, other, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_float32_errs_as_the_mixer_does() -> None:
+    m = tiny(n_layer=1, d_model=64, d_state=16).backbone.layers[0].mixer
+    x, memory = draw(4, 300, 64), memory_of(m, 4)
+    want, _ = line_by_line(m, x, memory, None)
+    m, x, memory = m.float(), x.float(), (memory[0].float(), memory[1].float())
+    plain, found = line_by_line(m, x, memory, None)[0], mixer.block(m, x, memory, None, False)[0]
+    error = [float((y.double() - want).norm() / want.norm()) for y in (found, plain)]
+    assert error[0] <= 2 * error[1] < 1e-5
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_threads_share_the_pieces(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = tiny(n_layer=1, d_model=200, d_state=16).backbone.layers[0].mixer
+    x, memory = draw(4, 90, 200), memory_of(m, 4)
+    monkeypatch.setattr(mixer, "FEWEST", 50)
+    monkeypatch.setattr(mixer, "CACHE", 1)
+    want = mixer.block(m, x, memory, None, False)[0]
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        assert mixer.piece(4, 90, 400) == (count * 50 // 90, 90)
+        near(mixer.block(m, x, memory, None, False)[0], want, 1e-14)
+
+
+# -- where it runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of each input of the block."""
+    made: list[tuple[int, ...]] = []
+    plain = mixer.block
+    monkeypatch.setattr(mixer, "block", lambda m, x, *a, **k: made.append(tuple(x.shape)) or plain(m, x, *a, **k))
+    return made
+
+
+def test_it_runs_where_nothing_is_touched_and_no_gradient_is_wanted(calls: list[tuple[int, ...]]) -> None:
+    model, ids = tiny(), torch.randint(0, 29, (2, 6), generator=torch.Generator().manual_seed(0))
+    n = model.config.n_layer
+    want = run(model, ids, backend="reference").logits.detach()
+    assert run(model, ids, backend="compiled").logits.requires_grad and not calls
+    with torch.no_grad():
+        near(run(model, ids, backend="compiled").logits, want, 1e-11)
+        assert len(calls) == n
+        for inside, layers in ((at.u(layer=1), n - 1), (at.resid_post(), n), (at.ssm_state(layer=[0, 2]), n - 2)):
+            calls.clear()
+            edited = run(model, ids, Scale(inside, 1.5), record=inside, backend="compiled", keep_state=True)
+            near(edited.logits, run(model, ids, Scale(inside, 1.5), backend="reference").logits, 1e-11)
+            assert len(calls) == layers
+        calls.clear()
+        run(tiny(dtype=torch.bfloat16), ids, backend="compiled")
+        assert not calls  # no loop of that type
+
+
+@pytest.mark.parametrize("l", [1, 7, 63])
+@torch.no_grad()
+def test_the_model_agrees_padded_and_carried(l: int) -> None:
+    model, found = tiny(), []
+    ids = torch.randint(0, 29, (2, l), generator=torch.Generator().manual_seed(l))
+    for backend in ("compiled", "reference"):
+        ops = resolve(backend)
+        before = model(ids.flip(1), keep_state=True, ops=ops).state
+        out = model(ids, state=before, lengths=[l, max(1, l - 2)], keep_state=True, ops=ops)
+        found.append([out.logits, *out.state.ssm_state, *out.state.conv_state])
+    for x, y in zip(*found, strict=True):
+        near(x, y, 1e-11)
+
+
+def test_a_loop_is_compiled_once_for_each_type() -> None:
+    """Other strides do not make LLVM begin again; runs after the others in this file."""
+    for kernel in (mixer_kernels.conv, mixer_kernels.recurrence, mixer_kernels.carry, kernels.scan):
+        assert len(kernel.signatures) <= 2
+
+
+# -- carry ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [carry, compiled_carry], ids=["plain", "compiled"])
+@pytest.mark.parametrize(("e", "n"), [(5, 3), (300, 16), (40, 130)])
+def test_a_change_is_carried_on_as_the_scan_would(way: Any, e: int, n: int) -> None:
+    """The readable scan of nothing, from the change; rows and changes begin where they like, some beyond the end."""
+    k, b, l, count = 4, 3, 11, 8
+    delta, A = draw(k, b, e, n), -draw(e, n, seed=1).exp()
+    dt, gate, C = draw(b, l, e, seed=2).abs(), draw(b, l, e, seed=3), draw(b, l, n, seed=4)
+    first = torch.tensor([[0, 2, 1], [3, 3, 3], [7, 10, 5], [11, 4, 9]])
+    found = way(delta, first, count, dt, A, C, gate)
+    assert found.shape == (k, b, count, e) and found.isfinite().all()
+    beyond = first[..., None] + torch.arange(count) >= l
+    assert way is carry or not found[beyond].any()
+    for j in range(k):
+        for r in range(b):
+            s, row = slice(int(first[j, r]), min(l, int(first[j, r]) + count)), slice(r, r + 1)
+            if s.start < l:
+                zero = torch.zeros_like(dt[row, s])
+                y, _ = selective_scan(zero, dt[row, s], A, torch.zeros_like(C[row, s]), C[row, s], delta[j, row])
+                near(found[j, row, : s.stop - s.start], y * gate[row, s])
+    assert found[:, :, 0].norm() > 0.1
+
+
+def test_the_two_agree_in_float32_also_from_weights_of_16_bits() -> None:
+    k, b, l, e, n = 3, 2, 20, 9, 4
+    delta, A, dt = draw(k, b, e, n).float(), -draw(e, n).exp().float(), draw(b, l, e, seed=2).abs().float()
+    C, gate, first = draw(b, l, n, seed=4).bfloat16(), draw(b, l, e, seed=3).float(), torch.tensor([[0, 5]] * k)
+    one, two = (way(delta, first, 15, dt, A, C, gate) for way in (carry, compiled_carry))
+    near(one, two, 1e-6)
