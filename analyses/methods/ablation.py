@@ -30,7 +30,7 @@ def figure(folder: Path) -> list[Path]:
     """Draw what each band of each layer's state is worth to the answer's logit."""
     import matplotlib.pyplot as plt
 
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     batch = draw(STEPS, ROWS, seed=[7, 3])
     ids, answer = batch.ids[:, :-1], batch.answer_ids
     others = MASKED.value_ids

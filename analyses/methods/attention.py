@@ -26,7 +26,7 @@ def figure(folder: Path) -> list[Path]:
     """Draw the maps of the scan and of the block into `attention.png` and `attention.pdf`."""
     import matplotlib.pyplot as plt
 
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     ids = pairs(STEPS, PROMPTS, [11, 0]).base_ids
     with plt.rc_context({"font.size": 7, "axes.titlesize": 8, "pdf.fonttype": 42}):
         fig, axes = plt.subplots(2, 1, figsize=(3.4, 5.3), sharex=True, constrained_layout=True)

@@ -31,7 +31,7 @@ def figure(folder: Path) -> list[Path]:
     """Draw the exact sweep, the two estimates, and each cell of four sites against its exact effect."""
     import matplotlib.pyplot as plt
 
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     found = pairs(num_steps=4, n=24, which_step=1, seed=0)
 
     def metric(logits: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def _planted(folder: Path) -> list[Path]:
 def _curve(folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     found = pairs(num_steps=4, n=ROWS, which_step=1, seed=0)
     prompts = (model, found.base_ids, found.donor_ids)
 

@@ -20,7 +20,7 @@ from ._save import save
 
 def figure(folder: Path) -> list[Path]:
     """Draw what each part adds to the right answer's logit against another value's."""
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     drawn = pairs(5, 300, [7, 2], which_step=1)
     found = direct_logit(model, drawn.base_ids, drawn.base_answer, drawn.donor_answer)
     return save(parts_bars(found).figure, folder, "direct_logit")

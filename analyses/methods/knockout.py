@@ -30,7 +30,7 @@ def figure(folder: Path) -> list[Path]:
     """Draw a map for each route into `knockout.png` and `knockout.pdf`."""
     import matplotlib.pyplot as plt
 
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     drawn = pairs(STEPS, PROMPTS, [12, 0])
 
     def metric(logits: Tensor) -> Tensor:

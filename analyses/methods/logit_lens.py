@@ -23,7 +23,7 @@ STEPS, ROWS = 5, 300
 
 def figure(folder: Path) -> list[Path]:
     """Draw where the hidden value can be read with the head."""
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     batch = draw(STEPS, ROWS, seed=[7, 0])
     first = STEPS + 2  # the value 0 stands here; the reasoning follows
     scores = logit_lens(

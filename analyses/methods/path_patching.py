@@ -24,7 +24,7 @@ def figure(folder: Path) -> list[Path]:
     """Exact effects against the two approximations, for every EACH-th edge by rank of either."""
     import matplotlib.pyplot as plt
 
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     found = pairs(num_steps=4, n=ROWS, which_step=1, seed=0)
     prompts = (model, found.base_ids, found.donor_ids)
 

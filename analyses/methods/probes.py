@@ -37,7 +37,7 @@ def figure(folder: Path) -> list[Path]:
     """Accuracy by position and layer, one panel a site: probes.png and .pdf."""
     import matplotlib.pyplot as plt
 
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     rows = draw(STEPS, ROWS, SEED)
     labels = rows.ids.new_full(rows.ids.shape, -1)
     labels[:, STEPS + 3 :] = rows.values.repeat_interleave(2, 1)  # at the echo of each operation, and after it

@@ -24,7 +24,7 @@ STEPS, ROWS, WHICH = 5, 300, 1
 
 def figure(folder: Path) -> list[Path]:
     """Draw what each position and state dimension adds to the logit difference."""
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     drawn = pairs(STEPS, ROWS, [7, 1], which_step=WHICH)
     lens = state_lens(model, drawn.base_ids, drawn.base_answer, drawn.donor_answer, by=("pos", "n"))
     layer = int(lens.direct.read.mean(1).abs().argmax())

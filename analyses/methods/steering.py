@@ -25,7 +25,7 @@ TO, FROM, LAYER = 1, 3, 2
 
 def figure(folder: Path) -> list[Path]:
     """Draw the logit difference of two answers against strength."""
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     batch = draw(5, 600, seed=[7, 5])
     ids, last = batch.ids[:, :-1], batch.values[:, -1]
     found, tried = torch.arange(600) < 300, torch.arange(600) >= 300

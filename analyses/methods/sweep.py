@@ -31,7 +31,7 @@ def figure(folder: Path) -> list[Path]:
     """Draw the sweep by layer and word, and by band, into `sweep.png` and `sweep.pdf`."""
     import matplotlib.pyplot as plt
 
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     drawn = pairs(STEPS, PAIRS, [12, 1], which_step=1)
 
     def metric(logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def figure(folder: Path) -> list[Path]:
     """Draw half-lives and receptive fields of all layers."""
     import matplotlib.pyplot as plt
 
-    model, _ = load_organism("masked")
+    model, _ = load_organism("shallow")
     ids = draw(5, 200, seed=[7, 4]).ids[:, :-1]
     made, (above, below) = plt.subplots(2, 1, figsize=(3.4, 4.4), constrained_layout=True)
     half_life_curves(half_lives(model, mean_dt(model, ids)), ax=above, length=ids.shape[1])
