@@ -30,8 +30,8 @@ RECORDED = f"""
 model = Mamba(MambaConfig(d_model={D_MODEL}, n_layer=2, vocab_size=50, d_state={N}))
 ids = torch.randint(0, 50, (1, {LENGTH}))
 with torch.no_grad():
-    for _ in range(3):  # warm: the process has what a plain run needs, and its heap has stopped creeping
-        run(model, ids, backend=sys.argv[1])
+    for _ in range(3):  # warm: the process has what a run line by line needs, and its heap has stopped creeping
+        run(model, ids, record=[at.dt(layer=slice(None), pos=0)], backend=sys.argv[1])
     before = peak()
     for place in (at.ssm_state(layer=1, pos=1000), at.ssm_state(layer=1), at.ssm_state(layer=slice(None))):
         out = run(model, ids, record=[place], backend=sys.argv[1])
@@ -83,6 +83,7 @@ def test_a_recording_costs_what_it_holds(backend):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("backend", HERE[1:])
 def test_a_forward_holds_few_tensors_at_once(backend):
-    """Of (b, l, e): x and z, u, dt or what is made of y, y, and of `torch` the blocks of its scan."""
+    """Of (b, l, e): x and z, u, dt or what is made of y, y, and the scan's blocks; `compiled` goes piece by piece."""
     (most,) = growth(PLAIN, backend)
-    assert 4 * CHANNELS < most < 8 * CHANNELS
+    least, bound = {"torch": (4, 8), "compiled": (1, 4)}[backend]
+    assert least * CHANNELS < most < bound * CHANNELS
