@@ -53,11 +53,14 @@ def test_users_never_get_these_kernels() -> None:
 
 @pytest.mark.parametrize("l", [1, 2, 3, 5, 17, 33])
 def test_every_length(l: int) -> None:
+    """The error is held against the readable model's own in float32: how much of it a prompt makes is the prompt's."""
     ids = draw_ids(2, l)
     want = run(EXACT, ids, backend="reference", keep_state=True)
+    plain = error(run(SINGLE, ids, backend="reference").logits, want.logits)
     for keep in (True, False):
         got = run(SINGLE, ids, backend="fused", keep_state=keep)
-        assert got.backend == "fused[reference kernels]" and error(got.logits, want.logits) < 3e-6
+        assert got.backend == "fused[reference kernels]"
+        assert error(got.logits, want.logits) <= 4 * plain + 5e-7, plain
     assert got.state is None
 
 

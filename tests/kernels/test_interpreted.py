@@ -130,14 +130,15 @@ def test_their_model_is_ours(name: str) -> None:
     exact = Mamba(ours.config).double()
     exact.load_state_dict(ours.state_dict())
     want = run(exact, ids, backend="reference").logits
+    bound = 4 * error(run(ours, ids, backend="reference").logits, want) + 5e-7
     with torch.no_grad():
-        assert error(model(ids).logits, want) < 3e-6
+        assert error(model(ids).logits, want) <= bound
     live = Mamba.from_module(model)
     assert live.config == ours.config
     for (key, a), b in zip(live.state_dict().items(), ours.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
     assert live.backbone.embedding.weight.data_ptr() != model.backbone.embedding.weight.data_ptr()
-    assert error(run(live, ids, backend="torch").logits, want) < 3e-6
+    assert error(run(live, ids, backend="torch").logits, want) <= bound
 
 
 def test_their_gradients_are_ours() -> None:
