@@ -240,14 +240,14 @@ def figures(
 def demo(
     model: Annotated[Path | None, typer.Option(help="Folder of an organism. [default: the one that ships]")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the figures and results.json.")] = Path("runs/demo"),
-    n: Annotated[int, typer.Option("--pairs", min=2, help="Pairs of prompts.")] = 200,
+    n: Annotated[int, typer.Option("--pairs", min=2, help="Pairs of prompts.")] = 100,
     num_steps: Annotated[int, typer.Option(help="Operations of a prompt.")] = 6,
     differ: Annotated[int, typer.Option(min=1, help="The operation in which a pair differs, from 1.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the pairs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="20 pairs of 3 operations.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; for a model this small more gain little.")] = 1,
 ) -> None:
-    """Patch the SSM state over all layers and positions, draw it, and say in three sentences what it shows."""
+    """Patch both memories over all layers and positions, draw it, and say in three sentences what it shows."""
     with _plain_errors():
         from .experiments.demo import sweep, write
 

@@ -26,7 +26,7 @@ def test_the_whole_memory_is_a_full_hand_over_once_the_words_agree(found):
 def test_before_the_pair_differs_nothing_moves(found):
     differs = int(found.pairs.positions[0, 0])
     # the same numbers in other sums: nothing but float32's rounding, 1e-7 of logits of order ten
-    assert found.grid.effect()[:, :differs].abs().max() < 5e-5
+    assert found.state.effect()[:, :differs].abs().max() < 5e-5
     assert found.words[differs] == found.words[found.echo] == "op2*"
 
 
@@ -38,7 +38,7 @@ def test_the_command_writes_figures_and_says_what_they_show(tmp_path):
     assert all(sentence in result.output for sentence in written["sentences"])
     assert len(written["sentences"]) == 3
     assert written["provenance"]["command"].endswith("--pairs 20 --num-steps 3 --differ 2 --seed 0")
-    for name in ("state_patching", "state_patching_by_word"):
+    for name in ("memories_patched", "memories_by_word"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 

@@ -15,7 +15,16 @@ from analyses.hidden_reasoning.organism import FILES, MODELS, load_folder, load_
 from kernels_bridge import resolve
 from minimal_mamba import Mamba
 
-SHIPS = {"masked": (MASKED, 12), "doublethink": (DOUBLETHINK, 10), "transformer": (MASKED, 12)}
+SHIPS = {
+    "masked": (MASKED, 12),
+    "doublethink": (DOUBLETHINK, 10),
+    "transformer": (MASKED, 12),
+    "state_only": (MASKED, 7),
+    "shallow": (MASKED, 7),
+}
+# a transformer has no state; `shallow` is for the gallery of methods
+KINDS = {"masked": ["evaluate", "patch", "probe"], "doublethink": ["evaluate", "patch", "probe"],
+         "transformer": ["evaluate"], "state_only": ["evaluate", "patch", "probe"]}  # fmt: skip
 RESULTS = MODELS.parent / "results"
 
 
@@ -34,12 +43,18 @@ def test_it_is_whole_and_small(name):
     assert json.loads((MODELS / name / "recipe.json").read_text())["command"].startswith("python -m analyses")
 
 
-@pytest.mark.parametrize("name", ["masked", "doublethink"])
-@pytest.mark.parametrize("num_steps", [1, 4, 7, 10, 12])
+def test_every_model_that_ships_is_tested():
+    assert {p.name for p in MODELS.iterdir()} == {*SHIPS}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps"),
+    [("masked", 1), ("masked", 4), ("masked", 9), ("masked", 12), ("doublethink", 1), ("doublethink", 10),
+     ("shallow", 7), ("state_only", 6)],
+)  # fmt: skip
 def test_final_answers_on_held_out_prompts(name, num_steps):
-    task, longest = SHIPS[name]
-    if num_steps <= longest:
-        assert score(load_organism(name)[0], num_steps, 400, seed=7, task=task).share >= 0.95
+    task, _ = SHIPS[name]
+    assert score(load_organism(name)[0], num_steps, 400, seed=7, task=task).share >= 0.95
 
 
 @pytest.mark.parametrize("name", ["masked", "doublethink"])
@@ -52,11 +67,8 @@ def test_the_evaluation_that_ships_is_good_at_every_length(name):
         assert one.seen == (n < 4)
 
 
-@pytest.mark.parametrize("kind", ["evaluate", "patch", "probe"])
-@pytest.mark.parametrize("name", SHIPS)
-def test_the_results_that_ship_are_of_the_models_that_ship(kind, name):
-    if name == "transformer" and kind != "evaluate":
-        return  # it has no state
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in KINDS for kind in KINDS[name]])
+def test_the_results_that_ship_are_of_the_models_that_ship(name, kind):
     made = read(RESULTS / f"{kind}-{name}.json", kind)
     assert made["key"]["model"] == fingerprint(load_folder(MODELS / name)[0])
     assert made["provenance"]["command"].startswith(f"python -m analyses.hidden_reasoning {kind} --model {name}")
@@ -72,7 +84,7 @@ def test_it_answers_both_rows_of_a_pair():
 
 
 def test_unknown_names_and_folders_say_what_there_is(tmp_path):
-    with pytest.raises(OrganismError, match="There are: doublethink, masked, transformer"):
+    with pytest.raises(OrganismError, match="There are: doublethink, masked, shallow, state_only, transformer"):
         load_organism("maskd")
     with pytest.raises(OrganismError, match="it lacks config"):
         load_folder(tmp_path)

@@ -120,6 +120,7 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
         "losses, _ = curve(sys.argv[1], max_steps=4, per_device_train_batch_size=4)\n"
         "if os.environ['RANK'] == '0':\n"
         "    open(sys.argv[2], 'w').write(json.dumps(losses))\n"
+        "torch.distributed.destroy_process_group()\n"  # what is left of gloo aborts some exits
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     done = subprocess.run(

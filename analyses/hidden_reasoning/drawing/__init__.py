@@ -12,7 +12,7 @@ MODELS = ("evaluate-masked", "evaluate-transformer")
 BOUNDS = "shortcuts-masked-arithmetic"
 # name -> the results that it needs, and what draws it
 FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
-    "accuracy": ((*MODELS, "evaluate-doublethink", BOUNDS), trainings.accuracy),
+    "accuracy": ((*MODELS, "evaluate-state_only", "evaluate-doublethink", BOUNDS), trainings.accuracy),
     "losses": (("curves-all",), trainings.losses),
     "depth": (("curves-all",), trainings.depth),
     "patching": (("patch-masked",), maps.patching),
@@ -20,6 +20,7 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
     "sets": (("patch-masked",), maps.sets),
     "needed": (("patch-masked",), maps.needed),
     "handover": (("patch-masked",), maps.handover),
+    "state_only": (("patch-state_only",), maps.state_only),
     "probes": (("probe-masked",), probes.probes),
     "erased": (("probe-masked", "probe-doublethink"), probes.erased),
     "doublethink": (("patch-doublethink",), probes.doublethink),
@@ -43,8 +44,14 @@ def draw_all(results: Path, out: Path) -> list[Path]:
         paths = {need: results / f"{need}.json" for need in needs}
         if all(path.is_file() for path in paths.values()):
             found = {need.replace("-", "_"): read(path, need.split("-")[0])["parts"] for need, path in paths.items()}
-            with figure_file(out / name) as new:
-                draw(new, **found)
+            try:
+                with figure_file(out / name) as new:
+                    draw(new, **found)
+            except KeyError as error:
+                raise ResultsError(
+                    f"{name}: {' or '.join(map(str, paths.values()))} has no part {error} yet; the command that its "
+                    "provenance names goes on with it."
+                ) from None
             made.append(out / f"{name}.png")
     if not made:
         raise ResultsError(

@@ -6,12 +6,18 @@ from typing import Any
 import numpy as np
 
 from ..experiments.results import Read
-from .style import BLUE, GREEN, NAMES, ORANGE, PAGE, RED
+from .style import BLUE, GREEN, NAMES, ORANGE, PAGE, RED, legend_below
+
+QUIET = ("[_]", "[v]")  # words between the operations, whose columns stand without a label
 
 
 def share_map(ax: Any, part: Read, words: Sequence[str], title: str, what: str = "share", limit: float = 1.0) -> Any:
-    """Layers upward, words to the right; the row of all layers, if there is one, at the top."""
-    values = np.array(part[what])
+    """Layers upward, words to the right; the row of all layers, if there is one, at the top.
+
+    Args:
+        what: share, of the way from base to donor; or flip or wrong, shares of answers.
+    """
+    values = 1 - np.array(part["right"]) if what == "wrong" else np.array(part[what])
     names = ["all" if isinstance(row, list) else str(row) for row in part["layers"]]
     kind = (
         {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
@@ -24,7 +30,8 @@ def share_map(ax: Any, part: Read, words: Sequence[str], title: str, what: str =
     step = 1 if len(names) <= 8 else 2
     ticks = [i for i, name in enumerate(names) if name == "all" or i % step == 0]
     ax.set_yticks(ticks, [names[i] for i in ticks])
-    ax.set_xticks(range(len(part["positions"])), [words[p] for p in part["positions"]], rotation=90, fontsize=5.5)
+    shown = [(i, words[p]) for i, p in enumerate(part["positions"]) if words[p] not in QUIET]
+    ax.set_xticks([i for i, _ in shown], [word for _, word in shown], rotation=90, fontsize=5.5)
     ax.set_title(title)
     ax.tick_params(length=2)
     for side in ("top", "right"):
@@ -35,14 +42,27 @@ def share_map(ax: Any, part: Read, words: Sequence[str], title: str, what: str =
 def patching(new: Any, patch_masked: Read) -> None:
     """Four sites over layers and words."""
     words = patch_masked["value: pairs"]["words"]
-    axes = new(2, 2, figsize=(PAGE, 4.2), sharex=True, sharey="row")
+    axes = new(2, 2, figsize=(PAGE, 4.2), sharex=True)
     for ax, site in zip(axes.flat, NAMES, strict=True):
         image = share_map(ax, patch_masked[f"value: {site}"], words, NAMES[site])
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
     for ax in axes[1]:
         ax.set_xlabel("word after which the donor's value is put in")
-    axes[0, 0].figure.colorbar(image, ax=axes, label="answer moved (0 base, 1 donor)", shrink=0.6, extend="both")
+    axes[0, 0].figure.colorbar(image, ax=axes, label="answer moved (0 base, 1 donor)", shrink=0.6)
+
+
+def state_only(new: Any, patch_state_only: Read) -> None:
+    """A model without a conv's memory: what its SSM state moves, and what breaks without it."""
+    words = patch_state_only["value: pairs"]["words"]
+    moved, breaks = new(1, 2, figsize=(PAGE, 2.3), sharey=True)
+    image = share_map(moved, patch_state_only["value: ssm_state"], words, "SSM state of the donor put in")
+    moved.figure.colorbar(image, ax=moved, label="answer moved (0 base, 1 donor)")
+    image = share_map(breaks, patch_state_only["needed: ssm_state"], words, "SSM state set to its mean", "wrong")
+    moved.figure.colorbar(image, ax=breaks, label="wrong answers")
+    moved.set_ylabel("layer")
+    for ax in (moved, breaks):
+        ax.set_xlabel("word after which it is put in")
 
 
 def control(new: Any, patch_masked: Read) -> None:
@@ -75,19 +95,19 @@ def account_curves(ax: Any, found: Read, site: str, title: str) -> None:
         error = [[s - r[name]["interval"][0] for s, r in zip(share, rows, strict=True)],
                  [r[name]["interval"][1] - s for s, r in zip(share, rows, strict=True)]]  # fmt: skip
         ax.errorbar(x, share, yerr=np.abs(error), color=colour, marker=mark, ms=2.8, elinewidth=0.7, label=SAID[name])
-    ax.set(title=title, xlabel="operations before the hand-over", ylim=(-0.03, 1.05), xticks=x)
+    ax.set(title=title, xlabel="operations before it", ylim=(-0.03, 1.05), xticks=x)
 
 
 def handover(new: Any, patch_masked: Read) -> None:
     """What the answers follow when the memory of another prompt is handed over, at the same step and at another."""
-    axes = new(1, 4, figsize=(PAGE, 1.9), width_ratios=[1, 1, 1, 1.25])
+    axes = new(1, 4, figsize=(PAGE, 2.1), width_ratios=[1, 1, 1, 1.25])
     found = patch_masked["handover"]
-    titles = ("all of the memory", "SSM states of all layers", "conv states of all layers")
+    titles = ("whole memory put in", "SSM state put in", "conv state put in")
     for ax, site, title in zip(axes, ("recurrent_state", "ssm_state", "conv_state"), titles, strict=False):
         account_curves(ax, found, site, title)
         ax.sharey(axes[0])
     axes[0].set_ylabel("answers as foretold")
-    axes[0].legend(loc="center left")
+    legend_below(axes[0], 4)
     shifted_map(axes[3], found["shifted"])
 
 
@@ -98,20 +118,20 @@ def shifted_map(ax: Any, rows: Sequence[Read]) -> None:
     for r in rows:
         share[r["from"] - 1, r["to"] - 1] = r["right"] / r["of"]
     image = ax.imshow(share, origin="lower", cmap="Greys", vmin=0, vmax=1)
-    ax.set(title="from step to step", xlabel="base's step", ylabel="donor's step")
+    ax.set(title="from another step", xlabel="base's step", ylabel="donor's step")
     ax.set_xticks(range(n), range(1, n + 1))
     ax.set_yticks(range(n), range(1, n + 1))
     ax.figure.colorbar(image, ax=ax, label="donor's value taken up", shrink=0.9)
 
 
 def needed(new: Any, patch_masked: Read) -> None:
-    """Right answers when a place has its mean."""
+    """Wrong answers when a place has its mean."""
     words = patch_masked["value: pairs"]["words"]
-    axes = new(1, 3, figsize=(PAGE, 2.3), sharey=True)
+    axes = new(1, 3, figsize=(PAGE, 2.1), sharey=True)
     for ax, site in zip(axes, ("ssm_state", "conv_state", "recurrent_state"), strict=True):
-        image = share_map(ax, patch_masked[f"needed: {site}"], words, f"{NAMES[site]} set to its mean", "right")
+        image = share_map(ax, patch_masked[f"needed: {site}"], words, f"{NAMES[site]} set to its mean", "wrong")
     axes[0].set_ylabel("layer")
-    axes[0].figure.colorbar(image, ax=axes, label="right answers", shrink=0.8)
+    axes[0].figure.colorbar(image, ax=axes, label="wrong answers", shrink=0.8)
 
 
 def sets(new: Any, patch_masked: Read) -> None:
@@ -124,15 +144,10 @@ def sets(new: Any, patch_masked: Read) -> None:
         most = max(len(r) for r in rows)
         for column, colour in zip((1, len(part["positions"]) // 2, -1), (BLUE, ORANGE, GREEN), strict=True):
             y = [max(share[i, column] for i, r in enumerate(rows) if len(r) == n) for n in range(1, most + 1)]
-            ax.plot(
-                range(1, most + 1),
-                y,
-                color=colour,
-                marker="o",
-                ms=2.5,
-                label=f"after {words[part['positions'][column]]}",
-            )
+            said = [words[p] for p in part["positions"][: 1 + column % len(part["positions"])]]
+            after = next(word for word in reversed(said) if word not in QUIET)
+            ax.plot(range(1, most + 1), y, color=colour, marker="o", ms=2.5, label=f"after {after.strip('*')}")
         ax.set(xlabel="neighbouring layers patched together", ylim=(-0.05, 1.05), xticks=range(1, most + 1),
                title=NAMES[site])  # fmt: skip
     axes[0].set_ylabel("answer moved,\nbest such set")
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="center right")

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..experiments.results import Read
 from .maps import share_map
-from .style import BLUE, GREEN, NAMES, ORANGE, PAGE, PINK, RED, SKY
+from .style import BLUE, GREEN, NAMES, ORANGE, PAGE, PINK, RED, SKY, legend_below
 
 LABELS = {"value": ("running value", BLUE, "o"), "partial": ("partial sum", ORANGE, "^"),
           "answer": ("final answer", RED, "s"), "product": ("product so far", GREEN, "v"),
@@ -20,7 +20,7 @@ def layers_of(parts: Read, site: str) -> list[int]:
 
 def probes(new: Any, probe_masked: Read) -> None:
     """Held-out accuracy of the running value by layer and step; and of each label at its best layer, with controls."""
-    axes = new(2, 2, figsize=(PAGE, 4.0), width_ratios=[1, 1.15])
+    axes = new(2, 2, figsize=(PAGE, 4.3), width_ratios=[1, 1.15])
     steps = probe_masked["steps"]
     for row, site in zip(axes, ("resid_post", "ssm_state"), strict=True):
         layers = layers_of(probe_masked, site)
@@ -34,7 +34,7 @@ def probes(new: Any, probe_masked: Read) -> None:
         best_curves(row[1], probe_masked, site, layers, value)
     for ax in axes[1]:
         ax.set_xlabel("operation whose word is read at")
-    axes[0, 1].legend(ncols=2, fontsize=5.5, loc="upper left", bbox_to_anchor=(0, 0.93))
+    legend_below(axes[0, 1], 4)
 
 
 def best_curves(ax: Any, parts: Read, site: str, layers: list[int], value: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ def best_curves(ax: Any, parts: Read, site: str, layers: list[int], value: dict[
 
 def erased(new: Any, probe_masked: Read, probe_doublethink: Read) -> None:
     """Right values when the space that a probe reads is projected out of the residual stream after one layer."""
-    axes = new(1, 3, figsize=(PAGE, 2.0), sharey=True)
+    axes = new(1, 3, figsize=(PAGE, 2.2), sharey=True)
     panels = ((probe_masked, "value", "masked: running value erased"),
               (probe_doublethink, "value", "doublethink: hidden value erased"),
               (probe_doublethink, "overt", "doublethink: overt value erased"))  # fmt: skip
@@ -76,7 +76,7 @@ def erased(new: Any, probe_masked: Read, probe_doublethink: Read) -> None:
         ax.axhline(0.2, color="black", lw=0.5)
         ax.set(title=title, xlabel="layer after which it is erased", ylim=(0, 1.05))
     axes[0].set_ylabel("right")
-    axes[1].legend(loc="lower left")
+    legend_below(axes[1], 4)
 
 
 def doublethink(new: Any, patch_doublethink: Read) -> None:
@@ -95,7 +95,7 @@ def doublethink(new: Any, patch_doublethink: Read) -> None:
             image = share_map(ax, found, words, f"{NAMES[site]}: {what}")
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
-    axes[0, 0].figure.colorbar(image, ax=axes, label="moved (0 base, 1 donor)", shrink=0.6, extend="both")
+    axes[0, 0].figure.colorbar(image, ax=axes, label="moved (0 base, 1 donor)", shrink=0.6)
 
 
 def channels(new: Any, patch_doublethink: Read) -> None:
@@ -106,6 +106,6 @@ def channels(new: Any, patch_doublethink: Read) -> None:
         hidden, overt = np.abs(part["hidden"]), np.abs(part["overt"])
         layer = np.repeat(np.arange(len(hidden)), hidden.shape[1])
         points = ax.scatter(overt.flatten(), hidden.flatten(), c=layer, s=8, cmap="viridis", linewidths=0)
-        ax.set(xlabel="overt value: |share| of the next overt value", ylabel="hidden value: |share| of the answer",
-               title=f"{NAMES[site]}, r = {part['correlation']:.2f}")  # fmt: skip
+        ax.set(xscale="log", yscale="log", title=f"{NAMES[site]}, r = {part['correlation']:.2f}")
+        ax.set(xlabel="overt value: |share| of the next overt value", ylabel="hidden value: |share| of the answer")
         ax.figure.colorbar(points, ax=ax, label="layer")

@@ -18,6 +18,12 @@ NAMES = {
 }
 
 
+def legend_below(ax: Any, ncols: int) -> None:
+    """The legend of one of a figure's axes, below them all."""
+    handles, labels = ax.get_legend_handles_labels()
+    ax.figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
+
+
 @contextmanager
 def figure_file(path: Path) -> Iterator[Callable[..., Any]]:
     """Gives `subplots` in the study's style, and saves what was made with it."""

@@ -17,7 +17,7 @@ def summary(new: Any, evaluate_masked: Read, evaluate_transformer: Read, shortcu
     score_curve(can, evaluate_transformer, "transformer of the same size", RED, "s")
     bound_curves(can, shortcuts_masked_arithmetic["bounds"])
     accuracy_axes(can, "a  answers without a written step", 12)
-    can.legend(loc="center left", bbox_to_anchor=(0.0, 0.5))
+    can.legend(loc="upper right", bbox_to_anchor=(1.0, 0.9))
     depth_curve(takes, curves_all)
     takes.set_title("b  solved after 1,500 steps of training")
     words = patch_masked["value: pairs"]["words"]

@@ -7,7 +7,7 @@ import numpy as np
 from ..experiments.accuracy import Score
 from ..experiments.curves import DEPTHS, SOLVED
 from ..experiments.results import Read
-from .style import BLUE, CHANCE, COLUMN, GREEN, ORANGE, PAGE, RED, SKY
+from .style import BLUE, CHANCE, COLUMN, GREEN, ORANGE, PAGE, RED, SKY, legend_below
 
 
 def scores(parts: Read, what: str = "concealed") -> dict[int, Score]:
@@ -46,18 +46,19 @@ def accuracy_axes(ax: Any, title: str, trained: int, longest: int = 16) -> None:
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
 
 
-def accuracy(new: Any, evaluate_masked: Read, evaluate_transformer: Read, evaluate_doublethink: Read,
-             shortcuts_masked_arithmetic: Read) -> None:  # fmt: skip
+def accuracy(new: Any, evaluate_masked: Read, evaluate_transformer: Read, evaluate_state_only: Read,
+             evaluate_doublethink: Read, shortcuts_masked_arithmetic: Read) -> None:  # fmt: skip
     """Accuracy by length of the models that ship, beside shortcuts."""
-    one, other = new(1, 2, figsize=(PAGE, 2.3), sharey=True)
+    one, other = new(1, 2, figsize=(PAGE, 2.7), sharey=True)
     score_curve(one, evaluate_masked, "Mamba", BLUE, "o")
     score_curve(one, evaluate_masked, "Mamba, values written", SKY, "^", "shown", "--")
+    score_curve(one, evaluate_state_only, "Mamba without a conv, to length 7", GREEN, "v")
     score_curve(one, evaluate_transformer, "transformer of the same size", RED, "s")
     score_curve(other, evaluate_doublethink, "Mamba", BLUE, "o")
     for ax, title, trained in ((one, "masked, values not written", 12), (other, "doublethink", 10)):
         bound_curves(ax, shortcuts_masked_arithmetic["bounds"])
         accuracy_axes(ax, title, trained)
-    one.legend(loc="center left", bbox_to_anchor=(0.0, 0.55))
+    legend_below(one, 4)
     other.set_ylabel("")
 
 
