@@ -5,8 +5,8 @@ checkpoints, several processes or GPUs.
     trainer.train(resume_from_checkpoint=...)
 
 started as `python script.py`, or on several devices as `torchrun --nproc-per-node 2 script.py` or `accelerate launch`.
-A script of several processes ends with `torch.distributed.destroy_process_group()`: a thread of gloo's that is left when
-the interpreter ends aborts it now and then.
+A script of several processes ends with `torch.distributed.destroy_process_group()`: a thread of gloo's that is left
+when Python ends aborts it now and then.
 """
 
 from collections.abc import Sequence

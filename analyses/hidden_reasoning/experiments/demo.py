@@ -146,15 +146,14 @@ def write(folder: Path, model: Mamba, found: Memories, command: str, seed: int) 
 
 
 def draw(folder: Path, found: Memories) -> None:
-    """The two figures, as PNG and PDF: heat maps of both memories, and the shares by position with their uncertainty."""
+    """The two figures, as PNG and PDF: heat maps of both memories, and the shares by word with their uncertainty."""
     import matplotlib
 
     matplotlib.use("Agg")
 
     layers = len(found.state.layers) - 1
     with figure_file(folder / "memories_patched") as new:
-        rows = [layers, layers, 3]
-        axes = new(3, 1, figsize=(COLUMN, 1.9 + 0.17 * layers), height_ratios=rows, sharex=True)
+        axes = new(3, 1, figsize=(COLUMN, 1.9 + 0.17 * layers), height_ratios=[layers, layers, 3], sharex=True)
         for ax, grid, name in ((axes[0], found.state, "SSM state"), (axes[1], found.conv, "conv state")):
             alone = replace(grid, values=grid.values[:layers], layers=grid.layers[:layers])
             heatmap(alone, ax=ax, tokens=found.words, title=f"{name} of one layer put in", limit=1.0)
@@ -176,8 +175,8 @@ def draw(folder: Path, found: Memories) -> None:
             ax.fill_between(x, share - 2 * error, share + 2 * error, color=colour, alpha=0.2, lw=0)
             ax.plot(x, share, color=colour, marker=mark, ms=2.5, ls=line, label=label)
 
-        rows = ((found.state, "SSM state", (SKY, BLUE)), (found.conv, "conv state", (ORANGE, RED)))
-        for grid, name, colours in rows:
+        memories = ((found.state, "SSM state", (SKY, BLUE)), (found.conv, "conv state", (ORANGE, RED)))
+        for grid, name, colours in memories:
             share, error = grid.recovered(), grid.recovered_error()
             best = share[:layers].argmax(0)
             curve(share[best, x], error[best, x], f"{name}, best single layer", colours[0], "o")
