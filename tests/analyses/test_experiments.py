@@ -184,6 +184,24 @@ def test_a_mean_put_in_is_the_mean_over_the_pairs(model):
     assert part["right"][0, 5] == right(out, found.base_answer).mean()
 
 
+def test_without_its_state_a_model_is_one_that_writes_none():
+    torch.manual_seed(3)
+    whole = Mamba(MambaConfig(16, 2, MASKED.tokenizer.vocab_size, d_state=4)).eval()
+    for block in whole.backbone.layers:
+        block.mixer.x_proj.weight.data *= 8
+    bare = Mamba(whole.config).eval()
+    bare.load_state_dict(whole.state_dict())
+    for block in bare.backbone.layers:
+        block.mixer.x_proj.weight.data[-8:] = 0  # B and C
+    found = accuracy.fresh(3, 200, 0)
+    ids = found.ids[:, : int(found.answer_at[0]) + 1]
+    hits = [int(right(run(m, ids, last_only=True), found.answer_ids).sum()) for m in (whole, bare)]
+    made = patching.without(whole, MASKED, 3, 200, seed=0)
+    assert [made[what]["right"] for what in ("nothing", "SSM state")] == hits
+    assert hits[0] != hits[1]
+    assert made["conv state"]["right"] not in hits
+
+
 def test_windows_are_all_runs_of_neighbours():
     assert patching.windows(3) == [(0,), (0, 1), (0, 1, 2), (1,), (1, 2), (2,)]
 

@@ -127,8 +127,8 @@ def shifted_map(ax: Any, rows: Sequence[Read]) -> None:
 def needed(new: Any, patch_masked: Read) -> None:
     """Wrong answers when a place has its mean."""
     words = patch_masked["value: pairs"]["words"]
-    axes = new(1, 3, figsize=(PAGE, 2.1), sharey=True)
-    for ax, site in zip(axes, ("ssm_state", "conv_state", "recurrent_state"), strict=True):
+    axes = new(1, 2, figsize=(PAGE, 2.1), sharey=True)
+    for ax, site in zip(axes, ("ssm_state", "conv_state"), strict=True):
         image = share_map(ax, patch_masked[f"needed: {site}"], words, f"{NAMES[site]} set to its mean", "wrong")
     axes[0].set_ylabel("layer")
     axes[0].figure.colorbar(image, ax=axes, label="wrong answers", shrink=0.8)
@@ -144,8 +144,7 @@ def sets(new: Any, patch_masked: Read) -> None:
         most = max(len(r) for r in rows)
         for column, colour in zip((1, len(part["positions"]) // 2, -1), (BLUE, ORANGE, GREEN), strict=True):
             y = [max(share[i, column] for i, r in enumerate(rows) if len(r) == n) for n in range(1, most + 1)]
-            said = [words[p] for p in part["positions"][: 1 + column % len(part["positions"])]]
-            after = next(word for word in reversed(said) if word not in QUIET)
+            after = next(w for w in reversed(words[: part["positions"][column] + 1]) if w not in QUIET)
             ax.plot(range(1, most + 1), y, color=colour, marker="o", ms=2.5, label=f"after {after.strip('*')}")
         ax.set(xlabel="neighbouring layers patched together", ylim=(-0.05, 1.05), xticks=range(1, most + 1),
                title=NAMES[site])  # fmt: skip

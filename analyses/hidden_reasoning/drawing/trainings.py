@@ -49,7 +49,7 @@ def accuracy_axes(ax: Any, title: str, trained: int, longest: int = 16) -> None:
 def accuracy(new: Any, evaluate_masked: Read, evaluate_transformer: Read, evaluate_state_only: Read,
              evaluate_doublethink: Read, shortcuts_masked_arithmetic: Read) -> None:  # fmt: skip
     """Accuracy by length of the models that ship, beside shortcuts."""
-    one, other = new(1, 2, figsize=(PAGE, 2.7), sharey=True)
+    one, other = new(1, 2, figsize=(PAGE, 2.8), sharey=True)
     score_curve(one, evaluate_masked, "Mamba", BLUE, "o")
     score_curve(one, evaluate_masked, "Mamba, values written", SKY, "^", "shown", "--")
     score_curve(one, evaluate_state_only, "Mamba without a conv, to length 7", GREEN, "v")
@@ -58,7 +58,7 @@ def accuracy(new: Any, evaluate_masked: Read, evaluate_transformer: Read, evalua
     for ax, title, trained in ((one, "masked, values not written", 12), (other, "doublethink", 10)):
         bound_curves(ax, shortcuts_masked_arithmetic["bounds"])
         accuracy_axes(ax, title, trained)
-    legend_below(one, 4)
+    legend_below(one, 3)
     other.set_ylabel("")
 
 

@@ -6,17 +6,19 @@ carries another operation and not another value: the answer should stay.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from interp import Grid, logit_diff, patch_grid, run
+from interp import Edit, Grid, Mean, Zero, at, logit_diff, patch_grid, run
 from interp import accuracy as right
 from minimal_mamba import Mamba
 
 from ..task import Pairs, Task, pairs
+from .accuracy import Score, fresh
 from .channels import channels
 from .handover import handover
 from .results import Results
@@ -104,6 +106,26 @@ def necessity(model: Mamba, found: Pairs, site: str, layers: Sequence[Layers], p
             "base": grid.base.mean().item()}  # fmt: skip
 
 
+@torch.no_grad()
+def without(model: Mamba, task: Task, num_steps: int, n: int, seed: int) -> dict[str, Any]:
+    """Right answers when one of the memories does nothing, in all layers and at all words at once.
+
+    Without the SSM state no token reads it (`state_read` is 0, and y_t is D u_t alone); without the conv state each has
+    the mean over the prompts in place of the words before.
+    """
+    found = fresh(num_steps, n, seed, task)
+    l = int(found.answer_at[0]) + 1  # all rows are as long
+    ids = found.ids[:, :l]
+    every = range(model.config.n_layer)
+    taken: dict[str, list[Edit]] = {
+        "nothing": [],
+        "SSM state": [Zero(at.state_read(layer=i)) for i in every],
+        "conv state": [Mean(at.conv_state(layer=i, pos=slice(0, l))) for i in every],
+    }
+    answers = {what: right(run(model, ids, edits, last_only=True), found.answer_ids) for what, edits in taken.items()}
+    return {what: asdict(Score(len(ids), int(hits.sum()), None, False)) for what, hits in answers.items()}
+
+
 def patch(
     results: Results, model: Mamba, task: Task, *, num_steps: int, differ: int, n: int, seed: int, hand_n: int,
     progress: bool = True,
@@ -134,6 +156,7 @@ def patch(
     for site in SITES:
         where = every if site == "resid_post" else rows
         results.part(f"needed: {site}", partial(necessity, model, value, site, where, progress))
+    results.part("without", partial(without, model, task, num_steps, hand_n, seed))
     if task.name == "doublethink":
         both = {kind: drawn(task, kind, num_steps, differ, n, seed) for kind in ("value", "overt")}
         channels(results, model, task, both, num_steps)
