@@ -2,13 +2,14 @@
 
 import contextlib
 import io
-import json
 import re
 from pathlib import Path
 
 import pytest
 
 from analyses.benchmarks import report
+from analyses.hidden_reasoning import findings
+from analyses.pages import placed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,7 +23,7 @@ def test_the_first_example_is_short_and_hands_over_the_value():
         exec(compile(BLOCKS[0], "README.md", "exec"), {})
     answer, shape = printed.getvalue().splitlines()[:2]
     assert answer == "4"
-    assert shape == "torch.Size([1, 192, 3])"
+    assert shape == "torch.Size([1, 160, 3])"
 
 
 @pytest.mark.parametrize("block", BLOCKS[1:])
@@ -37,15 +38,13 @@ def test_every_file_that_it_names_is_there():
 
 def test_the_tables_of_times_are_those_of_the_results():
     results = report.load()
-    assert report.placed(README, report.markdown(results)) == README
+    assert placed(README, "benchmarks", report.markdown(results)) == README
     for work, least in {"forward S, batch 8, length 256": 3, "training step S, batch 16, length 256": 3.5}.items():
         assert report.best(results[work])[1] >= least
 
 
 def test_the_studys_numbers_are_those_of_its_files():
-    study = ROOT / "analyses/hidden_reasoning"
-    page = (study / "README.md").read_text()
-    for length, share in json.loads((study / "models/masked/evaluation.json").read_text())["accuracy"].items():
-        assert f"| {length} | {share:.2%} |" in page
-    for sentence in json.loads((study / "figures/results.json").read_text())["sentences"]:
-        assert sentence in " ".join(page.split())
+    page = findings.PAGE.read_text()
+    assert findings.page(page) == page
+    for target in re.findall(r"\]\(([^)#]+)\)", page):
+        assert "://" in target or (findings.PAGE.parent / target).exists(), target

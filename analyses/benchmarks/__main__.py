@@ -145,13 +145,14 @@ def readme(
     out: Out = RESULTS, into: Annotated[Path | None, typer.Option(help="put them between its marks")] = None
 ) -> None:
     """The README's tables."""
+    from ..pages import placed
     from . import report
 
     made = report.markdown(report.load(out))
     if into is None:
         print(made)
     else:
-        into.write_text(report.placed(into.read_text(), made))
+        into.write_text(placed(into.read_text(), "benchmarks", made))
 
 
 @app.command()

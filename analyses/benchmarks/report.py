@@ -144,18 +144,3 @@ def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
                 f"| {work} | {' | '.join(shown)} | {peer}, {_time(values[peer])} | {times} | {_time(s['floor'])} |"
             )
     return "\n".join([*lines, "", *memory] if len(memory) > 2 else lines)
-
-
-MARKS = ("<!-- benchmarks -->\n", "\n<!-- /benchmarks -->")
-
-
-def placed(page: str, made: str) -> str:
-    """A page with tables between its marks.
-
-    Raises:
-        ValueError: the page has no marks.
-    """
-    first, last = MARKS
-    if first not in page or last not in page:
-        raise ValueError(f"put {first.strip()} and {last.strip()} on lines of their own where the tables go.")
-    return page[: page.index(first) + len(first)] + made + page[page.index(last) :]

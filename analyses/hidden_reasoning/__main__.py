@@ -14,6 +14,7 @@ from torch import nn
 
 from minimal_mamba import Mamba
 from minimal_mamba.errors import MambascopeError
+from minimal_mamba.files import write_text
 
 from .errors import TaskError, TrainingError
 from .experiments.accuracy import Score, packed, score
@@ -225,11 +226,18 @@ def curves(
 def figures(
     results: Annotated[Path, typer.Option(help="Folder of the results files.")] = RESULTS,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures. [default: runs/figures]")] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="A page in which to put the numbers of the results that ship.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Draw into a folder that goes again.")] = False,
 ) -> None:
-    """Draw every figure of the study from its results files."""
+    """Draw every figure of the study from its results files, and say what they say in numbers."""
     with _plain_errors():
         from .drawing import draw_all
+        from .findings import page
+
+        if into is not None:
+            write_text(into, page(into.read_text()))
 
         with tempfile.TemporaryDirectory() as scratch:
             for made in draw_all(results, Path(scratch) if quick else out or Path("runs/figures")):

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 from analyses.benchmarks import cpu, floor, gpu, growth, memory, peers, report
 from analyses.benchmarks.cpu import LABELS, Piece
+from analyses.pages import placed
 
 HERE = ("HF transformers", "mambapy sequential")
 
@@ -211,7 +212,7 @@ def test_a_sweep_that_does_not_agree_is_not_timed(monkeypatch):
 
 
 def test_tables_are_put_between_the_marks():
-    first, last = report.MARKS
-    assert report.placed(f"a\n{first}old{last}\nb", "new") == f"a\n{first}new{last}\nb"
-    with pytest.raises(ValueError, match="benchmarks"):
-        report.placed("no marks", "new")
+    first, last = "<!-- times -->\n", "\n<!-- /times -->"
+    assert placed(f"a\n{first}old{last}\nb", "times", "new") == f"a\n{first}new{last}\nb"
+    with pytest.raises(ValueError, match="<!-- times -->"):
+        placed("no marks", "times", "new")
