@@ -119,10 +119,11 @@ def evaluate(
         typer.echo(f"exact final answers on at most {prompts} prompts a length; chance is {1 / settings.modulus:.0%}")
         for what in ("concealed", "shown") if settings.task_name == "masked" else ("concealed",):
             typer.echo({"concealed": "the values are not written", "shown": "the text shows every value"}[what])
+            best = _shortcuts(settings.task, max_length) if what == "concealed" else {}
             for length in range(1, max_length + 1):
                 one = partial(ask, concealed=what == "concealed")
                 found = kept.part(f"{what}, length {length}", partial(_asdict, one, length, prompts, seed))
-                typer.echo(line(length, Score(**found)))
+                typer.echo(line(length, Score(**found), best.get(length)))
 
 
 @app.command()
@@ -288,23 +289,33 @@ def _trainer() -> Callable[..., nn.Module]:
 def _evaluate(
     model: nn.Module, lengths: Sequence[int], prompts: int, seed: int, task: Task, tokenizer: Tokenizer
 ) -> dict[int, Score]:
-    found = {}
+    found, best = {}, _shortcuts(task, max(lengths))
     typer.echo(f"exact final answers on at most {prompts} prompts a length; chance is {1 / task.modulus:.0%}")
     for length in lengths:
         found[length] = score(model, length, prompts, seed, task=task, tokenizer=tokenizer, written=True)
-        typer.echo(line(length, found[length]))
+        typer.echo(line(length, found[length], best.get(length)))
     return found
+
+
+def _shortcuts(task: Task, max_length: int) -> dict[int, float]:
+    """The best shortcut's accuracy by length; none where they are too many to list."""
+    try:
+        found = bounds(task, range(1, max_length + 1)).values()
+    except TaskError:
+        return {}
+    return {n: max(share[n] for share in found) for n in range(1, max_length + 1)}
 
 
 def _asdict(ask: Callable[..., Score], *given: int) -> dict[str, Any]:
     return asdict(ask(*given))
 
 
-def line(length: int, found: Score) -> str:
-    """One length's score, as the terminal shows it."""
+def line(length: int, found: Score, shortcut: float | None = None) -> str:
+    """One length's score, as the terminal shows it, beside the best shortcut's."""
     alone = "" if found.written is None else f"  written whole {found.written / found.prompts:7.2%}"
     bar = f"{'█' * round(40 * found.share):40}  {found.share:7.2%} of {found.prompts}{alone}"
-    return f"  {length:2d}  {bar}{'  (may be trained on)' if found.seen else ''}"
+    beside = "" if shortcut is None else f"  best shortcut {shortcut:4.0%}"
+    return f"  {length:2d}  {bar}{beside}{'  (may be trained on)' if found.seen else ''}"
 
 
 def _command(kind: str, name: str, **numbers: int) -> str:

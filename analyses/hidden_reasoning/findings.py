@@ -175,10 +175,10 @@ def where() -> str:
             f"at its mean {percent(none['conv state'])}. A mean in all layers at one word leaves "
             f"{needed['ssm_state'][-1].min():.0%} (SSM state) and down to {needed['conv_state'][-1].min():.0%} (conv "
             f"state) right; in one layer alone never fewer than {needed['conv_state'][:-1].min():.1%}.",
-            f"**Probes mislead.** A linear probe reads the running value from the SSM state at {min(read_ssm):.0%} "
-            "or more at every step, of which the answers need nothing. From the residual stream it reads the "
-            "running value at every step from the layer on to which it has climbed, and two steps before the end "
-            f"the final answer at {answer:.0%}, which is chance.",
+            "**Probes mislead.** From the SSM state, of which the answers need nothing, a linear probe reads the "
+            f"running value at every step, at the worst {min(read_ssm):.1%} of it. From the residual stream it reads "
+            "the value at every step from the layer on to which it has climbed, and two steps before the end the "
+            f"final answer at {answer:.0%}, which is chance.",
             f"**Erasure.** The {erased[0]['dimensions']} dimensions in which the value's class means differ, "
             f"projected out of the residual stream after any of layers 0 to 8, leave {min(spaces[0]):.0%} to "
             f"{max(spaces[0]):.0%} right, a random space of as many {min(spaces[1]):.0%}.",

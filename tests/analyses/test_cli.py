@@ -26,7 +26,8 @@ def invoke(*arguments):
 def trained(tmp_path_factory):
     """A tiny model of each kind, as the command leaves it: name -> folder."""
     runs = tmp_path_factory.mktemp("runs")
-    kinds = {"masked": [], "doublethink": ["--task", "doublethink"], "transformer": ["--architecture", "transformer"]}
+    kinds = {"masked": [], "doublethink": ["--task", "doublethink"], "transformer": ["--architecture", "transformer"],
+             "state_only": ["--d-conv", "1"]}  # fmt: skip
     for name, more in kinds.items():
         invoke("train", "--quick", "--out", runs / name, "--seed", 3, "--threads", 1, *more)
     return {name: runs / name / "organism" for name in kinds}
@@ -63,6 +64,7 @@ def test_every_experiment_and_figure_with_quick(trained, tmp_path):
     calls = [("evaluate", name) for name in trained] + [
         (kind, name) for kind in ("patch", "probe") for name in ("masked", "doublethink")
     ]
+    calls += [("patch", "state_only")]
     for kind, name in calls:
         out = results / f"{kind}-{name}.json"
         invoke(kind, "--quick", "--model", trained[name], "--out", out)
