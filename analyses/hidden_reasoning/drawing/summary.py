@@ -5,7 +5,7 @@ from typing import Any
 from ..experiments.results import Read
 from .maps import account_curves, share_map
 from .style import BLUE, PAGE, RED
-from .trainings import accuracy_axes, bound_curves, depth_curve, score_curve
+from .trainings import accuracy_axes, best_bound, depth_curve, score_curve
 
 
 def summary(new: Any, evaluate_masked: Read, evaluate_transformer: Read, shortcuts_masked_arithmetic: Read,
@@ -14,10 +14,10 @@ def summary(new: Any, evaluate_masked: Read, evaluate_transformer: Read, shortcu
     axes = new(2, 2, figsize=(PAGE, 4.4))
     (can, takes), (where, holds) = axes
     score_curve(can, evaluate_masked, "Mamba", BLUE, "o")
-    score_curve(can, evaluate_transformer, "transformer of the same size", RED, "s")
-    bound_curves(can, shortcuts_masked_arithmetic["bounds"])
+    score_curve(can, evaluate_transformer, "transformer, same size", RED, "s")
+    best_bound(can, shortcuts_masked_arithmetic["bounds"])
     accuracy_axes(can, "a  answers without a written step", 12)
-    can.legend(loc="upper right", bbox_to_anchor=(1.0, 0.9))
+    can.legend(loc="center", bbox_to_anchor=(0.55, 0.6))
     depth_curve(takes, curves_all)
     takes.set_title("b  solved after 1,500 steps of training")
     words = patch_masked["value: pairs"]["words"]
