@@ -150,12 +150,15 @@ def generate(
     start = torch.zeros(b, dtype=torch.long)
     plan = Plan(model.config, _each(edits, Edit), _each(record, Address), start, sizes + n_tokens - 1, origin=sizes)
     draw = torch.Generator(model.device).manual_seed(seed)
+    chosen, steps, lost = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def choose(logits: Tensor) -> Tensor:
         real = logits[:, : model.config.vocab_size]
         if temperature == 0:
-            return real.argmax(-1, keepdim=True)  # (b, 1)
-        refuse_nan(real[None])
+            token = real.argmax(-1, keepdim=True)  # (b, 1), of a NaN if there is one
+            lost.append(real.gather(1, token)[:, 0].isnan())
+            return token
+        refuse_nan(real.isnan().any(1)[None], len(steps))
         return torch.multinomial((real.float() / temperature).softmax(-1), 1, generator=draw)
 
     rows = torch.arange(b, device=ids.device)
@@ -164,7 +167,6 @@ def generate(
     busy = plan.beyond(sizes)
     out = model(ids, lengths=sizes, keep_state=True, last_only=last_only, tap=plan, ops=ops)
     last = out.logits[:, -1] if last_only else out.logits[rows, ends - 1]
-    chosen, steps = [], []
     for i in range(n_tokens):
         token = choose(last)
         chosen.append(token)
@@ -173,7 +175,8 @@ def generate(
             tap = plan if i in busy else NO_TAP  # the plan has nothing to do at most tokens
             out_i = model.score(token, one, out.state, True, False, tap, later)
             out, last = out_i if last_only else type(out)(out.logits, out_i.state), out_i.logits[:, 0]
-    refuse_nan(torch.stack(steps)[..., : model.config.vocab_size])  # once, not each token: it waits for the device
+    if lost:
+        refuse_nan(torch.stack(lost))  # once, not each token: it waits for the device
     whole = torch.cat([ids * (torch.arange(l, device=ids.device) < ends[:, None]), ids.new_zeros(b, n_tokens)], 1)
     whole.scatter_(1, ends[:, None] + torch.arange(n_tokens, device=ids.device), torch.cat(chosen, 1))
     if last_only:
@@ -185,12 +188,14 @@ def generate(
     return Run(whole, logits, sizes + n_tokens, out.state, ops.name, model.config.vocab_size, plan.results())
 
 
-def refuse_nan(logits: Tensor) -> None:
-    """Raises InputError if logits (tokens, b, v) hold NaN."""
-    if bool((lost := logits.isnan().any(2).any(0)).any()):
+def refuse_nan(lost: Tensor, first: int = 0) -> None:
+    """Raises InputError if the logits that chose one of the new tokens from `first` on hold NaN: lost (tokens, b)."""
+    if bool(lost.any()):
+        token, row = lost.nonzero()[0].tolist()
         raise InputError(
-            f"the logits of row {int(lost.nonzero()[0])} hold NaN, of which no token is the likeliest: look for "
-            "where this model or an edit overflows, with run(model, ids, edits, record=[at.resid_post()])."
+            f"the logits of row {row} hold NaN where new token {token + first} is chosen, of which no token is the "
+            "likeliest: look for where this model or an edit overflows, with run(model, ids, edits, "
+            "record=[at.resid_post()])."
         )
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -81,9 +82,25 @@ _FUSED_NEEDS = (
     Need("its extension causal_conv1d_cuda", _extension("causal_conv1d_cuda"), _BUILT),
 )
 
+
+@cache
+def _imports(module: str) -> bool:
+    """Whether a module can be imported: numba refuses a newer NumPy than it knows only then."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
 _COMPILED_NEEDS = (
     Need("a model on the CPU", lambda device: device.type == "cpu", "move the model with model.to('cpu')"),
     Need("the package numba, 0.61 or newer", _at_least("numba", "0.61"), "pip install 'mambascope[fast]'"),
+    Need(
+        "a numba that can be imported",
+        lambda device: not _at_least("numba", "0.61")(device) or _imports("numba"),
+        "`python -c 'import numba'` says why it cannot; most often NumPy is newer than it knows",
+    ),
 )
 
 BACKENDS: dict[str, Backend] = {

@@ -22,7 +22,9 @@ PROCESS = os.getpid()
 def over(parts: Iterable[P], do: Callable[[P], object], threads: int) -> None:
     """Do something with each part, on several threads, this one among them; raises what failed on one of them.
 
-    On each the gradient and inference modes are those of the caller, and torch's own operations stay on that thread.
+    On each the gradient and inference modes are those of the caller. Where the threads are torch's, its own operations
+    stay on the thread that they were called on. In a process that was forked, and whose parent had used torch on
+    several threads, torch's own operations wait for threads that are not there: `torch.set_num_threads(1)` in it.
     """
     left, failed = deque(parts), list[BaseException]()
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -43,7 +45,7 @@ def over(parts: Iterable[P], do: Callable[[P], object], threads: int) -> None:
     elif parallel is not None:
         parallel(_CALLBACK(share), None, threads, 0)
     else:
-        with ThreadPoolExecutor(threads - 1) as pool:  # starts and ends here: a fork is safe
+        with ThreadPoolExecutor(threads - 1) as pool:  # starts and ends here: no thread is missed after a fork
             for _ in range(threads - 1):
                 pool.submit(share)
             share()

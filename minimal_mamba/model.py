@@ -156,7 +156,7 @@ class Mamba(nn.Module):
         logits = self.head(resid, sizes, mask, last_only, tap, normal)  # (b, l, v)
         if not keep_state:
             return MambaOutput(logits, None)
-        h, window = zip(*after, strict=True)
+        h, window = (tuple(x.contiguous() for x in part) for part in zip(*after, strict=True))
         return MambaOutput(logits, MambaState(h, window, start + sizes))
 
     def settled(self, ops: Ops) -> Ops:

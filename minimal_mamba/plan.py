@@ -311,7 +311,8 @@ class Plan(Tap):
             if item.index is not None:
                 chosen: list[slice | Tensor] = [i.to(got.device) for i in item.features(0)]
                 got = got[(slice(None), slice(None), *chosen)]
-            if got is not values or values._is_view():  # of a view the whole would be kept
+            # of a view the whole would be kept; in inference mode a view does not say that it is one
+            if got is not values or values._is_view() or values.is_inference():
                 got = got.clone()
             self._keep(item, layer, torch.tensor([int(item.by_time[t][1][0]) for t in mine]), None, got)
 

@@ -104,7 +104,8 @@ class Ops:
         step: mixer -> its single step, a function of x (b, 1, d) and the memory -> mixer_out, the memory after it: all
             of `Mixer.forward` for one token, before `block`; runs where no gradient is wanted and no site inside is
             edited or recorded at this token.
-        add_norm: (resid, mixed, norm) -> their sum, and its norm; runs where no site between is edited or recorded.
+        add_norm: (resid, mixed, norm) -> their sum, and its norm; runs where no site between is edited or recorded, and
+            with None for mixed before the first layer.
             `mixed` is None where there is nothing to add.
         begin: (model, fresh, keep) -> the operations of one forward, `fresh` if it starts from a blank memory, `keep`
             if the memory after it is asked for. It refuses a model that the kernels cannot run.

@@ -129,7 +129,8 @@ def _between(found: Read, kind: str = "value") -> list[int]:
 def _ends(found: Read, site: str, positions: list[int]) -> str:
     """Least and most share of the row of all layers."""
     row = np.array(found[site]["share"])[-1, positions]
-    return f"{abs(row.min().round(2)):.2f} to {row.max():.2f}"
+    low, high = (f"{abs(x):.2f}" for x in (row.min().round(2), row.max()))
+    return low if low == high else f"{low} to {high}"
 
 
 def where() -> str:

@@ -73,10 +73,11 @@ class Scanned:
     def last(self, mixer: Mixer, delta: Tensor, first: Tensor, ends: Tensor) -> Tensor:
         """How `gated` changes at the positions `ends` (k, b) alone: (k, b, e); the other arguments as of `after`.
 
-        h = exp(A sum dt) delta: products of decays as one exponential, of a sum formed forward.
+        h = exp(A sum dt) delta: products of decays as one exponential, of a sum formed forward. Of a row whose `first`
+        is beyond its end nothing is meant.
         """
         row = torch.arange(first.shape[1], device=first.device)
-        passed = self._still[row, first - 1]  # (k, b, e)
+        passed = self._still[row, (first - 1).clamp(max=self.dt.shape[1] - 1)]  # (k, b, e)
         h = delta * torch.exp(passed[..., None] * _decay_rates(mixer, delta))
         y = torch.matmul(h, self.C[row, ends].to(h.dtype)[..., None])[..., 0]
         return (y * self.gate[row, ends]).to(self.u.dtype)
@@ -161,7 +162,7 @@ class Base:
             memory[i] = torch.stack([found[t] for t in gone]), scanned.window(starts, self.model.config.d_conv)
             for more in later:
                 after[more][i] = torch.stack([found[t + more] for t in gone])
-            self.memory[i] = memory[i][0][-1]
+            self.memory[i] = memory[i][0][-1].clone()  # of a view the whole would be kept
         self.at = starts[-1]
         return memory, after
 

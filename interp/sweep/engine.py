@@ -147,12 +147,16 @@ def _each(cell: Edit | Iterable[Edit]) -> tuple[Edit, ...]:
     return (cell,) if isinstance(cell, Edit) else tuple(cell)
 
 
-def need(base: Base, rows: int, tokens: int, columns: int) -> int:
-    """Bytes that a group takes at most: its activations, its states, and the memory of the base run where it starts."""
+def need(base: Base, rows: int, tokens: int, columns: int, stages: int = 1) -> int:
+    """Bytes that a group takes at most: its activations, its states, and the base run's where it starts and goes on.
+
+    Args:
+        columns: different starts. stages: layers in which its cells begin to differ, each after tokens of its own.
+    """
     c, b = base.model.config, len(base.ids)
     size = torch.finfo(wide(base.model.dtype)).bits // 8
     a_token = 3 * c.d_model + 10 * c.d_inner + c.rank + 2 * c.d_state
-    states = 4 * rows + (2 * columns + 2) * b * base.depth
+    states = 4 * rows + (columns * (1 + stages) + 2) * b * base.depth
     return size * (rows * tokens * a_token + states * c.d_inner * (c.d_state + c.d_conv) + rows * c.padded_vocab)
 
 
@@ -180,7 +184,7 @@ def _groups(base: Base, cells: Sequence[Cell], memory: int) -> Iterator[list[Cel
                 f"memory={least} or more, or fewer rows at a time."
             )
         rows, m, columns = b * (len(group) + 1), max(longest, mine), len(starts | {start})
-        fits = kept + need(base, rows, m, columns) <= memory
+        fits = kept + need(base, rows, m, columns, len({c.stage for c in group} | {cell.stage})) <= memory
         even = rows * m <= TOKENS and min(mine, longest) >= EVEN * m
         if group and (not fits or not even or cell.number in apart):
             yield group

@@ -21,7 +21,10 @@ def array(x: Tensor) -> Array:
 def run(kernel: Callable[..., None], items: int, work: int, *args: Any) -> None:
     """A loop over its items; `work` is how many numbers it makes."""
     arrays = [array(x) if isinstance(x, Tensor) else x for x in args]
-    spread(kernel, items, work, next(x for x in arrays if isinstance(x, np.ndarray)).dtype, *arrays)
+    types = {x.dtype for x in arrays if isinstance(x, np.ndarray) and x.dtype.kind == "f"}
+    if len(types) != 1:  # the loops' own numbers are those of one type: with another's an exp would be nonsense
+        raise TypeError(f"{kernel.__name__}: arrays of {', '.join(sorted(map(str, types)))}; all must have one type.")
+    spread(kernel, items, work, types.pop(), *arrays)
 
 
 def spread(kernel: Callable[..., None], items: int, work: int, dtype: Any, *arrays: Any) -> None:

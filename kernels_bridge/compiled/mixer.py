@@ -37,8 +37,8 @@ def block(
 
     m, (b, l, d), (e, n), r = mixer, x.shape, mixer.A_log.shape, mixer.dt_proj.in_features
     A, D, wide = -torch.exp(m.A_log.to(x.dtype)).T.contiguous(), m.D.to(x.dtype), kernels.width(n)  # A: (n, e)
-    taps = m.conv1d.weight[:, 0].T.contiguous()  # (k, e)
-    taps_bias = taps.new_zeros(e) if m.conv1d.bias is None else m.conv1d.bias
+    taps, dt_bias = m.conv1d.weight[:, 0].T.to(x.dtype).contiguous(), m.dt_proj.bias.to(x.dtype)  # (k, e), (e)
+    taps_bias = taps.new_zeros(e) if m.conv1d.bias is None else m.conv1d.bias.to(x.dtype)
     h, window = (part.transpose(1, 2).clone(memory_format=torch.contiguous_format) for part in memory)  # (b, n or k, e)
     sizes = torch.full((b,), l) if mask is None else mask.sum(1)
     made, gated = x.new_empty(b, 1 if last_only else l, d), x.new_empty(b if last_only else 0, 1, e)
@@ -61,15 +61,16 @@ def block(
             part = x[i][torch.arange(count), sizes[i] - 1]
             gate, out = _first(space[0], count, 1, e), gated[i]
         _product(part, m.in_proj, gate, slice(e, None))
-        run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, m.dt_proj.bias, A, low, r, D,
+        run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, dt_bias, A, low, r, D,
              gate, out, last_only, here, h[i])  # fmt: skip
         if not last_only:
             _product(out, m.out_proj, made[i, t])
     if last_only:
         _product(gated, m.out_proj, made)
+    h, window = h.transpose(1, 2), window.transpose(1, 2)
     if not keep:
-        h, window = (after.new_full((), torch.nan).expand_as(after) for after in (h, window))
-    return made, (h.transpose(1, 2), window.transpose(1, 2))
+        return made, (h.new_full((), torch.nan).expand_as(h), window.new_full((), torch.nan).expand_as(window))
+    return made, (h, window)
 
 
 def piece(b: int, l: int, width: int) -> tuple[int, int]:
@@ -108,7 +109,11 @@ def _newest(window: Tensor, x: Tensor, sizes: Tensor) -> Tensor:
 
 
 def begin(model: nn.Module, fresh: bool, keep: bool, *, ops: Ops) -> Ops:
-    """The operations of one forward: with the block, where no gradient is wanted and the loops have the type."""
+    """The operations of one forward: with the block, where no gradient is wanted and the loops have the type.
+
+    Under autocast the products are of 16 bits whether something is touched or not, so line by line there.
+    """
     typed: Any = model
-    suits = not torch.is_grad_enabled() and typed.dtype in (torch.float32, torch.float64)
+    suits = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    suits = suits and typed.dtype in (torch.float32, torch.float64)
     return replace(ops, begin=None, block=partial(block, keep=keep) if suits else None)

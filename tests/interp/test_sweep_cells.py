@@ -249,3 +249,25 @@ def test_memory_decides_the_groups_and_not_the_numbers():
     assert len(tight.groups) > 2 * len(wide.groups)
     assert sorted(c for group in tight.groups for c in group) == list(range(len(cells)))
     close(tight.values, wide.values)
+
+
+@EACH
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [[Scale(at.x(layer=N - 1, pos=2), 0.3, rows=[0])]],
+        [[Scale(at.ssm_state(layer=N - 1, pos=slice(3, 7)), 0.3)], [Scale(at.ssm_state(layer=N - 1, pos=5), 0.3)]],
+        [[Scale(at.u(layer=N - 1, pos=[1, 3]), 0.3, rows=[1])]],
+    ],
+    ids=["a row untouched", "spans of their own", "two places"],
+)
+def test_the_last_layer_where_some_rows_are_at_their_end_before_others(backend, cells):
+    """What runs whole there is as long as the longest asks; of the others it would end beyond the last position."""
+
+    def last(logits):
+        return logits[:, -1, 3]
+
+    got = sweep(MODEL, IDS, cells, last, backend=backend, progress=False).values
+    want = by_hand(cells, last, backend=backend)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert (got != sweep(MODEL, IDS, [[]], last, backend=backend, progress=False).values).any(1).all()

@@ -138,3 +138,17 @@ def test_the_command_prints_the_table() -> None:
     assert done.returncode == 0, done.stderr
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert done.stdout.strip() == table(device).strip()
+
+
+def test_a_numba_that_cannot_be_imported_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses a NumPy that is newer than it knows when it is imported, and not before."""
+    if AUTO != "compiled":
+        pytest.skip("numba is not here")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    backends._imports.cache_clear()
+    try:
+        assert resolve("auto").name == "torch"
+        with pytest.raises(BackendUnavailable, match=r"a numba that can be imported \(`python -c"):
+            resolve("compiled")
+    finally:
+        backends._imports.cache_clear()

@@ -8,7 +8,7 @@ import torch
 from helpers import tiny
 from torch import Tensor
 
-from interp import Scale, at, run
+from interp import Scale, at, generate, run
 from kernels_bridge import resolve
 from kernels_bridge.carry import carry
 from minimal_mamba.block import Memory, Mixer
@@ -18,7 +18,7 @@ from minimal_mamba.tap import NO_TAP
 pytest.importorskip("numba", reason="the compiled backend needs numba")
 import numpy as np
 
-from kernels_bridge.compiled import functions, kernels, mixer, mixer_kernels
+from kernels_bridge.compiled import functions, kernels, loop, mixer, mixer_kernels
 from kernels_bridge.compiled.carry import carry as compiled_carry
 
 LENGTHS = (1, 2, 3, 7, 63, 500)
@@ -264,3 +264,48 @@ def test_the_two_agree_in_float32_also_from_weights_of_16_bits() -> None:
     C, gate, first = draw(b, l, n, seed=4).bfloat16(), draw(b, l, e, seed=3).float(), torch.tensor([[0, 5]] * k)
     one, two = (way(delta, first, 15, dt, A, C, gate) for way in (carry, compiled_carry))
     near(one, two, 1e-6)
+
+
+# -- what the loops do not take as it is ------------------------------------------------------------------------------
+
+
+def test_under_autocast_a_touched_layer_is_as_precise_as_an_untouched_one() -> None:
+    """Else an edit that changes nothing would seem to do something."""
+    small, ids = tiny(seed=3).float(), torch.tensor([[1, 2, 3, 4, 5]])
+    nothing = Scale(at.u(layer=0, pos=3), 1.0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        clean, touched = (run(small, ids, edits, backend="compiled") for edits in ([], [nothing]))
+        steps = [generate(small, ids, 4, edits, backend="compiled").logits for edits in ([], [nothing])]
+        plain = run(small, ids, backend="torch")
+    assert torch.equal(clean.logits, touched.logits) and torch.equal(*steps)
+    assert (clean.logits - plain.logits).norm() <= 2e-2 * plain.logits.norm()
+    with torch.no_grad():
+        assert (run(small, ids, backend="compiled").logits - clean.logits).norm() > 1e-4 * plain.logits.norm()
+
+
+def test_a_bias_that_is_wider_than_the_model() -> None:
+    small, ids = tiny(seed=3).float(), torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        want = run(small, ids, backend="reference").logits
+        for layer in small.backbone.layers:
+            layer.mixer.dt_proj.bias = torch.nn.Parameter(layer.mixer.dt_proj.bias.double())
+        got = run(small, ids, backend="compiled").logits
+    near(got, want, 1e-5)
+
+
+def test_arrays_of_two_types_are_refused() -> None:
+    """The loops' numbers are those of one type; with another's the exponentials would be nonsense."""
+    x = draw(2, 3)
+    with pytest.raises(TypeError, match="float32, float64; all must have one type"):
+        loop.run(mixer_kernels.conv, 2, 6, x, x.float())
+
+
+def test_a_state_is_contiguous_and_a_recording_its_own() -> None:
+    """As on the other backends; in inference mode too, where a view does not say that it is one."""
+    model, ids = tiny(seed=3), torch.tensor([[1, 2, 3, 4, 5]])
+    records = [at.ssm_state(layer=1), at.state_read(layer=1), at.ssm_state(layer=1, pos=[0, 1, 2, 3, 4])]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = run(model, ids, record=records, backend="compiled", keep_state=True)
+            assert all(x.is_contiguous() for x in (*out.state.ssm_state, *out.state.conv_state))
+            assert len({value.untyped_storage().data_ptr() for value in out.records.values()}) == 3

@@ -273,7 +273,7 @@ def test_an_overflow_is_named_though_it_comes_late(backend: str) -> None:
     broken = [Scale(at.resid_post(layer=2, pos=6), 1e308, rows=[1]), Scale(at.final_norm(pos=6), 1e308, rows=[1])]
     ids = draw_ids(2, 4)
     for temperature in (0.0, 1.0):
-        with pytest.raises(InputError, match=r"the logits of row 1 hold NaN"):
+        with pytest.raises(InputError, match=r"the logits of row 1 hold NaN where new token 3"):
             generate(MODEL, ids, 5, broken, backend=backend, temperature=temperature)
 
 
