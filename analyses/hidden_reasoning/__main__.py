@@ -20,7 +20,7 @@ from .errors import TaskError, TrainingError
 from .experiments.accuracy import Score, packed, score
 from .experiments.results import Results, fingerprint
 from .organism import load_folder, load_settings, organism_folder, write_organism
-from .task import Task, Tokenizer
+from .task import MASKED, Task, Tokenizer
 from .task.shortcuts import bounds
 from .training.settings import Settings, read_settings
 
@@ -38,6 +38,9 @@ def train(
     task: Annotated[str | None, typer.Option(help="direct, masked or doublethink. [default: masked]")] = None,
     acts: Annotated[str | None, typer.Option(help="What the words do: arithmetic, or s5, the control.")] = None,
     modulus: Annotated[int | None, typer.Option(help="Of the arithmetic. [default: 5]")] = None,
+    operations: Annotated[
+        str | None, typer.Option(help="The words of it, such as one,two,double. [default: all]")
+    ] = None,
     architecture: Annotated[str | None, typer.Option(help="mamba, or transformer: a GPT-2 of the same size.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="A Mamba checkpoint, of which --n-layer layers.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer of transformers. [default: our own]")] = None,
@@ -65,6 +68,7 @@ def train(
     """
     options: dict[str, Any] = {
         "task_name": task, "acts": acts, "modulus": modulus, "architecture": architecture, "pretrained": pretrained,
+        "operations": None if operations is None else tuple(operations.split(",")),
         "tokenizer": tokenizer, "loss": loss, "answer_weight": answer_weight, "seed": seed, "max_length": max_length,
         "batch_size": batch_size, "learning_rate": learning_rate, "d_model": d_model, "n_layer": n_layer,
         "d_conv": d_conv, "report_to": report_to,
@@ -167,8 +171,12 @@ def patch(
             num_steps, differ, n, prompts = 3, 1, 6, 20
         if differ > num_steps:
             raise TaskError(f"--differ {differ}: a prompt of {num_steps} operations has operations 1..{num_steps}.")
-        organism, _ = _mamba(folder)
-        settings = load_settings(folder)
+        organism, settings = _mamba(folder, "direct", "masked", "doublethink")
+        if settings.task_name == "doublethink" and differ > num_steps - 2:
+            raise TaskError(
+                f"--differ {differ}: of doublethink the next overt values are read, one and two words on, so of "
+                f"{num_steps} operations one of 1..{num_steps - 2} may differ."
+            )
         numbers = {"num_steps": num_steps, "differ": differ, "pairs": n, "prompts": prompts, "seed": seed}
         key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, **numbers}
         kept = Results(path, "patch", key, command=_command("patch", name, **numbers))
@@ -193,8 +201,7 @@ def probe(
 
         _set_up("cpu", threads)
         num_steps, prompts = (2, 60) if quick else (num_steps, prompts)
-        organism, _ = _mamba(folder)
-        settings = load_settings(folder)
+        organism, settings = _mamba(folder, "masked", "doublethink")
         numbers = {"num_steps": num_steps, "prompts": prompts, "seed": seed}
         key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, **numbers}
         kept = Results(path, "probe", key, command=_command("probe", name, **numbers))
@@ -237,12 +244,12 @@ def figures(
         from .drawing import draw_all
         from .findings import page
 
-        if into is not None:
-            write_text(into, page(into.read_text()))
-
         with tempfile.TemporaryDirectory() as scratch:
             for made in draw_all(results, Path(scratch) if quick else out or Path("runs/figures")):
                 typer.echo(made.name if quick else str(made))
+        if into is not None:
+            write_text(into, page(into.read_text(), results))
+            typer.echo(str(into))
 
 
 @app.command()
@@ -264,18 +271,31 @@ def demo(
         n, num_steps = (min(n, 20), min(num_steps, 3)) if quick else (n, num_steps)
         if differ > num_steps:
             raise TaskError(f"--differ {differ}: a prompt of {num_steps} operations has operations 1..{num_steps}.")
-        organism, _ = _mamba(organism_folder("masked") if model is None else model)
+        organism, settings = _mamba(organism_folder("masked") if model is None else model, "masked")
+        if settings.task != MASKED:
+            raise TaskError(
+                f"{model} was trained on other rules; the demo asks arithmetic modulo 5, from 0, all words."
+            )
         found = sweep(organism, num_steps=num_steps, which_step=differ - 1, n=n, seed=seed)
         options = f"--pairs {n} --num-steps {num_steps} --differ {differ} --seed {seed}"
         said = write(out, organism, found, f"python -m analyses.hidden_reasoning demo {options}", seed)
         typer.echo("\n" + "\n\n".join(said) + f"\n\nFigures and results.json: {out}")
 
 
-def _mamba(folder: Path) -> tuple[Mamba, Tokenizer]:
+def _mamba(folder: Path, *tasks: str) -> tuple[Mamba, Settings]:
+    """A Mamba that knows one of some tasks in the study's own words."""
     model, tokenizer = load_folder(folder)
+    settings = load_settings(folder)
     if not isinstance(model, Mamba):
         raise TaskError(f"{folder} is a transformer, which has no state to patch or probe; give a Mamba.")
-    return model, tokenizer
+    if settings.task_name not in tasks:
+        raise TaskError(f"{folder} was trained on {settings.task_name}; this command asks {' or '.join(tasks)}.")
+    if tokenizer != settings.task.tokenizer:
+        raise TaskError(
+            f"{folder} has a tokenizer of its own; the prompts of this command are in the study's words: give a model "
+            "that was trained without --tokenizer and --pretrained."
+        )
+    return model, settings
 
 
 def _trainer() -> Callable[..., nn.Module]:
@@ -360,7 +380,7 @@ def _plain_errors() -> Iterator[None]:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("Stopped. A training goes on from its last checkpoint with --resume.", err=True)
+        typer.echo("Stopped. What is in the results file is kept; a training goes on with --resume.", err=True)
         raise typer.Exit(130) from None
 
 

@@ -118,7 +118,7 @@ def write_organism(
     recipe = {
         "task": settings.task_name,
         "seed": settings.seed,
-        "command": settings.command,
+        "command": settings.command(run.name),
         "steps": last["step"],
         "seconds": last["seconds"],
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from analyses.benchmarks import cpu, floor, gpu, growth, memory, peers, report
 from analyses.benchmarks.cpu import LABELS, Piece
-from analyses.pages import placed
+from analyses.pages import PageError, placed
 
 HERE = ("HF transformers", "mambapy sequential")
 
@@ -214,5 +214,5 @@ def test_a_sweep_that_does_not_agree_is_not_timed(monkeypatch):
 def test_tables_are_put_between_the_marks():
     first, last = "<!-- times -->\n", "\n<!-- /times -->"
     assert placed(f"a\n{first}old{last}\nb", "times", "new") == f"a\n{first}new{last}\nb"
-    with pytest.raises(ValueError, match="<!-- times -->"):
+    with pytest.raises(PageError, match="<!-- times -->"):
         placed("no marks", "times", "new")

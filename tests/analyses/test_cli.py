@@ -1,6 +1,7 @@
 """The command line: every command is quick with --quick, goes on where it stopped, and says errors in a sentence."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -138,3 +139,28 @@ def test_a_checkpoint_of_another_task_is_not_trained_on(trained, tmp_path):
     found = RUNNER.invoke(app, ["train", "--resume", "--task", "doublethink", "--out", str(run)])
     assert found.exit_code == 2
     assert "task_name='masked' (now 'doublethink')" in found.stderr
+
+
+def test_models_of_other_words_or_rules_are_refused(trained, tmp_path, monkeypatch):
+    """Their tokens would be others, or their answers, and every number nonsense."""
+    monkeypatch.chdir(tmp_path)
+    for name, acts in (("direct", ["--task", "direct"]), ("s5", ["--acts", "s5"])):
+        invoke("train", "--quick", "--out", name, "--steps", 4, *acts)
+    own = tmp_path / "own"
+    shutil.copytree(trained["masked"], own)
+    words = json.loads((own / "recipe.json").read_text())
+    (own / "recipe.json").write_text(json.dumps(words | {"settings": words["settings"] | {"modulus": 3}}))
+    for arguments, says in (
+        (["demo", "--model", "direct/organism"], "trained on direct; this command asks masked"),
+        (["demo", "--model", "s5/organism", "--quick"], "other rules"),
+        (["probe", "--model", "direct/organism", "--quick"], "this command asks masked or doublethink"),
+        (
+            ["patch", "--model", str(trained["doublethink"]), "--num-steps", "4", "--differ", "3"],
+            "one of 1..2 may differ",
+        ),
+        (["patch", "--model", "own", "--quick"], "tokenizer of its own"),
+        (["figures", "--quick", "--into", str(trained["masked"] / "recipe.json")], "put <!-- models -->"),
+    ):
+        found = RUNNER.invoke(app, arguments)
+        assert found.exit_code == 2, (arguments, found.output)
+        assert says in found.stderr and "Traceback" not in found.output

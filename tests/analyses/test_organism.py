@@ -9,7 +9,6 @@ import torch
 
 from analyses.hidden_reasoning import DOUBLETHINK, MASKED, WordTokenizer, load_organism, pairs, score
 from analyses.hidden_reasoning.errors import OrganismError
-from analyses.hidden_reasoning.experiments.accuracy import unpacked
 from analyses.hidden_reasoning.experiments.results import fingerprint, read
 from analyses.hidden_reasoning.organism import FILES, MODELS, load_folder, load_settings, organism_folder
 from kernels_bridge import resolve
@@ -59,12 +58,12 @@ def test_final_answers_on_held_out_prompts(name, num_steps):
 
 @pytest.mark.parametrize("name", ["masked", "doublethink"])
 def test_the_evaluation_that_ships_is_good_at_every_length(name):
-    found = unpacked(json.loads((MODELS / name / "evaluation.json").read_text()))
-    assert list(found) == list(range(1, SHIPS[name][1] + 1))
+    found = json.loads((MODELS / name / "evaluation.json").read_text())["lengths"]
+    assert [*map(int, found)] == list(range(1, SHIPS[name][1] + 1))
     for n, one in found.items():
-        assert one.share >= 0.97
-        assert one.prompts >= 2000 or n <= 5  # of the short ones there are no more
-        assert one.seen == (n < 4)
+        assert one["right"] / one["prompts"] >= 0.97
+        assert one["prompts"] >= 2000 or int(n) <= 5  # of the short ones there are no more
+        assert one["seen"] == (int(n) < 4)
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in KINDS for kind in KINDS[name]])

@@ -155,7 +155,7 @@ def test_training_on_a_pretrained_mamba_with_its_tokenizer(whole, tmp_path):
 
     import torch
 
-    from analyses.hidden_reasoning.experiments.accuracy import evaluate
+    from analyses.hidden_reasoning.experiments.accuracy import packed, score
     from analyses.hidden_reasoning.organism import load_folder, write_organism
     from analyses.hidden_reasoning.training.settings import Settings
     from analyses.hidden_reasoning.training.train import train
@@ -173,7 +173,7 @@ def test_training_on_a_pretrained_mamba_with_its_tokenizer(whole, tmp_path):
     assert len(model.backbone.layers) == 1
     assert model.config.vocab_size == 402
     words = settings.load_tokenizer()
-    found = evaluate(model, [1, 2], 10, 0, task=settings.task, tokenizer=words)
+    found = packed({n: score(model, n, 10, 0, task=settings.task, tokenizer=words, written=True) for n in (1, 2)}, 0)
     folder = write_organism(tmp_path / "run", model, words, settings, found)
     again, tokenizer = load_folder(folder)
     assert tokenizer.encode(" one triple") == words.encode(" one triple")

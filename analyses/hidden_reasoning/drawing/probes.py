@@ -58,7 +58,7 @@ def best_curves(ax: Any, parts: Read, site: str, layers: list[int], value: dict[
 
 
 def erased(new: Any, probe_masked: Read, probe_doublethink: Read) -> None:
-    """Right values when the space that a probe reads is projected out of the residual stream after one layer."""
+    """Right values when the space between the classes' means is projected out of the residual stream after a layer."""
     axes = new(1, 3, figsize=(PAGE, 2.2), sharey=True)
     panels = ((probe_masked, "value", "masked: running value erased"),
               (probe_doublethink, "value", "doublethink: hidden value erased"),
@@ -98,14 +98,26 @@ def doublethink(new: Any, patch_doublethink: Read) -> None:
     axes[0, 0].figure.colorbar(image, ax=axes, label="moved (0 base, 1 donor)", shrink=0.6)
 
 
+CARRIED = 0.002  # of the way from base to donor: what a group of channels carries
+
+
+def carried(part: Read) -> tuple[Any, Any, Any, Any]:
+    """Of groups of channels, which carry the hidden value, the overt one, both; and which there are. Bool arrays."""
+    hidden, overt = (np.abs(part[name]) > CARRIED for name in ("hidden", "overt"))
+    return hidden, overt, hidden & overt, np.ones_like(hidden)
+
+
 def channels(new: Any, patch_doublethink: Read) -> None:
-    """Each group of channels: how much of the hidden and of the overt value it carries."""
-    axes = new(1, 2, figsize=(PAGE, 2.3))
-    for ax, site in zip(axes, ("ssm_state", "conv_state"), strict=True):
-        part = patch_doublethink[f"channels: {site}, 1 after"]
+    """Each group of channels of the conv states: how much of the hidden and of the overt value it carries."""
+    axes = new(1, 2, figsize=(PAGE, 2.3), sharey=True)
+    for ax, words in zip(axes, (1, 2), strict=True):
+        part = patch_doublethink[f"channels: conv_state, {words} after"]
         hidden, overt = np.abs(part["hidden"]), np.abs(part["overt"])
         layer = np.repeat(np.arange(len(hidden)), hidden.shape[1])
         points = ax.scatter(overt.flatten(), hidden.flatten(), c=layer, s=8, cmap="viridis", linewidths=0)
-        ax.set(xscale="log", yscale="log", title=f"{NAMES[site]}, r = {part['correlation']:.2f}")
-        ax.set(xlabel="overt value: |share| of the next overt value", ylabel="hidden value: |share| of the answer")
-        ax.figure.colorbar(points, ax=ax, label="layer")
+        for line in (ax.axhline, ax.axvline):
+            line(CARRIED, color="0.6", lw=0.5, ls="--")
+        ax.set(xscale="log", yscale="log", title=f"conv state, {words} word{'s' * (words > 1)} after the operation")
+        ax.set(xlabel="overt value: |share| of the next overt value")
+    axes[0].set_ylabel("hidden value: |share| of the answer")
+    axes[0].figure.colorbar(points, ax=axes, label="layer")

@@ -1,5 +1,6 @@
 """The study's style: one palette, column widths, and figures that are saved as PNG and PDF."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,5 +40,7 @@ def figure_file(path: Path) -> Iterator[Callable[..., Any]]:
     with plt.rc_context(STYLE):
         yield subplots
         for kind, facts in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-            made[0].savefig(path.with_suffix(f".{kind}"), dpi=300, metadata=facts)
+            whole = path.with_suffix(f".part.{kind}")
+            made[0].savefig(whole, dpi=300, metadata=facts)
+            os.replace(whole, path.with_suffix(f".{kind}"))
         plt.close(made[0])

@@ -89,8 +89,7 @@ def losses(new: Any, curves_all: Read) -> None:
 
 GROUPS = {("mamba", "arithmetic"): ("Mamba, arithmetic", BLUE, "o", "-"),
           ("mamba", "s5"): ("Mamba, S5", SKY, "^", "--"),
-          ("transformer", "arithmetic"): ("transformer, arithmetic", RED, "s", "-"),
-          ("transformer", "s5"): ("transformer, S5", ORANGE, "v", "--")}  # fmt: skip
+          ("transformer", "arithmetic"): ("transformer, arithmetic", RED, "s", "-")}  # fmt: skip
 
 
 def depth_curve(ax: Any, curves_all: Read) -> None:

@@ -1,6 +1,5 @@
 """How often a model is right, by length, on prompts that it was never trained on, and how sure that is."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -123,15 +122,6 @@ def _write(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
     return found
 
 
-def evaluate(
-    model: nn.Module, lengths: Sequence[int], n: int, seed: int, *, task: Task, tokenizer: Tokenizer | None = None,
-    written: bool = True,
-) -> dict[str, Any]:  # fmt: skip
-    """`score` at several lengths, ready for JSON."""
-    found = {s: score(model, s, n, seed, task=task, tokenizer=tokenizer, written=written) for s in lengths}
-    return packed(found, seed)
-
-
 def packed(found: dict[int, Score], seed: int) -> dict[str, Any]:
     """Scores by length, ready for JSON."""
     return {
@@ -140,9 +130,3 @@ def packed(found: dict[int, Score], seed: int) -> dict[str, Any]:
         "seed": seed,
         "lengths": {str(s): asdict(x) | {"share": x.share, "interval": x.interval()} for s, x in found.items()},
     }
-
-
-def unpacked(written: dict[str, Any]) -> dict[int, Score]:
-    """What `packed` packed."""
-    names = ("prompts", "right", "written", "seen")
-    return {int(s): Score(*(x[k] for k in names)) for s, x in written["lengths"].items()}

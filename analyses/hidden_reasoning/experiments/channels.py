@@ -75,7 +75,7 @@ def by_channel(
     """Each layer's channels in groups: the answer under patches of one kind of pairs, the next overt value of another.
 
     Returns:
-        (layers, groups) of both shares, and the correlation of their sizes over all groups.
+        (layers, groups) of both shares, and their errors.
     """
     parts = groups(model, "e", -(-model.config.d_inner // GROUPS))
     answer = patch_grid(
@@ -85,7 +85,6 @@ def by_channel(
     hidden = answer.recovered()[:, 0]
     shown = next_overt(model, task, overt, site, pos, num_steps, parts=parts)
     assert shown is not None
-    both = torch.stack([hidden.abs().flatten(), shown["share"].abs().flatten()])
     return {
         "position": pos,
         "groups": list(parts),
@@ -93,7 +92,6 @@ def by_channel(
         "hidden_error": answer.recovered_error()[:, 0],
         "overt": shown["share"],
         "overt_error": shown["error"],
-        "correlation": torch.corrcoef(both)[0, 1].item(),
     }
 
 

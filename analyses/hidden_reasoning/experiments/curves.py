@@ -14,6 +14,7 @@ from .results import Results
 SEEDS = (0, 1, 2)
 LOSS = {"max_length": 6, "steps": 1500, "decay_steps": 200, "early": 1.0}
 DEPTH = {"max_length": 12, "steps": 1500, "decay_steps": 300, "early": 1.0}
+REACH = DEPTH | {"max_length": 16}
 DEPTHS = (2, 4, 6, 8, 10, 12)
 RATE = 8e-4  # of transformers: of 3e-4, 8e-4 and 1.5e-3 the one that was furthest after 400 steps of 12 layers
 SOLVED = 0.9  # running accuracy from which a length counts as solved
@@ -22,7 +23,7 @@ QUICK = {"max_length": 2, "d_model": 16, "d_state": 4, "batch_size": 8, "steps":
 
 
 def runs(quick: bool = False) -> Iterator[tuple[str, Settings]]:
-    """Every run by name: first those of the loss, to length 6, then those of the depth, to length 12."""
+    """Every run by name: of the loss, to length 6; of the depth, to length 12, and where that is too short to 16."""
     shared: dict[str, Any] = {"save_every": 250, "log_every": 50} | (QUICK if quick else {})
     for seed in SEEDS[: 1 if quick else None]:
         for n_layer in (2, 6):
@@ -37,6 +38,9 @@ def runs(quick: bool = False) -> Iterator[tuple[str, Settings]]:
                 made |= {"learning_rate": RATE} if architecture == "transformer" else {}
                 name = f"depth {architecture}, {acts}, {n_layer} layers, seed {seed}"
                 yield name, Settings(**{**DEPTH, **shared, **made})
+        for n_layer in DEPTHS[-2:]:
+            name = f"reach mamba, arithmetic, {n_layer} layers, seed {seed}"
+            yield name, Settings(**{**REACH, **shared, "n_layer": n_layer, "seed": seed})
 
 
 def train_all(results: Results, folder: Path, *, quick: bool = False) -> None:

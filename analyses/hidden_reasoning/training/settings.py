@@ -134,16 +134,15 @@ class Settings:
         """The step from which on the learning rate falls, unless all lengths are solved earlier."""
         return self.steps - self.decay_steps
 
-    @property
-    def command(self) -> str:
-        """The command line that trains with these settings, as far as it has options for them."""
+    def command(self, run: str) -> str:
+        """The command line that trains with these settings into the run of a name."""
         usual = Settings()
         given = [
-            f"--{name.removesuffix('_name').replace('_', '-')} {getattr(self, name)}"
+            f"--{name.removesuffix('_name').replace('_', '-')} {_option(getattr(self, name))}"
             for name in OPTIONS
             if getattr(self, name) != getattr(usual, name)
         ]
-        return " ".join([f"python -m analyses.hidden_reasoning train --out runs/{self.task_name}", *given])
+        return " ".join([f"python -m analyses.hidden_reasoning train --out runs/{run}", *given])
 
     def with_steps(self, steps: int) -> "Settings":
         """The same with another number of steps, warm-up and decay in proportion."""
@@ -163,9 +162,15 @@ class Settings:
 
 # of the command line
 OPTIONS = (
-    "task_name", "acts", "modulus", "architecture", "pretrained", "tokenizer", "loss", "answer_weight", "seed", "steps",
-    "max_length", "batch_size", "learning_rate", "d_model", "n_layer", "d_conv",
+    "task_name", "acts", "modulus", "operations", "architecture", "pretrained", "tokenizer", "loss", "answer_weight",
+    "seed", "steps", "max_length", "batch_size", "learning_rate", "d_model", "n_layer", "d_conv",
 )  # fmt: skip
+
+
+def _option(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
 # What may differ when a run is resumed: how often it is written down, and, until the decay begins, when it ends. A run
 # with another number of steps is the same run up to there.
 FREE = ("log_every", "save_every", "steps", "decay_steps", "report_to")
