@@ -135,8 +135,9 @@ def positions(
     """
     sel, found = address.pos, []
     from_end = isinstance(sel, Span) and sel.start is not None and sel.start < 0
+    begins, stops, origins = start.tolist(), stop.tolist(), ends.tolist()
     for row, needed in zip(rows, write.tolist(), strict=True):
-        first, last, origin = int(start[row]), int(stop[row]) - 1, int(ends[row])
+        first, last, origin = begins[row], stops[row] - 1, origins[row]
         if isinstance(sel, Span):
             bounds = [None if v is None else max(v + origin, 0) if v < 0 else v for v in (sel.start, sel.stop)]
             here = [p for p in range(last + 1)[bounds[0] : bounds[1] : sel.step] if p >= first]

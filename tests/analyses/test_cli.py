@@ -149,7 +149,7 @@ def test_models_of_other_words_or_rules_are_refused(trained, tmp_path, monkeypat
     own = tmp_path / "own"
     shutil.copytree(trained["masked"], own)
     words = json.loads((own / "recipe.json").read_text())
-    (own / "recipe.json").write_text(json.dumps(words | {"settings": words["settings"] | {"modulus": 3}}))
+    (own / "recipe.json").write_text(json.dumps(words | {"settings": words["settings"] | {"modulus": 7}}))
     for arguments, says in (
         (["demo", "--model", "direct/organism"], "trained on direct; this command asks masked"),
         (["demo", "--model", "s5/organism", "--quick"], "other rules"),
