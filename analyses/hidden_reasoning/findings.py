@@ -142,6 +142,11 @@ def _peaks(found: Read, site: str) -> str:
     return ", ".join(f"{word} {layer} ({most:.2f})" for word, layer, most in peaks)
 
 
+def _without(found: Read) -> dict[str, dict[str, Score]]:
+    """Answers and echoes that are right when one of the memories does nothing."""
+    return {k: {name: Score(**one) for name, one in v.items()} for k, v in found["without"].items()}
+
+
 def _control(found: Read, *sites: str) -> str:
     return f"{max(np.array(found[f'control: {site}']['flip']).max() for site in sites):.1%}"
 
@@ -175,7 +180,7 @@ def where(results: Results) -> str:
     rows = [r for r in found["handover"]["recurrent_state"] if r["word"] == "after"]
     worst, value = _handed(rows)
     others = [sum(r[name]["alone"] for r in rows) for name in ("done", "partial sum", "base")]
-    none = {k: Score(**v) for k, v in found["without"].items()}
+    none = _without(found)
     needed = {s: np.array(found[f"needed: {s}"]["right"]) for s in ("ssm_state", "conv_state")}
     erased = [probes[f"erase value, layer {i}"] for i in layers_of(probes, "resid_post")]
     goes, stays = ([e[kind]["answer"] for e in erased] for kind in ("space", "control"))
@@ -198,10 +203,14 @@ def where(results: Results) -> str:
         f"operations so far will have added to the final value, or the base's own answer in {sum(others)} cases at "
         "all steps.",
         "**Necessity.** With no token reading any SSM state, in all layers at once (y = D u), "
-        f"{percent(none['SSM state'])} of {none['SSM state'].prompts} answers stay right; with every conv state at "
-        f"its mean {percent(none['conv state'])}. A mean in all layers at one word leaves "
-        f"{needed['ssm_state'][-1].min():.0%} (SSM state) and down to {needed['conv_state'][-1].min():.0%} (conv "
-        f"state) right; in one layer alone never fewer than {needed['conv_state'][:-1].min():.1%}.",
+        f"{percent(none['SSM state']['answers'])} of {none['SSM state']['answers'].prompts} answers stay right, the "
+        f"text before them given; with every conv state at its mean {percent(none['conv state']['answers'])}. A mean "
+        f"in all layers at one word leaves {needed['ssm_state'][-1].min():.0%} (SSM state) and down to "
+        f"{needed['conv_state'][-1].min():.0%} (conv state) right; in one layer alone never fewer than "
+        f"{needed['conv_state'][:-1].min():.1%}.",
+        "**What the SSM state is for.** The echo: which operation comes next stands far back in the prompt. With "
+        f"the SSM state unread {none['SSM state']['echo'].share:.1%} of the echoed operations are right (one in "
+        f"seven would be by chance), of the whole model {none['nothing']['echo'].share:.1%}.",
         "**Probes mislead.** From the SSM state, of which the answers need nothing, a linear probe reads the "
         f"running value at every step, at the worst {min(ssm):.1%} of it; and, {steps - 1} operations into {steps}, "
         f"the product of the multipliers to come at {_best(probes, 'ssm_state', 'rest', steps - 2):.0%}. From the "
@@ -240,7 +249,7 @@ def overt(results: Results) -> str:
     after = sorted({int(layer) for layer, word in zip(best, words, strict=True) if word == "[v]"})
     groups = found["channels: conv_state, 1 after"], found["channels: conv_state, 2 after"]
     counted = [[int(k.sum()) for k in carried(g)] for g in groups]
-    none = {k: Score(**v) for k, v in found["without"].items()}
+    none = _without(found)
     return _bullets(
         f"In {pairs['pairs']} pairs whose hidden value differs and whose text shows the same, the conv state of all "
         f"layers moves the answer {_ends(found, 'value: conv_state', between)} of the way, the SSM state "
@@ -253,14 +262,15 @@ def overt(results: Results) -> str:
         f"Of {counted[0][3]} groups of ten channels of the conv states, one word on, {counted[0][0]} carry more than "
         f"{CARRIED:.1%} of the hidden value, {counted[0][1]} of the overt one, {counted[0][2]} of both; two words on "
         f"{counted[1][0]}, {counted[1][1]} and {counted[1][2]}.",
-        f"With no token reading any SSM state {percent(none['SSM state'])} of the final answers stay right.",
+        f"With no token reading any SSM state {percent(none['SSM state']['answers'])} of the final answers stay "
+        f"right, and {none['SSM state']['echo'].share:.1%} of the echoed operations.",
     )
 
 
 def alone(results: Results) -> str:
     """The model that has no conv's memory."""
     found, probes = results["patch-state_only"], results["probe-state_only"]
-    none = {k: Score(**v) for k, v in found["without"].items()}
+    none = _without(found)
     rows = [r for r in found["handover"]["ssm_state"] if r["word"] == "after"]
     worst, value = _handed(rows)
     return _bullets(
@@ -268,7 +278,7 @@ def alone(results: Results) -> str:
         f"{_ends(found, 'value: ssm_state', _between(found))} of the way in pairs of "
         f"{found['handover']['num_steps']} operations; same-value pairs change "
         f"{_control(found, 'ssm_state', 'resid_post')} of the answers; unread, it leaves "
-        f"{percent(none['SSM state'])} right.",
+        f"{percent(none['SSM state']['answers'])} right.",
         f"Between unrelated prompts it carries the running value in {value} at the worst step, {worst['step']}.",
         f"The layer that moves the answer most, alone: {_peaks(found, 'value: ssm_state')}.",
         "A probe reads the value of operations 1, 2, .. from the SSM state of layer "

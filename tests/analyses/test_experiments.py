@@ -197,9 +197,14 @@ def test_without_its_state_a_model_is_one_that_writes_none():
     ids = found.ids[:, : int(found.answer_at[0]) + 1]
     hits = [int(right(run(m, ids, last_only=True), found.answer_ids).sum()) for m in (whole, bare)]
     made = patching.without(whole, MASKED, 3, 200, seed=0)
-    assert [made[what]["right"] for what in ("nothing", "SSM state")] == hits
+    assert [made[what]["answers"]["right"] for what in ("nothing", "SSM state")] == hits
     assert hits[0] != hits[1]
-    assert made["conv state"]["right"] not in hits
+    assert made["conv state"]["answers"]["right"] not in hits
+    words = whole.config.vocab_size
+    guesses = [run(m, ids).logits[..., :words].argmax(-1) for m in (whole, bare)]
+    echo = [sum(int((guess[:, p - 1] == ids[:, p]).sum()) for p in (6, 8, 10)) for guess in guesses]
+    assert [made[what]["echo"]["right"] for what in ("nothing", "SSM state")] == echo
+    assert made["nothing"]["echo"]["prompts"] == 3 * len(ids)
 
 
 def test_windows_are_all_runs_of_neighbours():

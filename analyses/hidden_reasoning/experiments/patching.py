@@ -21,6 +21,7 @@ from ..task import Pairs, Task, pairs
 from .accuracy import Score, fresh
 from .channels import channels
 from .handover import handover
+from .probing import places
 from .results import Results
 
 STREAM = 3  # keeps the seeds of pairs apart from those of training and evaluation
@@ -108,22 +109,30 @@ def necessity(model: Mamba, found: Pairs, site: str, layers: Sequence[Layers], p
 
 @torch.no_grad()
 def without(model: Mamba, task: Task, num_steps: int, n: int, seed: int) -> dict[str, Any]:
-    """Right answers when one of the memories does nothing, in all layers and at all words at once.
+    """Right answers, and right words of the echo, when one of the memories does nothing in all layers, at all words.
 
     Without the SSM state no token reads it (`state_read` is 0, and y_t is D u_t alone); without the conv state each has
-    the mean over the prompts in place of the words before.
+    the mean over the prompts in place of the words before. The echo repeats the operations, the text before it given.
     """
     found = fresh(num_steps, n, seed, task)
     l = int(found.answer_at[0]) + 1  # all rows are as long
-    ids = found.ids[:, :l]
-    every = range(model.config.n_layer)
+    ids, every = found.ids[:, :l], range(model.config.n_layer)
     taken: dict[str, list[Edit]] = {
         "nothing": [],
         "SSM state": [Zero(at.state_read(layer=i)) for i in every],
         "conv state": [Mean(at.conv_state(layer=i, pos=slice(0, l))) for i in every],
     }
-    answers = {what: right(run(model, ids, edits, last_only=True), found.answer_ids) for what, edits in taken.items()}
-    return {what: asdict(Score(len(ids), int(hits.sum()), None, False)) for what, hits in answers.items()}
+    echo = torch.tensor([] if task.name == "direct" else places(task, num_steps), dtype=torch.long)
+    made = {}
+    for what, edits in taken.items():
+        guess = run(model, ids, edits).logits[..., : model.config.vocab_size].argmax(-1)  # (b, l)
+        answers, words = guess[:, -1] == found.answer_ids, guess[:, echo - 1] == ids[:, echo]
+        made[what] = {
+            name: asdict(Score(hits.numel(), int(hits.sum()), None, False))
+            for name, hits in (("answers", answers), ("echo", words))
+            if hits.numel()
+        }
+    return made
 
 
 def patch(
