@@ -104,7 +104,10 @@ def depth_curve(ax: Any, curves_all: Read) -> None:
         ax.plot([n + shift for n in x], means, color=colour, ls=line, label=label)
         ax.scatter([r["n_layer"] + shift for r in runs], [r["longest"] for r in runs], s=9, marker=mark, color=colour)
         shift += 0.12
-    ax.set(xlabel="layers", ylabel="longest length solved", xticks=DEPTHS, ylim=(0, 12.6))
+    reach = [v for k, v in curves_all.items() if k.startswith("reach ")]
+    ax.scatter([r["n_layer"] - 0.18 for r in reach], [r["longest"] for r in reach], s=16, marker="D",
+               facecolors="none", edgecolors=BLUE, linewidths=0.9, label="trained to 16, not 12")  # fmt: skip
+    ax.set(xlabel="layers", ylabel="longest length solved", xticks=DEPTHS, ylim=(0, 14.6))
     ax.legend(loc="upper left")
 
 

@@ -38,9 +38,8 @@ def runs(quick: bool = False) -> Iterator[tuple[str, Settings]]:
                 made |= {"learning_rate": RATE} if architecture == "transformer" else {}
                 name = f"depth {architecture}, {acts}, {n_layer} layers, seed {seed}"
                 yield name, Settings(**{**DEPTH, **shared, **made})
-        for n_layer in DEPTHS[-1:]:
-            name = f"reach mamba, arithmetic, {n_layer} layers, seed {seed}"
-            yield name, Settings(**{**REACH, **shared, "n_layer": n_layer, "seed": seed})
+        name = f"reach mamba, arithmetic, {DEPTHS[-1]} layers, seed {seed}"
+        yield name, Settings(**{**REACH, **shared, "n_layer": DEPTHS[-1], "seed": seed})
 
 
 def train_all(results: Results, folder: Path, *, quick: bool = False) -> None:
