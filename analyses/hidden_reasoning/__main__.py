@@ -181,7 +181,7 @@ def patch(
         key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, **numbers}
         kept = Results(path, "patch", key, command=_command("patch", name, **numbers))
         given: dict[str, Any] = {"num_steps": num_steps, "differ": differ - 1, "n": n, "seed": seed, "hand_n": prompts}
-        everything(kept, organism, settings.task, **given)
+        everything(kept, organism, settings.task, quick=quick, **given)
         _written(path, out, quick)
 
 

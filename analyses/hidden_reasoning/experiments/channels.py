@@ -108,11 +108,10 @@ def channels(results: Results, model: Mamba, task: Task, drawn: dict[str, Pairs]
                 ),
             )
     echo = int(drawn["value"].positions[0, -1])
-    for site in ("ssm_state", "conv_state"):
-        for after in (1, 2):
-            results.part(
-                f"channels: {site}, {after} after",
-                lambda site=site, after=after: by_channel(  # type: ignore[misc]
-                    model, task, drawn["value"], drawn["overt"], site, num_steps, echo + after
-                ),
-            )
+    for after in (1, 2):
+        results.part(
+            f"channels: conv_state, {after} after",
+            lambda after=after: by_channel(  # type: ignore[misc]
+                model, task, drawn["value"], drawn["overt"], "conv_state", num_steps, echo + after
+            ),
+        )

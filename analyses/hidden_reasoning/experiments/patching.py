@@ -137,17 +137,19 @@ def without(model: Mamba, task: Task, num_steps: int, n: int, seed: int) -> dict
 
 def patch(
     results: Results, model: Mamba, task: Task, *, num_steps: int, differ: int, n: int, seed: int, hand_n: int,
-    progress: bool = True,
+    quick: bool = False, progress: bool = True,
 ) -> None:  # fmt: skip
     """Everything that the `patch` command finds out, part by part.
 
     Args:
         num_steps: operations of every prompt. differ: the one in which a pair differs, from 0. n: pairs.
-        hand_n: prompts of the hand-overs.
+        hand_n: prompts of the hand-overs. quick: the first two layers and all of them, and of the sets of neighbouring
+            layers those that begin at the first.
     Cost: for each site and kind of pair a quarter of a forward of n rows, or less, for each layer and position.
     """
-    every = tuple(range(model.config.n_layer))
-    rows: Sequence[Layers] = [*every, every]
+    whole = tuple(range(model.config.n_layer))
+    every = whole[:2] if quick else whole
+    rows: Sequence[Layers] = [*every, whole]
     for kind in kinds(task):
         found = drawn(task, kind, num_steps, differ, n, seed)
         same = bool((found.base_answer == found.donor_answer).all())
@@ -159,7 +161,7 @@ def patch(
     echo = int(value.positions[0, -1])
     after = [p for p in range(echo, value.base_ids.shape[1]) if (p - echo) % 2 == 1 or p == echo]
     for site in ("ssm_state", "recurrent_state"):
-        sets = windows(model.config.n_layer)
+        sets = [layers for layers in windows(model.config.n_layer) if not quick or layers[0] == 0]
         what = partial(maps, model, value, site, sets, positions=after, progress=progress)
         results.part(f"windows: {site}", what)
     for site in SITES:
