@@ -9,7 +9,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from minimal_mamba.files import write_json
+from minimal_mamba.files import write_json, write_text
 from minimal_mamba.provenance import provenance
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -152,7 +152,7 @@ def readme(
     if into is None:
         print(made)
     else:
-        into.write_text(placed(into.read_text(), "benchmarks", made))
+        write_text(into, placed(into.read_text(), "benchmarks", made))
 
 
 @app.command()

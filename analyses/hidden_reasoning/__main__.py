@@ -234,9 +234,7 @@ def curves(
 def figures(
     results: Annotated[Path, typer.Option(help="Folder of the results files.")] = RESULTS,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures. [default: runs/figures]")] = None,
-    into: Annotated[
-        Path | None, typer.Option(help="A page in which to put the numbers of the results that ship.")
-    ] = None,
+    into: Annotated[Path | None, typer.Option(help="A page in which to put the numbers of the results.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Draw into a folder that goes again.")] = False,
 ) -> None:
     """Draw every figure of the study from its results files, and say what they say in numbers."""

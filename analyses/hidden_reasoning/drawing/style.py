@@ -1,10 +1,11 @@
 """The study's style: one palette, column widths, and figures that are saved as PNG and PDF."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from minimal_mamba.files import write_files
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"  # Okabe and Ito
 STYLE: Any = {"font.size": 7, "axes.titlesize": 7, "axes.spines.top": False, "axes.spines.right": False,
@@ -39,8 +40,10 @@ def figure_file(path: Path) -> Iterator[Callable[..., Any]]:
 
     with plt.rc_context(STYLE):
         yield subplots
-        for kind, facts in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-            whole = path.with_suffix(f".part.{kind}")
-            made[0].savefig(whole, dpi=300, metadata=facts)
-            os.replace(whole, path.with_suffix(f".{kind}"))
+        facts: dict[str, Any] = {"png": {"Software": None}, "pdf": {"CreationDate": None}}
+
+        def writer(kind: str) -> Callable[[Path], object]:
+            return lambda file: made[0].savefig(file, format=kind, dpi=300, metadata=facts[kind])
+
+        write_files(path.parent, {f"{path.name}.{kind}": writer(kind) for kind in facts})
         plt.close(made[0])
