@@ -11,12 +11,19 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import local
 from typing import TypeVar
 
 import torch
 
 P = TypeVar("P")
 PROCESS = os.getpid()
+_inside = local()  # of a thread: whether it is doing a part
+
+
+def free() -> int:
+    """How many threads a work may take: as many as torch has, and inside a part of another work one."""
+    return 1 if getattr(_inside, "part", False) else torch.get_num_threads()
 
 
 def over(parts: Iterable[P], do: Callable[[P], object], threads: int) -> None:
@@ -31,6 +38,8 @@ def over(parts: Iterable[P], do: Callable[[P], object], threads: int) -> None:
 
     def share(_: object = None) -> None:
         """Take part after part until none is left, however many others do the same."""
+        outer = getattr(_inside, "part", False)
+        _inside.part = outer or threads > 1
         try:
             with torch.inference_mode(inference), torch.set_grad_enabled(grad):
                 while (part := _taken(left)) is not None:
@@ -38,6 +47,8 @@ def over(parts: Iterable[P], do: Callable[[P], object], threads: int) -> None:
         except BaseException as error:  # an exception cannot leave a thread that is not Python's
             failed.append(error)
             left.clear()
+        finally:
+            _inside.part = outer
 
     parallel = _openmp() if os.getpid() == PROCESS else None  # after a fork OpenMP waits for threads that are not there
     if threads == 1:

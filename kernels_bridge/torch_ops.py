@@ -1,6 +1,6 @@
 """The `torch` backend: fast stretches where nothing is touched, the readable step where an edit is (law 4)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,9 @@ from minimal_mamba.tap import NO_TAP, ScanInputs, Tap, Toward
 
 from .step import step
 from .torch_scan import scan
+
+
+READ = ("ssm_state", "state_read")  # the same where no edit acts
 
 
 def stretches(length: int, touched: list[int]) -> Iterator[tuple[int, int, bool]]:
@@ -56,18 +59,14 @@ def selective_scan(
         y, h, kept = scan(
             u[:, s], dt[:, s], A, B[:, s], C[:, s], h,
             keep=[t - first for t in keep], added=added, added_at=[t - first for t in added_at],
-            move=None if move is None else _during(move, s), room=_room(tap, keep, h),
+            move=None if move is None else _during(move, s), room=room(tap, keep, h),
         )  # fmt: skip
         ys.append(y)
         if move is not None and stop < l:  # an edited position follows
             with torch.no_grad():
                 ends = [scan(run.u[:, s], run.dt[:, s], A, run.B[:, s], C[:, s], run.h)[1] for run in move.runs]
             move = _gone_on(move, ends)
-        for site in ("ssm_state", "state_read"):
-            if wanted[site]:
-                tap.record(
-                    site, kept if wanted[site] == keep else kept[:, [keep.index(t) for t in wanted[site]]], wanted[site]
-                )
+        hand_over(tap, kept, keep, wanted)
         if at := wanted["decay"]:
             tap.record("decay", torch.exp(dt[:, at, :, None] * A), at)
         if at := wanted["state_write"]:
@@ -75,10 +74,17 @@ def selective_scan(
     return (ys[0] if len(ys) == 1 else torch.cat(ys, 1)), h  # (b, l, e)
 
 
-def _room(tap: Tap, keep: list[int], h: Tensor) -> Tensor | None:
+def room(tap: Tap, keep: list[int], h: Tensor) -> Tensor | None:
     """Where the kept states can be written so that one of the recordings needs no copy."""
-    rooms = (tap.room(site, keep, h) for site in ("ssm_state", "state_read") if keep)
+    rooms = (tap.room(site, keep, h) for site in READ if keep)
     return next((room for room in rooms if room is not None), None)
+
+
+def hand_over(tap: Tap, kept: Tensor, keep: list[int], wanted: Mapping[str, list[int]]) -> None:
+    """Give the states (b, len(keep), e, n) of positions without edits to the sites that want some of them."""
+    for site in READ:
+        if times := wanted[site]:
+            tap.record(site, kept if times == keep else kept[:, [keep.index(t) for t in times]], times)
 
 
 def taps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

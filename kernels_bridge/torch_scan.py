@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from minimal_mamba.tap import Toward
 
-from .threads import over
+from .threads import free, over
 
 # A block is some rows of the batch, some tokens and, where one row is too large, some channels. It has at least TOKENS
 # tokens, so the states kept for the backward, one a block, are at most a TOKENS-th of all; and at most BLOCK numbers a
@@ -29,7 +29,7 @@ STATES = ("ssm_state", "state_read")  # the sites of a move that need the states
 def _threads(h: Tensor, l: int) -> int:
     """On how many threads the blocks of a scan run, each on one."""
     alone = h.device.type != "cpu" or torch.is_autocast_enabled("cpu") or h.numel() * l < FEW
-    return 1 if alone else torch.get_num_threads()
+    return 1 if alone else free()
 
 
 def cut(b: int, l: int, e: int, n: int, threads: int = 1) -> tuple[int, int, int]:

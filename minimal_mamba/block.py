@@ -86,14 +86,13 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory, mask: Tensor | None, tap: Tap, ops: Ops) -> tuple[Tensor, Memory]:
         """Mix along the sequence: x (b, l, d), the memory before it, mask (b, l) -> (b, l, d), the memory after it."""
-        if (ops.step is not None or ops.block is not None) and not tap.touches(*INSIDE):
-            alone = x.shape[1] == 1 and mask is None and not torch.is_grad_enabled()
-            if ops.step is not None and alone:
-                mixed, memory = ops.step(self)(x, memory)
-                return tap("mixer_out", mixed), memory
-            if ops.block is not None:
-                mixed, memory = ops.block(self, x, memory, mask, tap.last_only)
-                return tap("mixer_out", mixed), memory
+        alone = x.shape[1] == 1 and mask is None and not torch.is_grad_enabled()
+        if ops.step is not None and alone and not tap.touches(*INSIDE):
+            mixed, memory = ops.step(self)(x, memory)
+            return tap("mixer_out", mixed), memory
+        if ops.block is not None and not tap.edited(*ops.records) and not tap.touches(*{*INSIDE} - {*ops.records}):
+            mixed, memory = ops.block(self, x, memory, mask, tap)
+            return tap("mixer_out", mixed), memory
         h, window = memory
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
         x, z = tap("x", x), tap("z", z)

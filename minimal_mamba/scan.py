@@ -99,8 +99,10 @@ class Ops:
     Args:
         conv, scan: with the signatures of `causal_conv` and `selective_scan`.
     Those of a backend whose kernels do several lines of the forward at once; None: line by line.
-        block: (mixer, x (b, l, d), memory, mask, last_only) -> mixer_out, the memory after it, all of `Mixer.forward`;
-            runs where no site inside is edited or recorded. With `last_only` of each row's last token, (b, 1, d).
+        block: (mixer, x (b, l, d), memory, mask, tap) -> mixer_out, the memory after it, all of `Mixer.forward`; runs
+            where no site inside is edited, and none recorded but those of `records`, which it hands over to the tap.
+            With the tap's `last_only` of each row's last token, (b, 1, d).
+        records: the sites inside that `block` can record.
         step: mixer -> its single step, a function of x (b, 1, d) and the memory -> mixer_out, the memory after it: all
             of `Mixer.forward` for one token, before `block`; runs where no gradient is wanted and no site inside is
             edited or recorded at this token.
@@ -115,7 +117,8 @@ class Ops:
     name: str
     conv: Callable[..., tuple[Tensor, Tensor]]
     scan: Callable[..., tuple[Tensor, Tensor]]
-    block: Callable[[Any, Tensor, Memory, Tensor | None, bool], tuple[Tensor, Memory]] | None = None
+    block: Callable[[Any, Tensor, Memory, Tensor | None, Tap], tuple[Tensor, Memory]] | None = None
+    records: tuple[str, ...] = ()
     step: Callable[[Any], Step] | None = None
     add_norm: Callable[[Tensor, Tensor | None, nn.Module], tuple[Tensor, Tensor]] | None = None
     begin: Callable[[nn.Module, bool, bool], "Ops"] | None = None

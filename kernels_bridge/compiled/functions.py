@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 
@@ -47,6 +48,48 @@ def _whole_vectors(context):
         return context.get_dummy_value()
 
     return types.none(), build
+
+
+@intrinsic
+def _turn_square(context, source, i, c, into):
+    """into[c + k, i : i + 16] = source[i : i + 16, c + k] for k < 16, in registers; last axes are contiguous.
+
+    Four times the rows of one half are woven into those of the other: a transposition.
+    """
+
+    def build(context, builder, signature, args):
+        (source, *_, into), (array, i, c, other) = (signature.args, args)
+        vector, index = ir.VectorType(context.get_data_type(source.dtype), 16), ir.IntType(32)
+        size = context.get_abi_sizeof(vector.element)
+
+        def row(kind, array, *where):
+            made = context.make_array(kind)(context, builder, array)
+            place = cgutils.get_item_pointer(context, builder, kind, made, where)
+            return builder.bitcast(place, ir.PointerType(vector))
+
+        rows = [builder.load(row(source, array, builder.add(i, i.type(k)), c), align=size) for k in range(16)]
+        halves = [[half + x for k in range(8) for x in (k, k + 16)] for half in (0, 8)]
+        weave = [ir.Constant(ir.VectorType(index, 16), [index(x) for x in half]) for half in halves]
+        for _ in range(4):
+            rows = [builder.shuffle_vector(rows[k], rows[k + 8], half) for k in range(8) for half in weave]
+        for k, turned in enumerate(rows):
+            builder.store(turned, row(into, other, builder.add(c, c.type(k)), i), align=size)
+        return context.get_dummy_value()
+
+    return types.none(source, types.intp, types.intp, into), build
+
+
+@_jit
+def turn(source, into):
+    """into[c, i] = source[i, c]; `into` may be larger, and last axes are contiguous."""
+    rows, columns = source.shape
+    squares, wide = rows // 16 * 16, columns // 16 * 16
+    for i in range(0, squares, 16):
+        for c in range(0, wide, 16):
+            _turn_square(source, i, c, into)
+    for c in range(columns):
+        for i in range(squares if c < wide else 0, rows):
+            into[c, i] = source[i, c]
 
 
 # The numbers of `_exp`: bounds beyond which all is 0 or inf, 1.5 2^23 or 2^52, 1 / ln 4, ln 4 in two parts, and the

@@ -9,7 +9,7 @@ changes no result. Along time a loop is sequential; along channels it is vectori
 
 import numpy as np
 
-from .functions import _exp2, _jit, _whole_vectors, dot
+from .functions import _exp2, _jit, _whole_vectors, dot, turn
 
 DECAY, STATE_WRITE, SSM_STATE, STATE_READ = 1, 2, 3, 4  # the site of a move
 
@@ -20,10 +20,10 @@ def width(n: int) -> int:
 
 
 @_jit
-def _turn(source, into):
-    """into = source; (n, channels), of which either may be a transposed view and `into` wider."""
-    for c in range(source.shape[1]):
-        for i in range(len(source)):
+def _copy(source, into):
+    """into = source; (n, channels), of which `into` may be wider."""
+    for i in range(len(source)):
+        for c in range(source.shape[1]):
             into[i, c] = source[i, c]
 
 
@@ -49,11 +49,11 @@ def scan(p, first, stop, wide, step, u, dt, A, B, C, h, added_at, added, keep, k
         m = min(wide, e - c0)
         here = slice(c0, c0 + m)  # views count from 0: of an index that might be negative LLVM makes a gather
         _lay_out(p, A[:, here], A_c)
-        _turn(h[r, here].T, state)
+        turn(h[r, here], state)
         a = k = 0  # the next of added, of kept
         for t in range(l):
             if len(starts) and t % step == 0:
-                _turn(state[:, :m], starts[t // step, r, :, here])
+                _copy(state[:, :m], starts[t // step, r, :, here])
             u_t, dt_t, y_t = u[r, t, here], dt[r, t, here], y[r, t, here]
             for c in range(m):
                 d[c] = dt_t[c]
@@ -75,9 +75,9 @@ def scan(p, first, stop, wide, step, u, dt, A, B, C, h, added_at, added, keep, k
                 y_t[c] = total[c]
             a += plus
             if k < len(keep) and keep[k] == t:
-                _turn(state[:, :m], kept[r, k, here].T)
+                turn(state[:, :m], kept[r, k, here])
                 k += 1
-        _turn(state[:, :m], last[r, here].T)
+        turn(state[:, :m], last[r, here])
 
 
 @_jit
@@ -90,7 +90,7 @@ def _difference(p, site, runs, begin, end, r, c0, m, A_c, u, dt, B, from_starts,
     n, here = len(A_c), slice(c0, c0 + m)
     for run in range(runs):
         if site >= SSM_STATE:
-            _turn(from_starts[run, r, :, here], state)
+            _copy(from_starts[run, r, :, here], state)
         for t in range(begin, end):
             u_t, dt_t = u[run, r, t, here], dt[run, r, t, here]
             for i in range(n):
@@ -166,13 +166,13 @@ def scan_backward(
         m = min(wide, e - c0)
         here = slice(c0, c0 + m)
         _lay_out(p, A[:, here], A_c)
-        _turn(dlast[r, here].T, flow)
+        turn(dlast[r, here], flow)
         dA_c[:] = 0
         a, k = len(added_at) - 1, len(keep) - 1
         for chunk in range(len(starts) - 1, -1, -1):
             begin = chunk * step
             end = min(begin + step, l)
-            _turn(starts[chunk, r, :, here], states)
+            _copy(starts[chunk, r, :, here], states)
             a0 = a + 1
             while a0 > 0 and added_at[a0 - 1] >= begin:
                 a0 -= 1
@@ -235,8 +235,8 @@ def scan_backward(
                 for c in range(m):
                     du_t[c] = by_w[c] * d[c]
                     ddt_t[c] = by_d[c] * p[-1] + by_w[c] * u_t[c]  # A_c is A / ln 2
-        _turn(dA_c[:, :m], dA[r, :, here])
-        _turn(flow[:, :m], dh[r, here].T)
+        _copy(dA_c[:, :m], dA[r, :, here])
+        turn(flow[:, :m], dh[r, here])
 
 
 @_jit

@@ -48,5 +48,5 @@ def add_norm(resid: Tensor, mixed: Tensor | None, norm: nn.Module) -> tuple[Tens
 
     given = array(resid)
     (b, l, d), sums, normals = given.shape, empty_like(given), empty_like(given)
-    spread(loop, b * l, b * l * d, given.dtype, norm.eps, given, array(plus), array(weight), sums, normals)
+    spread(loop, b * l, 2 * b * l * d, given.dtype, norm.eps, given, array(plus), array(weight), sums, normals)
     return from_numpy(sums), from_numpy(normals)

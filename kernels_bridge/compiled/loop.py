@@ -1,4 +1,4 @@
-"""Running a compiled loop over its items, on as many threads as torch has."""
+"""Running a compiled loop over its items, on as many threads as there are for it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..threads import over
+from ..threads import free, over
 
 Array = np.ndarray[Any, Any]
 FEW = 1 << 18  # numbers: an eighth of a millisecond; to wake a second thread takes 0.05 (measured)
@@ -31,7 +31,7 @@ def spread(kernel: Callable[..., None], items: int, work: int, dtype: Any, *arra
     """`run` of what is arrays already, of one type: for loops so short that to look at each would show."""
     from .functions import NUMBERS
 
-    threads = 1 if work <= FEW else min(items, torch.get_num_threads())
+    threads = 1 if work <= FEW else min(items, free())
     if threads == 1:
         kernel(NUMBERS[dtype], 0, items, *arrays)
         return

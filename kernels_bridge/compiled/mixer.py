@@ -1,10 +1,11 @@
-"""A mixer of which nothing inside is touched and no gradient is wanted: `Mixer.forward` in pieces that stay in the
-cache, its matrix products by torch and what lies between them in compiled loops."""
+"""A mixer of which nothing inside is touched but states are recorded, and no gradient is wanted: `Mixer.forward` in
+pieces that stay in the cache, its matrix products by torch and what lies between them in compiled loops."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 
 from minimal_mamba.block import Memory, Mixer
 from minimal_mamba.scan import Ops
+from minimal_mamba.tap import Tap
 
+from ..threads import free, over
+from ..torch_ops import READ, hand_over, room
 from .loop import run
 
 # numbers that a piece makes of x, then of u, dt and z: a megabyte each (measured: half or twice is worse)
@@ -21,69 +25,88 @@ FEWEST = 256  # tokens of a piece, below which the products are slower
 
 
 def block(
-    mixer: Mixer, x: Tensor, memory: Memory, mask: Tensor | None, last_only: bool, *, keep: bool = True
+    mixer: Mixer, x: Tensor, memory: Memory, mask: Tensor | None, tap: Tap, *, keep: bool = True
 ) -> tuple[Tensor, Memory]:
     """`Mixer.forward`; without `keep` NaN comes in the place of the memory after it.
 
     Args:
         x: (b, l, d). mask: (b, l) True on tokens; padding comes last. All of one type, float32 or float64.
-        last_only: of each row only the last token goes on behind the scan.
+        tap: is given the states that it records; with `last_only`, of each row only the last token goes on behind the
+            scan.
     Returns:
         (b, l, d), of padding what nothing gives, or (b, 1, d); and the memory.
     Cost: that of the products, and an exp and three multiply-adds for each of (b, l, e, n). Memory beyond the result:
-        (3 e) of a piece's tokens, and the memory twice.
+        (3 e) of a piece's tokens for each thread, and the memory.
     """
+    m, (b, l, d), (e, n), r, one = mixer, x.shape, mixer.A_log.shape, mixer.dt_proj.in_features, tap.last_only
+    A, D, bias = -torch.exp(m.A_log.to(x.dtype)).T.contiguous(), m.D.to(x.dtype), m.dt_proj.bias.to(x.dtype)  # A: (n, e)
+    taps = m.conv1d.weight[:, 0].T.to(x.dtype).contiguous()  # (k, e)
+    taps_bias = taps.new_zeros(e) if m.conv1d.bias is None else m.conv1d.bias.to(x.dtype)
+    window = memory[1].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (b, k, e)
+    sizes = torch.full((b,), l) if mask is None else mask.sum(1)
+    recorded = {site: tap.recorded(site) for site in READ}
+    kept_at = sorted({*chain(*recorded.values())})
+    kept = room(tap, kept_at, memory[0])
+    kept = x.new_empty(b, len(kept_at), e, n) if kept is None else kept
+    at = torch.tensor(kept_at, dtype=torch.long)
+    made, gated = x.new_empty(b, 1 if one else l, d), x.new_empty(b if one else 0, 1, e)
+    threads = shares(b, free())
+    rows, step = piece(b, l, e, free() // threads)
+    h, after = memory[0], x.new_empty((b if keep or step < l else 0, e, n))
+
+    def share(mine: slice) -> None:
+        """The rows `mine`, piece by piece."""
+        space = [x.new_empty(min(rows, mine.stop - mine.start) * step * size) for size in (e, e, r + 2 * n, e)]
+        for i, t in pieces(mine, l, rows, step):
+            part, here = x[i, t], (sizes[i] - t.start).clamp(0, t.stop - t.start)
+            count, tokens = part.shape[:2]
+            inputs, u, low, raw = (
+                _first(s, count, tokens, size) for s, size in zip(space, (e, e, r + 2 * n, e), strict=True)
+            )
+            _product(part, m.in_proj, inputs, slice(e))
+            run(mixer_kernels.conv, count, u.numel() * len(taps), inputs, window[i], taps, taps_bias, u)
+            if len(after):
+                window[i] = _newest(window[i], inputs, here)
+            _product(u, m.x_proj, low)
+            torch.mm(low[..., :r].reshape(-1, r), m.dt_proj.weight.T, out=raw.view(-1, e))
+            gate, out = inputs, raw  # in the place of what is not needed any more
+            if one:
+                part = x[i][torch.arange(count), sizes[i] - 1]
+                gate, out = _first(space[0], count, 1, e), gated[i]
+            _product(part, m.in_proj, gate, slice(e, None))
+            run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, bias, A, low, r, D,
+                gate, out, one, here, (after if t.start else h)[i], after[i], at - t.start, kept[i])  # fmt: skip
+            if not one:
+                _product(out, m.out_proj, made[i, t])
+
     from . import kernels, mixer_kernels
 
-    m, (b, l, d), (e, n), r = mixer, x.shape, mixer.A_log.shape, mixer.dt_proj.in_features
-    A, D, wide = -torch.exp(m.A_log.to(x.dtype)).T.contiguous(), m.D.to(x.dtype), kernels.width(n)  # A: (n, e)
-    taps, dt_bias = m.conv1d.weight[:, 0].T.to(x.dtype).contiguous(), m.dt_proj.bias.to(x.dtype)  # (k, e), (e)
-    taps_bias = taps.new_zeros(e) if m.conv1d.bias is None else m.conv1d.bias.to(x.dtype)
-    h, window = (part.transpose(1, 2).clone(memory_format=torch.contiguous_format) for part in memory)  # (b, n or k, e)
-    sizes = torch.full((b,), l) if mask is None else mask.sum(1)
-    made, gated = x.new_empty(b, 1 if last_only else l, d), x.new_empty(b if last_only else 0, 1, e)
-    rows, step = piece(b, l, e)
-    space = [x.new_empty(rows * step * size) for size in (e, e, r + 2 * n, e)]  # used again by each piece
-    for i, t in pieces(b, l, rows, step):
-        part, here = x[i, t], (sizes[i] - t.start).clamp(0, t.stop - t.start)
-        count, tokens = part.shape[:2]
-        inputs, u, low, raw = (
-            _first(s, count, tokens, size) for s, size in zip(space, (e, e, r + 2 * n, e), strict=True)
-        )
-        _product(part, m.in_proj, inputs, slice(e))
-        run(mixer_kernels.conv, count, u.numel() * len(taps), inputs, window[i], taps, taps_bias, u)
-        if keep or t.stop < l:
-            window[i] = _newest(window[i], inputs, here)
-        _product(u, m.x_proj, low)
-        torch.mm(low[..., :r].reshape(-1, r), m.dt_proj.weight.T, out=raw.view(-1, e))
-        gate, out = inputs, raw  # in the place of what is not needed any more
-        if last_only:
-            part = x[i][torch.arange(count), sizes[i] - 1]
-            gate, out = _first(space[0], count, 1, e), gated[i]
-        _product(part, m.in_proj, gate, slice(e, None))
-        run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, dt_bias, A, low, r, D,
-             gate, out, last_only, here, h[i])  # fmt: skip
-        if not last_only:
-            _product(out, m.out_proj, made[i, t])
-    if last_only:
+    wide = kernels.width(n)
+    over((slice(b * i // threads, b * (i + 1) // threads) for i in range(threads)), share, threads)
+    if one:
         _product(gated, m.out_proj, made)
-    h, window = h.transpose(1, 2), window.transpose(1, 2)
+    hand_over(tap, kept, kept_at, recorded)
     if not keep:
-        return made, (h.new_full((), torch.nan).expand_as(h), window.new_full((), torch.nan).expand_as(window))
-    return made, (h, window)
+        return made, (h.new_full((), torch.nan).expand_as(h), window.new_full((), torch.nan).expand_as(memory[1]))
+    return made, (after, window.transpose(1, 2))
 
 
-def piece(b: int, l: int, width: int) -> tuple[int, int]:
-    """Rows and tokens of a piece, where a token makes `width` numbers."""
-    tokens = max(FEWEST, CACHE // width) * torch.get_num_threads()
+def shares(b: int, threads: int) -> int:
+    """On how many threads rows go their way alone; 1: each loop and product is cut by itself."""
+    return threads if b % threads == 0 or b >= 4 * threads else 1
+
+
+def piece(b: int, l: int, width: int, threads: int = 1) -> tuple[int, int]:
+    """Rows and tokens of a piece, where a token makes `width` numbers and `threads` share it."""
+    tokens = max(FEWEST, CACHE // width) * threads
     return (max(1, min(b, tokens // l)), l) if l <= tokens else (1, tokens)
 
 
-def pieces(b: int, l: int, rows: int, step: int) -> Iterator[tuple[slice, slice]]:
+def pieces(rows: slice, l: int, count: int, step: int) -> Iterator[tuple[slice, slice]]:
     """The rows and the positions of each piece, in the order in which a row's memory goes on."""
-    for i in range(0, b, rows):
+    for i in range(rows.start, rows.stop, count):
         for t in range(0, l, step):
-            yield slice(i, min(i + rows, b)), slice(t, min(t + step, l))
+            yield slice(i, min(i + count, rows.stop)), slice(t, min(t + step, l))
 
 
 def _first(space: Tensor, *shape: int) -> Tensor:
@@ -116,4 +139,4 @@ def begin(model: nn.Module, fresh: bool, keep: bool, *, ops: Ops) -> Ops:
     typed: Any = model
     suits = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
     suits = suits and typed.dtype in (torch.float32, torch.float64)
-    return replace(ops, begin=None, block=partial(block, keep=keep) if suits else None)
+    return replace(ops, begin=None, block=partial(block, keep=keep) if suits else None, records=READ)

@@ -9,8 +9,8 @@ recurrence  dt = softplus(raw + bias), the scan, + D u, SiLU(z)      selective_s
 
 import numpy as np
 
-from .functions import _exp2, _jit, _silu, _softplus, _whole_vectors
-from .kernels import _lay_out, _turn
+from .functions import _exp2, _jit, _silu, _softplus, _whole_vectors, turn
+from .kernels import _lay_out
 
 
 @_jit
@@ -38,7 +38,9 @@ def conv(p, first, stop, x, window, weight, bias, u):
 
 
 @_jit
-def recurrence(p, first, stop, wide, u, raw, bias, A, low, rank, D, z, out, last_only, sizes, h):
+def recurrence(
+    p, first, stop, wide, u, raw, bias, A, low, rank, D, z, out, last_only, sizes, h, after, keep, kept
+):  # fmt: skip
     """The items first..stop of out = (scan(u, softplus(raw + bias)) + D u) SiLU(z); an item is as in `kernels.scan`.
 
     Args:
@@ -46,11 +48,13 @@ def recurrence(p, first, stop, wide, u, raw, bias, A, low, rank, D, z, out, last
         z, out: (b, l, e); out may be raw: a token is read before it is written.
         last_only: z and out are (b, 1, e), of each row's last token.
         sizes: (b) real tokens of each row; after them nothing happens, and `out` is 0.
-        h: (b, n, e) the states, which this changes.
+        h: (b, e, n) the states before. after: those after, or (0, e, n) if nobody asks; it may be h.
+        keep: positions, ascending, whose states go into kept (b, len(keep), e, n); those that are not here are not.
     """
     _whole_vectors()
     e, n = u.shape[2], len(A)
     across = (e + wide - 1) // wide
+    since = np.searchsorted(keep, 0)
     A_c, state = np.empty((n, wide), u.dtype), np.empty((n, wide), u.dtype)
     d, w, total = np.empty(wide, u.dtype), np.empty(wide, u.dtype), np.empty(wide, u.dtype)
     for item in range(first, stop):
@@ -59,7 +63,8 @@ def recurrence(p, first, stop, wide, u, raw, bias, A, low, rank, D, z, out, last
         here = slice(c0, c0 + m)
         bias_c, D_c = bias[here], D[here]
         _lay_out(p, A[:, here], A_c)
-        _turn(h[r, :, here], state)
+        turn(h[r, here], state)
+        k = since  # the next to keep
         for t in range(sizes[r]):
             u_t, raw_t = u[r, t, here], raw[r, t, here]
             for c in range(m):
@@ -72,20 +77,24 @@ def recurrence(p, first, stop, wide, u, raw, bias, A, low, rank, D, z, out, last
                     B_i = low[r, t, rank + i]
                     for c in range(m):
                         state[i, c] = _exp2(d[c] * A_c[i, c], p) * state[i, c] + w[c] * B_i
-                continue
-            for i in range(n):
-                B_i, C_i = low[r, t, rank + i], low[r, t, rank + n + i]
+            else:
+                for i in range(n):
+                    B_i, C_i = low[r, t, rank + i], low[r, t, rank + n + i]
+                    for c in range(m):
+                        now = _exp2(d[c] * A_c[i, c], p) * state[i, c] + w[c] * B_i
+                        state[i, c] = now
+                        total[c] += C_i * now
+                at = 0 if last_only else t
+                z_t, out_t = z[r, at, here], out[r, at, here]
                 for c in range(m):
-                    now = _exp2(d[c] * A_c[i, c], p) * state[i, c] + w[c] * B_i
-                    state[i, c] = now
-                    total[c] += C_i * now
-            at = 0 if last_only else t
-            z_t, out_t = z[r, at, here], out[r, at, here]
-            for c in range(m):
-                out_t[c] = total[c] * _silu(z_t[c], p)
+                    out_t[c] = total[c] * _silu(z_t[c], p)
+            if k < len(keep) and keep[k] == t:
+                turn(state[:, :m], kept[r, k, here])
+                k += 1
         if not last_only:
             out[r, sizes[r] :, here] = 0
-        _turn(state[:, :m], h[r, :, here])
+        if len(after):
+            turn(state[:, :m], after[r, here])
 
 
 @_jit
@@ -111,7 +120,7 @@ def carry(p, first, stop, wide, delta, dt, A, C, gate, begins, out):
         here = slice(c0, c0 + m)
         _lay_out(p, A[:, here], A_c)
         for k in range(many):
-            _turn(delta[k, r, here].T, states[k])
+            turn(delta[k, r, here], states[k])
             out[k, r, max(0, l - begins[k, r]) :, here] = 0
         for t in range(begins[:, r].min(), min(l, begins[:, r].max() + count)):
             dt_t, gate_t = dt[r, t, here], gate[r, t, here]

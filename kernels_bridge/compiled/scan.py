@@ -39,8 +39,6 @@ def scan(
     if torch.is_grad_enabled():
         return _Scan.apply(*given, None if move is None else move.size, move)
     inputs, plus, kept = _as_the_loops_take_it(*given, room)
-    if len(keep) == dt.shape[1] and not added_at and A.shape[1] >= 16:  # else the other loop is the faster one
-        return _every(inputs, h, kept[1])
     return *_forward(inputs, h, plus, kept, False)[:2], kept[1]
 
 
@@ -112,16 +110,6 @@ def _as_the_loops_take_it(
     plus = torch.tensor(added_at, dtype=torch.long), _none(h) if added is None else added.contiguous()
     room = h.new_empty((len(h), len(keep), *h.shape[1:])) if room is None else room
     return inputs, plus, (torch.tensor(keep, dtype=torch.long), room)
-
-
-def _every(inputs: tuple[Tensor, ...], h: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and every state, which is written into `kept` (b, l, e, n) and read there for the next."""
-    from .token_kernels import scan_kept
-
-    u, dt, A, B, C = inputs
-    y = torch.empty_like(u)
-    run(scan_kept, len(h), kept.numel(), u, dt, A.T.contiguous(), B, C, h.contiguous(), y, kept)
-    return y, kept[:, -1].clone(), kept
 
 
 def _forward(

@@ -1,4 +1,4 @@
-"""The loops that go token by token: a whole mixer for one, a scan of which every state is kept, the norm of a sum.
+"""The loops that go token by token: a whole mixer for one, the norm of a sum.
 
 A state lies as (channels, n) here, as it is carried and recorded. Alone, a token costs what reading the weights costs:
 a product reads each row of its matrix once for all rows of the batch, as fast as the memory gives it, on one core of an
@@ -103,20 +103,6 @@ def _recur(p, u, dt, A, B, C, before, after, y):
     else:
         _write(p, n, u, dt, A, B, before, after)
         _read(n, C, after, y)
-
-
-@_jit
-def scan_kept(p, first, stop, u, dt, A, B, C, h, y, kept):
-    """Rows first..stop of a scan that writes each state where it is kept: (b, l, e, n), for the next token to read.
-
-    A: (e, n). The rest as in `kernels.scan`.
-    """
-    _whole_vectors()
-    for r in range(first, stop):
-        before = h[r]
-        for t in range(u.shape[1]):
-            _recur(p, u[r, t], dt[r, t], A, B[r, t], C[r, t], before, kept[r, t], y[r, t])
-            before = kept[r, t]
 
 
 @_jit

@@ -81,11 +81,11 @@ def _list(values: object) -> str:
 
 
 def block(
-    mixer: nn.Module, x: Tensor, memory: Memory, mask: Tensor | None, last_only: bool, *, kernels: Kernels
+    mixer: nn.Module, x: Tensor, memory: Memory, mask: Tensor | None, tap: Tap, *, kernels: Kernels
 ) -> tuple[Tensor, Memory]:
     """`Mixer.forward` from a blank memory through the fused kernels, which give none back: NaN comes in its place."""
     mixed = kernels.block(mixer, x)  # (b, l, d)
-    if last_only:
+    if tap.last_only:
         last = torch.full((len(x),), x.shape[1]) if mask is None else mask.sum(1)
         mixed = mixed[torch.arange(len(x), device=x.device), last.to(x.device) - 1][:, None]
     h, window = (part.new_full((), torch.nan).expand_as(part) for part in memory)

@@ -11,9 +11,10 @@ from torch import Tensor
 from interp import Scale, at, generate, run
 from kernels_bridge import resolve
 from kernels_bridge.carry import carry
+from kernels_bridge.threads import free
 from minimal_mamba.block import Memory, Mixer
 from minimal_mamba.scan import READABLE, selective_scan
-from minimal_mamba.tap import NO_TAP
+from minimal_mamba.tap import NO_TAP, Tap
 
 pytest.importorskip("numba", reason="the compiled backend needs numba")
 import numpy as np
@@ -22,6 +23,8 @@ from kernels_bridge.compiled import functions, kernels, loop, mixer, mixer_kerne
 from kernels_bridge.compiled.carry import carry as compiled_carry
 
 LENGTHS = (1, 2, 3, 7, 63, 500)
+LAST = Tap()
+LAST.last_only = True
 
 
 def near(got: Tensor, want: Tensor, tol: float = 1e-12) -> None:
@@ -93,18 +96,18 @@ def test_it_is_the_mixer(l: int, padded: bool) -> None:
     sizes = torch.tensor([l, max(1, l - 2), 1, l // 2 + 1, l]) if padded else torch.full((b,), l)
     mask = torch.arange(l) < sizes[:, None] if padded else None
     want, (h, window) = line_by_line(m, x, memory, mask)
-    found, after = mixer.block(m, x, memory, mask, False)
+    found, after = mixer.block(m, x, memory, mask, NO_TAP)
     real = torch.arange(l) < sizes[:, None]
     near(found[real], want[real])
     near(after[0], h)
     near(after[1], window, 1e-15)
     assert found.isfinite().all()  # on padding too
-    last, after = mixer.block(m, x, memory, mask, True)
+    last, after = mixer.block(m, x, memory, mask, LAST)
     near(last[:, 0], want[torch.arange(b), sizes - 1])
     near(after[0], h)
     near(after[1], window, 1e-15)
     for keep in (False, True):
-        found, after = mixer.block(m, x, memory, mask, keep, keep=False)
+        found, after = mixer.block(m, x, memory, mask, LAST if keep else NO_TAP, keep=False)
         assert all(part.isnan().all() for part in after)  # not asked for
         near(found[:, 0] if keep else found[real], last[:, 0] if keep else want[real])
     assert all(torch.equal(t, old) for t, old in zip((x, *memory), before, strict=True))
@@ -122,7 +125,7 @@ def test_every_size_and_bias(sizes: dict[str, Any]) -> None:
     x, memory = draw(b, 9, m.in_proj.in_features, seed=3), memory_of(m, b)
     want, (h, window) = line_by_line(m, x, memory, mask)
     for last_only in (False, True):
-        found, after = mixer.block(m, x, memory, mask, last_only)
+        found, after = mixer.block(m, x, memory, mask, LAST if last_only else NO_TAP)
         near(found[:, 0], want[torch.arange(b), mask.sum(1) - 1]) if last_only else near(found[mask], want[mask])
         near(after[0], h)
         near(after[1], window, 1e-15)
@@ -132,10 +135,10 @@ def test_every_size_and_bias(sizes: dict[str, Any]) -> None:
 def test_strides_do_not_matter() -> None:
     m = tiny(n_layer=1).backbone.layers[0].mixer
     x, memory = draw(3, 11, m.in_proj.in_features), memory_of(m, 3)
-    want = mixer.block(m, x, memory, None, False)[0]
+    want = mixer.block(m, x, memory, None, NO_TAP)[0]
     odd = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, *memory)]
-    assert torch.equal(mixer.block(m, odd[0], (odd[1], odd[2]), None, False)[0], want)
-    assert torch.equal(mixer.block(m, x, (memory[0].expand(3, -1, -1), memory[1]), None, False)[0], want)
+    assert torch.equal(mixer.block(m, odd[0], (odd[1], odd[2]), None, NO_TAP)[0], want)
+    assert torch.equal(mixer.block(m, x, (memory[0].expand(3, -1, -1), memory[1]), None, NO_TAP)[0], want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -147,7 +150,7 @@ def test_what_is_not_a_number_goes_where_it_goes_in_torch(value: float, dtype: t
     memory = memory[0].to(dtype), memory[1].to(dtype)
     x[1, 4, 2] = value
     want, (h, _) = line_by_line(m, x, memory, None)
-    found, (after, _) = mixer.block(m, x, memory, None, False)
+    found, (after, _) = mixer.block(m, x, memory, None, NO_TAP)
     for got, other in ((found, want), (after, h)):
         torch.testing.assert_close(got, other, equal_nan=True, rtol=1e-4, atol=1e-5)
 
@@ -158,7 +161,7 @@ def test_float32_errs_as_the_mixer_does() -> None:
     x, memory = draw(4, 300, 64), memory_of(m, 4)
     want, _ = line_by_line(m, x, memory, None)
     m, x, memory = m.float(), x.float(), (memory[0].float(), memory[1].float())
-    plain, found = line_by_line(m, x, memory, None)[0], mixer.block(m, x, memory, None, False)[0]
+    plain, found = line_by_line(m, x, memory, None)[0], mixer.block(m, x, memory, None, NO_TAP)[0]
     error = [float((y.double() - want).norm() / want.norm()) for y in (found, plain)]
     assert error[0] <= 2 * error[1] < 1e-5
 
@@ -176,11 +179,36 @@ def test_threads_share_the_pieces(threads: None, monkeypatch: pytest.MonkeyPatch
     x, memory = draw(4, 90, 200), memory_of(m, 4)
     monkeypatch.setattr(mixer, "FEWEST", 50)
     monkeypatch.setattr(mixer, "CACHE", 1)
-    want = mixer.block(m, x, memory, None, False)[0]
-    for count in (2, 3):
+    want = mixer.block(m, x, memory, None, NO_TAP)[0]
+    cut, plain = list[list[int]](), mixer.run
+    monkeypatch.setattr(mixer, "run", lambda kernel, items, *a: (cut[-1].append(free()), plain(kernel, items, *a)))
+    for count in (1, 2, 3):
         torch.set_num_threads(count)
-        assert mixer.piece(4, 90, 400) == (count * 50 // 90, 90)
-        near(mixer.block(m, x, memory, None, False)[0], want, 1e-14)
+        cut.append([])
+        near(mixer.block(m, x, memory, None, NO_TAP)[0], want, 1e-14)
+    assert [{*loops} for loops in cut] == [{1}, {1}, {3}]  # 4 rows: of two threads each takes its own, of three none
+    assert mixer.piece(4, 90, 400, 3) == (3 * 50 // 90, 90) and free() == 3
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_it_records_states(padded: bool, calls: list[tuple[int, ...]]) -> None:
+    """As line by line, at positions of one's own for each site; the other sites inside make it go line by line."""
+    model = tiny(n_layer=2, d_state=16, d_model=24)
+    ids = torch.randint(0, 29, (3, 63), generator=torch.Generator().manual_seed(0))
+    lengths = [63, 20, 41] if padded else None
+    every = [at.ssm_state(layer=slice(None), pos=slice(None)), at.ssm_state(layer=1, pos=-1, e=[3, 40], n=2),
+             at.state_read(layer=0, pos=[0, 5, 17]), at.resid_post(layer=0)]  # fmt: skip
+    found = run(model, ids, record=every, lengths=lengths, backend="compiled", keep_state=True)
+    assert len(calls) == 2
+    want = run(model, ids, record=every, lengths=lengths, backend="reference", keep_state=True)
+    for place in every:
+        torch.testing.assert_close(found[place], want[place], rtol=1e-11, atol=1e-12, equal_nan=True)
+    for x, y in zip(found.state.ssm_state, want.state.ssm_state, strict=True):
+        near(x, y, 1e-11)
+    run(model, ids, record=[at.dt(layer=0), at.ssm_state(layer=1)], backend="compiled")
+    assert len(calls) == 3
 
 
 # -- where it runs ----------------------------------------------------------------------------------------------------
