@@ -40,11 +40,18 @@ class Backend:
         """The needs that are not met on this device."""
         return [need for need in self.needs if not need.here(device)]
 
+    def available(self, device: torch.device) -> bool:
+        """Whether it can run on this device."""
+        return all(need.here(device) for need in self.needs)
+
+
+_version = cache(importlib.metadata.version)  # of what is missing it keeps nothing
+
 
 def installed(package: str) -> str | None:
     """The version of a package, None where it is not installed."""
     try:
-        return importlib.metadata.version(package)
+        return _version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
@@ -125,14 +132,14 @@ def resolve(name: str = "auto", device: torch.device | str = "cpu") -> Ops:
     """
     device = torch.device(device)
     if name == "auto":
-        name = next(b for b in ("fused", "compiled", "torch") if not BACKENDS[b].missing(device))
+        name = next(b for b in ("fused", "compiled", "torch") if BACKENDS[b].available(device))
     if name not in BACKENDS:
         raise BackendUnavailable(
             f"no backend {name!r}.{nearest(name, BACKENDS)} There are auto, {', '.join(BACKENDS)}."
         )
     backend = BACKENDS[name]
-    missing = backend.missing(device)
-    if missing:
+    if not backend.available(device):
+        missing = backend.missing(device)
         lacks = "; ".join(f"{need.name} ({need.remedy})" for need in missing)
         here = [b for b in BACKENDS if not BACKENDS[b].missing(device)]
         raise BackendUnavailable(f"backend={name!r} cannot run on {device}: it lacks {lacks}. Here: {', '.join(here)}.")

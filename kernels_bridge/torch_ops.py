@@ -15,7 +15,6 @@ from minimal_mamba.tap import NO_TAP, ScanInputs, Tap, Toward
 from .step import step
 from .torch_scan import scan
 
-
 READ = ("ssm_state", "state_read")  # the same where no edit acts
 
 

@@ -20,7 +20,7 @@ from .sites import RECURRENT_STATE
 Rows = Selector | Sequence[int] | None
 
 
-def _value(given: Any, what: str) -> Tensor:
+def _value(given: Any, what: object) -> Tensor:
     """A private copy that keeps its gradient, free of NaN."""
     with torch.enable_grad():
         try:
@@ -35,7 +35,7 @@ def _value(given: Any, what: str) -> Tensor:
         value: Tensor = given.clone()
     if not value.is_floating_point():
         value = value.to(torch.get_default_dtype())
-    if torch.isnan(value).any():
+    if value.detach().sum().isnan() and torch.isnan(value).any():  # the sum is one fast look
         raise EditError(
             f"{what}: the value holds NaN ({int(torch.isnan(value).sum())} of {value.numel()} numbers). If it was "
             "recorded: positions that a padded row does not have are recorded as NaN; use nan_to_num() where they are "
@@ -76,7 +76,7 @@ class Edit:
             chosen = selector(self.rows, "rows")
             object.__setattr__(self, "rows", (chosen,) if isinstance(chosen, int) else chosen)
         if self.tensor and not (self.optional and self.value is None):
-            object.__setattr__(self, self.tensor, _value(self.value, str(self)))
+            object.__setattr__(self, self.tensor, _value(self.value, self))
         if self.address.site == RECURRENT_STATE.name and not self.by_element:
             raise EditError(
                 f"{self}: recurrent_state is two sites that the forward passes at different times, so "

@@ -79,12 +79,11 @@ class Item:
                 "whole batch's mean. Give the mean."
             )
         if SITES[self.site].per_position:
-            for c, j in enumerate(self.cols.tolist()):
-                for t in self.local[self.valid[:, c], c].unique().tolist():
-                    i = ((self.local[:, c] == t) & self.valid[:, c]).nonzero()[:, 0]
-                    old = self.by_time.get(t)
-                    more = (i, torch.full_like(i, j))
-                    self.by_time[t] = more if old is None else (torch.cat([old[0], i]), torch.cat([old[1], more[1]]))
+            c, i = self.valid.T.nonzero(as_tuple=True)
+            times, order = self.local[i, c].sort(stable=True)
+            each, counts = times.unique_consecutive(return_counts=True)
+            i, j, counts = i[order], self.cols[c[order]], counts.tolist()
+            self.by_time = dict(zip(each.tolist(), zip(i.split(counts), j.split(counts), strict=True), strict=True))
             if whole_batch:
                 together = all(int(self.valid[:, c].sum()) == len(i) for c, j in enumerate(self.cols.tolist())
                                for i, js in self.by_time.values() if j in js)  # fmt: skip
@@ -133,14 +132,17 @@ def positions(
     """(R, P) positions, -1 where a row has none. A column is one offset from the rows' own ends where a slice
     starts with a negative number, else one count from the first position that the row has of it.
     """
-    sel, found = address.pos, []
+    sel, found = address.pos, dict[tuple[object, ...], dict[int, int]]()  # rows that are alike are looked at once
     from_end = isinstance(sel, Span) and sel.start is not None and sel.start < 0
-    begins, stops, origins = start.tolist(), stop.tolist(), ends.tolist()
-    for row, needed in zip(rows, write.tolist(), strict=True):
-        first, last, origin = begins[row], stops[row] - 1, origins[row]
+    bounds = [*zip(start.tolist(), stop.tolist(), ends.tolist(), strict=True)]
+    kinds = [(*bounds[row], needed) for row, needed in zip(rows, write.tolist(), strict=True)]
+    for row, kind in zip(rows, kinds, strict=True):
+        if kind in found:
+            continue
+        first, last, origin, needed = kind[0], kind[1] - 1, kind[2], kind[3]
         if isinstance(sel, Span):
-            bounds = [None if v is None else max(v + origin, 0) if v < 0 else v for v in (sel.start, sel.stop)]
-            here = [p for p in range(last + 1)[bounds[0] : bounds[1] : sel.step] if p >= first]
+            ends_at = [None if v is None else max(v + origin, 0) if v < 0 else v for v in (sel.start, sel.stop)]
+            here = [p for p in range(last + 1)[ends_at[0] : ends_at[1] : sel.step] if p >= first]
         else:
             here = [p + origin if p < 0 else p for p in ([sel] if isinstance(sel, int) else sel)]
             outside = [p for p in here if not first <= p <= last]
@@ -155,9 +157,10 @@ def positions(
             )
         if len(set(here)) != len(here):
             raise AddressError(f"{source} names the same position of row {row} twice.")
-        found.append({p - origin if from_end else count: p for count, p in enumerate(here)})
-    columns = sorted({column for row in found for column in row})
-    return torch.tensor([[row.get(column, -1) for column in columns] for row in found], dtype=torch.long)
+        found[kind] = {p - origin if from_end else count: p for count, p in enumerate(here)}
+    columns = sorted({column for places in found.values() for column in places})
+    lines = {kind: [places.get(column, -1) for column in columns] for kind, places in found.items()}
+    return torch.tensor([lines[kind] for kind in kinds], dtype=torch.long)
 
 
 def covers(item: Item, value: Tensor) -> bool:

@@ -236,11 +236,17 @@ class Plan(Tap):
         assert item.edit is not None
         i, j = item.by_time[t]
         where = index_at(item, item.rows[i], value)
-        old = value if where is None else value[where]  # (K, *features)
+        if item.edit.blind and item.index is None:  # nothing of what is there is asked but its form
+            old = value[:1].expand(len(i), *value.shape[1:])
+        else:
+            old = value if where is None else value[where]  # (K, *features)
         share = item.share(layer)
         if share is not None:
             if not isinstance(item.edit, Project):
-                share = share[i if share.shape[0] > 1 else 0, j if share.shape[1] > 1 else 0]
+                if len(i) == len(share) and share.shape[1] == 1:
+                    share = share[:, 0]  # each row its own, in order
+                else:
+                    share = share[i if share.shape[0] > 1 else 0, j if share.shape[1] > 1 else 0]
                 if share.dim() < old.dim():  # both were 1: one value for all rows
                     share = share[None]
                 share = cast(item.edit, item.visible(share, 1), old.dtype)

@@ -6,8 +6,18 @@ import torch
 
 from kernels_bridge.lively import lively
 from minimal_mamba import Mamba, MambaConfig
+from minimal_mamba.tap import Tap
 
-__all__ = ["lively", "tiny"]
+__all__ = ["LAST", "lively", "tiny"]
+
+
+class _Last(Tap):
+    """Touches nothing, and lets only the last token go on behind the scan."""
+
+    last_only = True
+
+
+LAST = _Last()
 
 
 def tiny(*, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> Mamba:

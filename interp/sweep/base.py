@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from kernels_bridge import resolve
 from kernels_bridge.carry import carry
 from minimal_mamba import Mamba, Tap
-from minimal_mamba.block import Memory, Mixer
+from minimal_mamba.block import Mixer
 from minimal_mamba.scan import Ops
 
 from ..run import Lengths, Metric, apply_metric
@@ -131,13 +132,14 @@ class Base:
 
     def before(
         self, starts: Tensor, later: Sequence[int] = ()
-    ) -> tuple[dict[int, Memory], dict[int, dict[int, Tensor]]]:
+    ) -> tuple[dict[int, tuple[list[Tensor], Tensor]], dict[int, dict[int, list[Tensor]]]]:
         """Each layer's memory before the positions `starts` (c, b), and its states so many tokens later.
 
         They are what the memory was before others, and what lies between: one scan, where the rows go on alike.
 
         Returns:
-            {layer: (states (c, b, e, n), conv inputs (c, b, e, k))}, {tokens: {layer: states (c, b, e, n)}}
+            {layer: (c states (b, e, n), conv inputs (c, b, e, k))}, {tokens: {layer: c states (b, e, n)}}; the states
+            are views of what the scan kept
         """
         if not self.memory or bool((starts[0] < self.at).any()):
             blank = self.model.initial_state(starts.shape[1])
@@ -151,7 +153,7 @@ class Base:
         at, gone = self.at, steps[:, 0].tolist()
         wanted = sorted({step + more for step in gone for more in (0, *later)} - {0})
         between = (at[:, None] + torch.arange(max(wanted, default=0)))[None]  # (1, b, m)
-        memory, after = dict[int, Memory](), {more: dict[int, Tensor]() for more in later}
+        memory, after = dict[int, tuple[list[Tensor], Tensor]](), {more: dict[int, list[Tensor]]() for more in later}
         for i, scanned in self.layers.items():
             states = States([t - 1 for t in wanted])
             if wanted:
@@ -159,9 +161,9 @@ class Base:
                     self.model.backbone.layers[i].mixer, between, self.memory[i][None], self.carrying, states
                 )
             found = {t + 1: h for t, h in states.found.items()} | {0: self.memory[i]}
-            memory[i] = torch.stack([found[t] for t in gone]), scanned.window(starts, self.model.config.d_conv)
+            memory[i] = [found[t] for t in gone], scanned.window(starts, self.model.config.d_conv)
             for more in later:
-                after[more][i] = torch.stack([found[t + more] for t in gone])
+                after[more][i] = [found[t + more] for t in gone]
             self.memory[i] = memory[i][0][-1].clone()  # of a view the whole would be kept
         self.at = starts[-1]
         return memory, after
@@ -176,11 +178,11 @@ class Base:
         self.at = start
 
 
-def _joined(apart: list[tuple[dict[int, Memory], dict[int, dict[int, Tensor]]]]) -> Any:
+def _joined(apart: list[Any]) -> Any:
     """What several calls of `Base.before` gave as that of one."""
     memories, afters = zip(*apart, strict=True)
-    memory = {i: tuple(torch.cat([m[i][part] for m in memories]) for part in (0, 1)) for i in memories[0]}
-    return memory, {more: {i: torch.cat([a[more][i] for a in afters]) for i in memory} for more in afters[0]}
+    memory = {i: ([*chain(*(m[i][0] for m in memories))], torch.cat([m[i][1] for m in memories])) for i in memories[0]}
+    return memory, {more: {i: [*chain(*(a[more][i] for a in afters))] for i in memory} for more in afters[0]}
 
 
 class States(Tap):

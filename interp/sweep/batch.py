@@ -131,7 +131,7 @@ class Batch:
         self.ends = torch.arange(len(self.start)), self.sizes - 1
         columns, later = starts(base, group)  # (c, b)
         number = {tuple(start): i for i, start in enumerate(columns.tolist())}
-        self.column = torch.tensor([number[tuple(c.start.tolist())] for c in group]).to(at)  # (cells,)
+        self.column = [number[tuple(c.start.tolist())] for c in group]  # of each cell
         self.before, self.after = base.before(columns, later)
         spared = base.passing.block is not None  # the padding; line by line a mask costs more than that
         self.mask = base.model.mask(self.sizes, self.length) if spared else None
@@ -193,8 +193,8 @@ class Batch:
         """The memory of a layer before the first token of some rows."""
         b = len(self.base.ids)
         cells = self.column[(rows.start or 0) // b : rows.stop // b]
-        h, window = self.before[layer]  # (c, b, e, n), (c, b, e, k)
-        return h[cells].flatten(0, 1), window[cells].flatten(0, 1)
+        h, window = self.before[layer]  # c times (b, e, n), (c, b, e, k)
+        return torch.cat([h[c] for c in cells]), window[cells].flatten(0, 1)
 
     def enter(self, i: int, narrow: bool) -> Tensor:
         """What leaves the layer in which rows begin to differ: (rows, m, d), or of the last token (rows, 1, d).
@@ -217,7 +217,8 @@ class Batch:
         ends = torch.arange(len(out)), sizes.clamp(max=tokens) - 1
         if tokens == self.length:
             return out[ends][:, None] if narrow else out
-        delta = h.unflatten(0, (-1, b)) - self.after[tokens][i][self.column[cells]]  # (k, b, e, n)
+        without = [self.after[tokens][i][c] for c in self.column[cells]]
+        delta = h.unflatten(0, (-1, b)) - torch.stack(without)  # (k, b, e, n)
         first = (start + tokens).view(-1, b).to(h.device)
         if not narrow:
             moved = F.linear(scanned.after(mixer, delta, first, self.length - tokens, ops), mixer.out_proj.weight)

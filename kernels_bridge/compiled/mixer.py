@@ -2,7 +2,7 @@
 pieces that stay in the cache, its matrix products by torch and what lies between them in compiled loops."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -15,6 +15,7 @@ from minimal_mamba.block import Memory, Mixer
 from minimal_mamba.scan import Ops
 from minimal_mamba.tap import Tap
 
+from ..step import weights
 from ..threads import free, over
 from ..torch_ops import READ, hand_over, room
 from .loop import run
@@ -38,53 +39,54 @@ def block(
     Cost: that of the products, and an exp and three multiply-adds for each of (b, l, e, n). Memory beyond the result:
         (3 e) of a piece's tokens for each thread, and the memory.
     """
-    m, (b, l, d), (e, n), r, one = mixer, x.shape, mixer.A_log.shape, mixer.dt_proj.in_features, tap.last_only
-    A, D, bias = -torch.exp(m.A_log.to(x.dtype)).T.contiguous(), m.D.to(x.dtype), m.dt_proj.bias.to(x.dtype)  # A: (n, e)
-    taps = m.conv1d.weight[:, 0].T.to(x.dtype).contiguous()  # (k, e)
-    taps_bias = taps.new_zeros(e) if m.conv1d.bias is None else m.conv1d.bias.to(x.dtype)
+    from . import kernels, mixer_kernels
+
+    w, (b, l, d), (e, n), one = weights(mixer), x.shape, mixer.A_log.shape, tap.last_only
+    r, taps, A = w.dt_proj.shape[1], w.conv.T.contiguous(), w.A.T.contiguous()  # (k, e), (n, e)
+    halves = slice(e), slice(e, None)
+    in_x, in_z = ((w.in_proj[half], None if w.in_bias is None else w.in_bias[half]) for half in halves)
     window = memory[1].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (b, k, e)
     sizes = torch.full((b,), l) if mask is None else mask.sum(1)
     recorded = {site: tap.recorded(site) for site in READ}
     kept_at = sorted({*chain(*recorded.values())})
     kept = room(tap, kept_at, memory[0])
     kept = x.new_empty(b, len(kept_at), e, n) if kept is None else kept
-    at = torch.tensor(kept_at, dtype=torch.long)
+    keeping = torch.tensor(kept_at, dtype=torch.long)
     made, gated = x.new_empty(b, 1 if one else l, d), x.new_empty(b if one else 0, 1, e)
-    threads = shares(b, free())
-    rows, step = piece(b, l, e, free() // threads)
+    threads, wide = shares(b, free()), kernels.width(n)
+    rows, step = piece(-(-b // threads), l, e, free() // threads)
     h, after = memory[0], x.new_empty((b if keep or step < l else 0, e, n))
 
-    def share(mine: slice) -> None:
-        """The rows `mine`, piece by piece."""
-        space = [x.new_empty(min(rows, mine.stop - mine.start) * step * size) for size in (e, e, r + 2 * n, e)]
+    def share(part: tuple[slice, Sequence[Tensor]]) -> None:
+        """Some of the rows, piece by piece, in memory that each piece uses again."""
+        mine, space = part
         for i, t in pieces(mine, l, rows, step):
-            part, here = x[i, t], (sizes[i] - t.start).clamp(0, t.stop - t.start)
-            count, tokens = part.shape[:2]
+            given, here = x[i, t], (sizes[i] - t.start).clamp(0, t.stop - t.start)
+            count, tokens = given.shape[:2]
             inputs, u, low, raw = (
                 _first(s, count, tokens, size) for s, size in zip(space, (e, e, r + 2 * n, e), strict=True)
             )
-            _product(part, m.in_proj, inputs, slice(e))
-            run(mixer_kernels.conv, count, u.numel() * len(taps), inputs, window[i], taps, taps_bias, u)
+            _product(given, *in_x, inputs)
+            run(mixer_kernels.conv, count, u.numel() * len(taps), inputs, window[i], taps, w.conv_bias, u)
             if len(after):
                 window[i] = _newest(window[i], inputs, here)
-            _product(u, m.x_proj, low)
-            torch.mm(low[..., :r].reshape(-1, r), m.dt_proj.weight.T, out=raw.view(-1, e))
+            _product(u, w.x_proj, None, low)
+            _product(low[..., :r], w.dt_proj, None, raw)
             gate, out = inputs, raw  # in the place of what is not needed any more
             if one:
-                part = x[i][torch.arange(count), sizes[i] - 1]
+                given = x[i][torch.arange(count), sizes[i] - 1]
                 gate, out = _first(space[0], count, 1, e), gated[i]
-            _product(part, m.in_proj, gate, slice(e, None))
-            run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, bias, A, low, r, D,
-                gate, out, one, here, (after if t.start else h)[i], after[i], at - t.start, kept[i])  # fmt: skip
+            _product(given, *in_z, gate)
+            run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, w.dt_bias, A, low, r, w.D,
+                gate, out, one, here, (after if t.start else h)[i], after[i], keeping - t.start, kept[i])  # fmt: skip
             if not one:
-                _product(out, m.out_proj, made[i, t])
+                _product(out, w.out_proj, w.out_bias, made[i, t])
 
-    from . import kernels, mixer_kernels
-
-    wide = kernels.width(n)
-    over((slice(b * i // threads, b * (i + 1) // threads) for i in range(threads)), share, threads)
+    space = [[x.new_empty(rows * step * size) for size in (e, e, r + 2 * n, e)] for _ in range(threads)]
+    ends = [slice(b * i // threads, b * (i + 1) // threads) for i in range(threads)]
+    over(zip(ends, space, strict=True), share, threads)
     if one:
-        _product(gated, m.out_proj, made)
+        _product(gated, w.out_proj, w.out_bias, made)
     hand_over(tap, kept, kept_at, recorded)
     if not keep:
         return made, (h.new_full((), torch.nan).expand_as(h), window.new_full((), torch.nan).expand_as(memory[1]))
@@ -114,13 +116,13 @@ def _first(space: Tensor, *shape: int) -> Tensor:
     return space[: math.prod(shape)].view(shape)
 
 
-def _product(x: Tensor, linear: nn.Linear, into: Tensor, outputs: slice = slice(None)) -> None:
-    """into = x weight^T + bias, of some of the outputs; into is contiguous."""
-    x, weight, bias = x.reshape(-1, x.shape[-1]), linear.weight[outputs].T, linear.bias
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor) -> None:
+    """into = x weight^T + bias; into is contiguous."""
+    flat = into.view(-1, into.shape[-1])
     if bias is None:
-        torch.mm(x, weight, out=into.view(len(x), -1))
+        torch.mm(x.reshape(len(flat), -1), weight.T, out=flat)
     else:
-        torch.addmm(bias[outputs], x, weight, out=into.view(len(x), -1))
+        torch.addmm(bias, x.reshape(len(flat), -1), weight.T, out=flat)
 
 
 def _newest(window: Tensor, x: Tensor, sizes: Tensor) -> Tensor:

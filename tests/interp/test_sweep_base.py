@@ -41,8 +41,8 @@ def test_the_memory_before_any_positions_is_the_runs(backend, lengths, name):
             for c, start in enumerate(starts):
                 for row, pos in enumerate(start):
                     for site, found in zip(("ssm_state", "conv_state"), memory[layer], strict=True):
-                        torch.testing.assert_close(found[c, row], of_run(site, layer, row, pos), rtol=1e-11, atol=1e-12)
+                        torch.testing.assert_close(found[c][row], of_run(site, layer, row, pos), rtol=1e-11, atol=1e-12)
                     for more in later:
                         if pos + more <= (L if lengths is None else lengths[row]):
                             want = of_run("ssm_state", layer, row, pos + more)
-                            torch.testing.assert_close(after[more][layer][c, row], want, rtol=1e-11, atol=1e-12)
+                            torch.testing.assert_close(after[more][layer][c][row], want, rtol=1e-11, atol=1e-12)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import LAST, tiny
 from torch import Tensor
 
 from interp import Scale, at, generate, run
@@ -14,7 +14,7 @@ from kernels_bridge.carry import carry
 from kernels_bridge.threads import free
 from minimal_mamba.block import Memory, Mixer
 from minimal_mamba.scan import READABLE, selective_scan
-from minimal_mamba.tap import NO_TAP, Tap
+from minimal_mamba.tap import NO_TAP
 
 pytest.importorskip("numba", reason="the compiled backend needs numba")
 import numpy as np
@@ -23,8 +23,6 @@ from kernels_bridge.compiled import functions, kernels, loop, mixer, mixer_kerne
 from kernels_bridge.compiled.carry import carry as compiled_carry
 
 LENGTHS = (1, 2, 3, 7, 63, 500)
-LAST = Tap()
-LAST.last_only = True
 
 
 def near(got: Tensor, want: Tensor, tol: float = 1e-12) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import LAST, tiny
 from stand_ins import STAND_INS, register
 from torch import Tensor
 
@@ -134,7 +134,7 @@ def test_the_block_gives_each_rows_last_token_alone_if_asked() -> None:
     x, sizes = torch.randn(B, L, MODEL.config.d_model, generator=RNG, dtype=torch.float64), torch.tensor([7, 4, 6])
     want, _ = mixer(x, memory, None, NO_TAP, READABLE)
     for mask, ends in ((None, torch.full((B,), L)), (torch.arange(L) < sizes[:, None], sizes)):
-        found, after = ops.block(mixer, x, memory, mask, True)
+        found, after = ops.block(mixer, x, memory, mask, LAST)
         close(found[:, 0], want[torch.arange(B), ends - 1])
         assert all(part.isnan().all() for part in after)  # the kernels give none back
-        close(ops.block(mixer, x, memory, mask, False)[0], want)
+        close(ops.block(mixer, x, memory, mask, NO_TAP)[0], want)
