@@ -204,6 +204,9 @@ def test_shapes_that_do_not_fit():
 
 def test_edits_without_a_meaning():
     fails(EditError, r"Set\(u\(layer=0.*the value holds NaN \(1 of 1 numbers\)", Set, at.u(layer=0), float("nan"))
+    apart = [float("inf"), -float("inf")]  # their sum is NaN, they are not
+    assert Set(at.u(layer=0, e=[0, 1]), apart).to.isinf().all()
+    fails(EditError, r"the value holds NaN \(1 of 3 numbers\)", Set, at.u(layer=0, e=[0, 1, 2]), [*apart, float("nan")])
     fails(
         EditError,
         r"Mean\(u.*the mean over a batch of one row changes nothing",
