@@ -106,7 +106,17 @@ def several() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_inside_of_a_part_there_is_one_thread(kind: str, several: None) -> None:
+    """So that what a part does is not cut again; alone, a work that asked for one thread keeps the others free."""
+    torch.set_num_threads(3)
+    found = list[int]()
+    threads.over(range(4), lambda part: threads.over([part], lambda part: found.append(threads.free()), 1), 2)
+    assert found == [1] * 4
+    threads.over([0], lambda part: found.append(threads.free()), 1)
+    assert found[4:] == [3] and threads.free() == 3
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5])
 @pytest.mark.parametrize("backend", HERE)
 def test_a_model_does_not_depend_on_them(
     rows: int, backend: str, kind: str, several: None, monkeypatch: pytest.MonkeyPatch
