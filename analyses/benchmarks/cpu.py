@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -324,6 +325,28 @@ def rounds(
     return times
 
 
+def scaling(
+    steps: dict[str, tuple[Callable[[Tensor], object], float]], ids: Callable[[], Tensor], seconds: float, name: str
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Of each step its times on one thread and on all of them, in turn: {step: {"one", "all": `spread`}}."""
+    every = torch.get_num_threads()
+
+    def on(count: int, do: Callable[[Tensor], object]) -> Callable[[Tensor], None]:
+        def run(given: Tensor) -> None:
+            torch.set_num_threads(count)
+            do(given)
+
+        return run
+
+    counts = {"one": 1, "all": every}
+    both = {f"{n}, {k}": (on(count, do), share) for n, (do, share) in steps.items() for k, count in counts.items()}
+    try:
+        times = rounds(both, ids, seconds, f"{name}, and one", set(both))
+    finally:
+        torch.set_num_threads(every)
+    return {n: {k: spread(times[f"{n}, {k}"]) for k in counts} for n in steps}
+
+
 def spread(times: list[float]) -> dict[str, float]:
     """Median, quartiles and least of some seconds, and how many there are."""
     q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
@@ -337,7 +360,7 @@ def measure(piece: Piece, only: tuple[str, ...] = tuple(KINDS), *, seconds: floa
         only: the peers that are tried.
     Returns:
         "seconds" of each implementation, "ratio" of the fastest peer's median to ours, "floor", errors, controls, and
-        who was left out or refused, with why.
+        who was left out or refused, with why; on all threads also "threads_over_one", `scaling` of ours.
     """
     work, dear = Work(piece), piece.left_out()
     made, left = implementations.peers(work.model, piece.kind, tuple(n for n in only if n not in dear))
@@ -352,7 +375,8 @@ def measure(piece: Piece, only: tuple[str, ...] = tuple(KINDS), *, seconds: floa
     steps = {n: work.step(peer) for n, peer in made.items()}
     ours = {n for n, peer in made.items() if peer.ours}
     limit = piece.seconds if seconds is None else seconds
-    times = rounds(steps, lambda: work.draw(piece.batch, piece.length + 1), limit, piece.name, ours)
+    ids = partial(work.draw, piece.batch, piece.length + 1)
+    times = rounds(steps, ids, limit, piece.name, ours)
     stats = {n: spread(t) for n, t in times.items()}
     fastest = min((n for n in stats if n not in ours), key=lambda n: stats[n]["median"], default=None)
     return {
@@ -360,6 +384,9 @@ def measure(piece: Piece, only: tuple[str, ...] = tuple(KINDS), *, seconds: floa
         "threads": torch.get_num_threads(),
         "seconds": stats,
         "fastest_peer": fastest,
+        "threads_over_one": {}
+        if piece.threads
+        else scaling({n: steps[n] for n in sorted(ours)}, ids, limit, piece.name),
         "ratio": {n: stats[fastest]["median"] / stats[n]["median"] for n in sorted(ours)} if fastest else {},
         "floor": bound,
         "error_against_float64": errors,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +93,16 @@ def targets(results: dict[str, list[dict[str, Any]]]) -> str:
         mark = "" if reached >= least else "  MISSED"
         lines.append(f"{work:46} {least:6.1f}x {reached:7.1f}x {bound}  {name}, {peer}{mark}")
     for work in [w for w in results if w.endswith("all threads")]:
-        one = work.removesuffix(", all threads")
-        if one in results:
-            for name, reached in speedups(results, one).items():
-                mark = "" if reached >= THREADS else "  MISSED"
-                lines.append(f"{work:46} {THREADS:6.1f}x {reached:7.1f}x       -  {name}, one thread{mark}")
+        for name, reached in speedups(results[work]).items():
+            mark = "" if reached >= THREADS else "  MISSED"
+            lines.append(f"{work:46} {THREADS:6.1f}x {reached:7.1f}x       -  {name}, one thread{mark}")
     return "\n".join(lines)
 
 
-def speedups(results: dict[str, list[dict[str, Any]]], one: str) -> dict[str, float]:
-    """Of each backend: its time on one thread over that on all."""
-    alone, together = (summary(results[w])["values"] for w in (one, f"{one}, all threads"))
-    return {n: alone[n] / together[n] for n in together if n.startswith("mambascope") and n in alone}
+def speedups(several: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each backend: its time on one thread over that on all, measured in turn."""
+    found = {n: t for r in several for n, t in r.get("threads_over_one", {}).items()}
+    return {n: t["one"]["median"] / t["all"]["median"] for n, t in found.items()}
 
 
 def _time(seconds: float | None) -> str:
@@ -143,4 +142,13 @@ def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
             lines.append(
                 f"| {work} | {' | '.join(shown)} | {peer}, {_time(values[peer])} | {times} | {_time(s['floor'])} |"
             )
-    return "\n".join([*lines, "", *memory] if len(memory) > 2 else lines)
+    threads = [
+        "| all threads, over one | " + " | ".join(f"`{h}`" for h in heads) + " |",
+        "|---|" + "---|" * len(backends),
+    ]
+    for work, several in results.items():
+        if gained := speedups(several):
+            shown = [f"{gained[n]:.2f}x" if n in gained else "-" for n in backends]
+            threads.append(f"| {work.removesuffix(', all threads')} | {' | '.join(shown)} |")
+    more = [["", *made] for made in (threads, memory) if len(made) > 2]
+    return "\n".join(chain(lines, *more))

@@ -28,6 +28,21 @@ def test_every_kind_of_work_is_checked_and_timed(kind):
     assert 0 < found["floor"]["floor_s"] < found["seconds"]["mambascope torch"]["median"]
 
 
+def test_threads_are_measured_in_turn_and_left_as_they_were():
+    seen, before = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        steps = {"mambascope torch": (lambda ids: seen.append(torch.get_num_threads()), 1.0)}
+        found = cpu.scaling(steps, lambda: torch.zeros(1), 0.0, "work")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) >= 8 and seen.count(1) == seen.count(2)
+    assert {k: t["rounds"] for k, t in found["mambascope torch"].items()} == dict.fromkeys(
+        ("one", "all"), seen.count(1) - 1
+    )
+
+
 class Deaf(peers.HF):
     """A peer whose hooks do not fire."""
 
@@ -165,6 +180,9 @@ def test_the_tables_take_the_fastest_peer_of_any_environment(tmp_path):
         result(work, "lens", "MambaLens", {"mambascope torch": 0.1, "MambaLens": 0.4}, left_out={"nnsight": "why"}),
         result(f"{work}, all threads", "peers", "HF transformers", {"mambascope torch": 0.05, "HF transformers": 0.6}),
     ):  # fmt: skip
+        if r["work"].endswith("all threads"):
+            of = r["seconds"]["mambascope torch"]
+            r["threads_over_one"] = {"mambascope torch": {"one": of | {"median": 0.09}, "all": of}}
         name = r["work"].replace(" ", "-") + f".{r['environment']}.json"
         (tmp_path / "cpu" / name).write_text(json.dumps(r))
     found = report.load(tmp_path)
@@ -172,7 +190,9 @@ def test_the_tables_take_the_fastest_peer_of_any_environment(tmp_path):
     assert report.summary(found[work])["left_out"] == {"nnsight": "why"}
     assert f"| {work} | 100 ms | MambaLens, 400 ms | 4.0x | 50 ms |" in report.markdown(found)
     assert "4.0x    8.0x  mambascope torch, MambaLens  MISSED" in report.targets(found)
-    assert report.speedups(found, work) == {"mambascope torch": pytest.approx(2.0)}
+    assert report.speedups(found[f"{work}, all threads"]) == {"mambascope torch": pytest.approx(1.8)}  # in turn
+    assert report.speedups(found[work]) == {} and f"| {work} | 1.80x |" in report.markdown(found)
+    assert "1.7x     1.8x       -  mambascope torch, one thread" in report.targets(found)
     assert "HF transformers" in report.table(found)
 
 
