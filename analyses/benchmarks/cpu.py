@@ -9,7 +9,7 @@ of ours that does not, or a fault that does, stops everything.
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -326,25 +326,35 @@ def rounds(
 
 
 def scaling(
-    steps: dict[str, tuple[Callable[[Tensor], object], float]], ids: Callable[[], Tensor], seconds: float, name: str
+    steps: Mapping[str, tuple[Callable[[Tensor], object], float]], ids: Callable[[], Tensor], seconds: float, name: str
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Of each step its times on one thread and on all of them, in turn: {step: {"one", "all": `spread`}}."""
+    """Of each step its times on one thread and on all of them, in turn: {step: {"one", "all": `spread`}}.
+
+    Each is called once before it is timed: threads that have just begun are slower, and nobody begins them every call.
+    """
     every = torch.get_num_threads()
-
-    def on(count: int, do: Callable[[Tensor], object]) -> Callable[[Tensor], None]:
-        def run(given: Tensor) -> None:
-            torch.set_num_threads(count)
-            do(given)
-
-        return run
-
-    counts = {"one": 1, "all": every}
-    both = {f"{n}, {k}": (on(count, do), share) for n, (do, share) in steps.items() for k, count in counts.items()}
+    turns = [(n, key, count, do) for n, (do, _) in steps.items() for key, count in (("one", 1), ("all", every))]
+    times: dict[str, dict[str, list[float]]] = {n: {"one": [], "all": []} for n in steps}
+    begun, total = time.perf_counter(), LEAST
+    bar, r = tqdm(total=total, desc=f"{name}, and one"), 0
     try:
-        times = rounds(both, ids, seconds, f"{name}, and one", set(both))
+        while r < total:
+            given = ids()
+            for n, key, count, do in turns[r % len(turns) :] + turns[: r % len(turns)]:
+                torch.set_num_threads(count)
+                do(given)
+                begin = time.perf_counter()
+                do(given)
+                times[n][key].append(time.perf_counter() - begin)
+            if r == 0:
+                total = max(LEAST, min(MOST, int(seconds / (time.perf_counter() - begun))))
+                bar.total = total
+            r += 1
+            bar.update()
     finally:
         torch.set_num_threads(every)
-    return {n: {k: spread(times[f"{n}, {k}"]) for k in counts} for n in steps}
+        bar.close()
+    return {n: {key: spread(t) for key, t in both.items()} for n, both in times.items()}
 
 
 def spread(times: list[float]) -> dict[str, float]:

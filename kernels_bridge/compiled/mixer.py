@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from threading import local
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from .loop import run
 
 # numbers that a piece makes of x, then of u, dt and z: a megabyte each (measured: half or twice is worse)
 CACHE = 1 << 18
+_HELD = local()  # of a thread, the memory of its pieces
 FEWEST = 256  # tokens of a piece, below which the products are slower
 
 
@@ -37,12 +40,13 @@ def block(
     Returns:
         (b, l, d), of padding what nothing gives, or (b, 1, d); and the memory.
     Cost: that of the products, and an exp and three multiply-adds for each of (b, l, e, n). Memory beyond the result:
-        (3 e) of a piece's tokens for each thread, and the memory.
+        (3 e) of a piece's tokens for each thread, which is kept for the next call, and the memory.
     """
     from . import kernels, mixer_kernels
 
     w, (b, l, d), (e, n), one = weights(mixer), x.shape, mixer.A_log.shape, tap.last_only
     r, taps, A = w.dt_proj.shape[1], w.conv.T.contiguous(), w.A.T.contiguous()  # (k, e), (n, e)
+    makes = e, e, r + 2 * n, e  # numbers of a token: x, u, what x_proj gives, dt
     halves = slice(e), slice(e, None)
     in_x, in_z = ((w.in_proj[half], None if w.in_bias is None else w.in_bias[half]) for half in halves)
     window = memory[1].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (b, k, e)
@@ -59,13 +63,11 @@ def block(
 
     def share(part: tuple[slice, Sequence[Tensor]]) -> None:
         """Some of the rows, piece by piece, in memory that each piece uses again."""
-        mine, space = part
+        mine, own = part
         for i, t in pieces(mine, l, rows, step):
             given, here = x[i, t], (sizes[i] - t.start).clamp(0, t.stop - t.start)
             count, tokens = given.shape[:2]
-            inputs, u, low, raw = (
-                _first(s, count, tokens, size) for s, size in zip(space, (e, e, r + 2 * n, e), strict=True)
-            )
+            inputs, u, low, raw = (_first(s, count, tokens, size) for s, size in zip(own, makes, strict=True))
             _product(given, *in_x, inputs)
             run(mixer_kernels.conv, count, u.numel() * len(taps), inputs, window[i], taps, w.conv_bias, u)
             if len(after):
@@ -75,16 +77,17 @@ def block(
             gate, out = inputs, raw  # in the place of what is not needed any more
             if one:
                 given = x[i][torch.arange(count), sizes[i] - 1]
-                gate, out = _first(space[0], count, 1, e), gated[i]
+                gate, out = _first(own[0], count, 1, e), gated[i]
             _product(given, *in_z, gate)
             run(mixer_kernels.recurrence, count * -(-e // wide), u.numel() * n, wide, u, raw, w.dt_bias, A, low, r, w.D,
                 gate, out, one, here, (after if t.start else h)[i], after[i], keeping - t.start, kept[i])  # fmt: skip
             if not one:
                 _product(out, w.out_proj, w.out_bias, made[i, t])
 
-    space = [[x.new_empty(rows * step * size) for size in (e, e, r + 2 * n, e)] for _ in range(threads)]
+    parts = [rows * step * size for size in makes]
+    own = [memory.split(parts) for memory in space(threads, sum(parts), x.dtype)]
     ends = [slice(b * i // threads, b * (i + 1) // threads) for i in range(threads)]
-    over(zip(ends, space, strict=True), share, threads)
+    over(zip(ends, own, strict=True), share, threads)
     if one:
         _product(gated, w.out_proj, w.out_bias, made)
     hand_over(tap, kept, kept_at, recorded)
@@ -109,6 +112,16 @@ def pieces(rows: slice, l: int, count: int, step: int) -> Iterator[tuple[slice, 
     for i in range(rows.start, rows.stop, count):
         for t in range(0, l, step):
             yield slice(i, min(i + count, rows.stop)), slice(t, min(t + step, l))
+
+
+def space(threads: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Memory (threads, size) that the next call from this thread gets again: to touch new memory costs as much as a
+    product does (measured, 2 to 5 ms of a forward that takes 38)."""
+    held = getattr(_HELD, str(dtype), None)
+    if held is None or len(held) < threads * size:
+        held = np.empty(threads * size, str(dtype).removeprefix("torch."))  # an array, which has no inference mode
+        setattr(_HELD, str(dtype), held)
+    return torch.from_numpy(held[: threads * size]).view(threads, size)
 
 
 def _first(space: Tensor, *shape: int) -> Tensor:

@@ -37,10 +37,8 @@ def test_threads_are_measured_in_turn_and_left_as_they_were():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert len(seen) >= 8 and seen.count(1) == seen.count(2)
-    assert {k: t["rounds"] for k, t in found["mambascope torch"].items()} == dict.fromkeys(
-        ("one", "all"), seen.count(1) - 1
-    )
+    assert len(seen) == 12 and seen.count(1) == seen.count(2)  # 3 rounds, each step once before it is timed
+    assert all(t["rounds"] == 3 for t in found["mambascope torch"].values())
 
 
 class Deaf(peers.HF):
