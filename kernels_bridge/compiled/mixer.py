@@ -65,16 +65,17 @@ def block(
         """Some of the rows, piece by piece, in memory that each piece uses again."""
         mine, own = part
         for i, t in pieces(mine, l, rows, step):
-            given, here = x[i, t], (sizes[i] - t.start).clamp(0, t.stop - t.start)
-            count, tokens = given.shape[:2]
-            inputs, u, low, raw = (_first(s, count, tokens, size) for s, size in zip(own, makes, strict=True))
-            _product(given, *in_x, inputs)
+            count, tokens = i.stop - i.start, t.stop - t.start
+            inputs = _first(own[0], count, tokens, e)
+            _product(x[i, t], *in_x, inputs)  # at once: until it runs another thread's Python waits
+            u, low, raw = (_first(s, count, tokens, size) for s, size in zip(own[1:], makes[1:], strict=True))
+            here = (sizes[i] - t.start).clamp(0, tokens)
             run(mixer_kernels.conv, count, u.numel() * len(taps), inputs, window[i], taps, w.conv_bias, u)
             if len(after):
                 window[i] = _newest(window[i], inputs, here)
             _product(u, w.x_proj, None, low)
             _product(low[..., :r], w.dt_proj, None, raw)
-            gate, out = inputs, raw  # in the place of what is not needed any more
+            given, gate, out = x[i, t], inputs, raw  # in the place of what is not needed any more
             if one:
                 given = x[i][torch.arange(count), sizes[i] - 1]
                 gate, out = _first(own[0], count, 1, e), gated[i]
@@ -85,7 +86,7 @@ def block(
                 _product(out, w.out_proj, w.out_bias, made[i, t])
 
     parts = [rows * step * size for size in makes]
-    own = [memory.split(parts) for memory in space(threads, sum(parts), x.dtype)]
+    own = [mine.split(parts) for mine in space(threads, sum(parts), x.dtype)]
     ends = [slice(b * i // threads, b * (i + 1) // threads) for i in range(threads)]
     over(zip(ends, own, strict=True), share, threads)
     if one:
