@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from analyses.benchmarks import cpu, floor, gpu, growth, memory, peers, report
+from analyses.benchmarks import cpu, floor, gpu, growth, memory, peers, report, rounds
 from analyses.benchmarks.cpu import LABELS, Piece
 from analyses.pages import PageError, placed
 
@@ -33,7 +33,7 @@ def test_threads_are_measured_in_turn_and_left_as_they_were():
     torch.set_num_threads(2)
     try:
         steps = {"mambascope torch": (lambda ids: seen.append(torch.get_num_threads()), 1.0)}
-        found = cpu.scaling(steps, lambda: torch.zeros(1), 0.0, "work")
+        found = rounds.scaling(steps, lambda: torch.zeros(1), 0.0, "work")
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
