@@ -79,7 +79,7 @@ class Item:
                 "whole batch's mean. Give the mean."
             )
         if SITES[self.site].per_position:
-            c, i = self.valid.T.nonzero(as_tuple=True)
+            i, c = self.valid.nonzero(as_tuple=True)  # of each time its rows ascend
             times, order = self.local[i, c].sort(stable=True)
             each, counts = times.unique_consecutive(return_counts=True)
             i, j, counts = i[order], self.cols[c[order]], counts.tolist()

@@ -4,7 +4,7 @@
 is touched but states are recorded and no gradient is wanted, with loops of `mixer_kernels`; `layer` the norm between
 two layers and a mixer's single step, with those of `token_kernels`; `functions` is what the loops are made of, `loop`
 runs them on threads, and `ops` is the backend. numba is imported when the first loop runs. On a machine the first
-forward of a type compiles for 3 s, the first with edits or gradients for 2 more, the first backward for 5, the first
+forward of a type compiles for 4 s, the first with edits or gradients for 2 more, the first backward for 5, the first
 token alone for 3; later processes load them in 0.4 s. A layer in which other sites are recorded runs line by line, and
 so do gradients: the same numbers, not to the last bit.
 

@@ -436,6 +436,20 @@ def rows_of(state, i, n):
 
 
 @BOTH
+def test_each_row_gets_its_own_value_where_rows_reach_a_time_by_other_columns(backend):
+    """Counted from the ends of a long and a short row: one position is the long row's earlier column."""
+    for place in (at.ssm_state(layer=1, pos=slice(-3, -1)), at.ssm_state(layer=1, pos=slice(-3, -1), e=[0, 2])):
+        e, n = (len(axis) if isinstance(axis, tuple) else 24 if a == 0 else 5 for a, axis in enumerate(place.features))
+        value = torch.randn(2, 1, e, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        lengths = [L - 1, L]
+        both = run(MODEL, IDS[:2], Set(place, value), lengths=lengths, backend=backend)
+        for i, length in enumerate(lengths):
+            row = slice(i, i + 1)
+            alone = run(MODEL, IDS[row, :length], Set(place, value[row]), backend=backend)
+            same(both.logits[row, :length], alone.logits, 1e-11)
+
+
+@BOTH
 @pytest.mark.parametrize("last_only", [False, True])
 def test_a_padded_row_gives_what_it_gives_alone(backend, last_only):
     lengths = [5, L, 3]
