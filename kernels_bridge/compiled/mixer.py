@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from threading import local
 from typing import Any
 
@@ -24,8 +23,8 @@ from .loop import run
 
 # numbers that a piece makes of x, then of u, dt and z: a megabyte each (measured: half or twice is worse)
 CACHE = 1 << 18
-_HELD = local()  # of a thread, the memory of its pieces
 FEWEST = 256  # tokens of a piece, below which the products are slower
+_HELD = local()  # of a thread, the memory of its pieces
 
 
 def block(
@@ -52,7 +51,7 @@ def block(
     window = memory[1].transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (b, k, e)
     sizes = torch.full((b,), l) if mask is None else mask.sum(1)
     recorded = {site: tap.recorded(site) for site in READ}
-    kept_at = sorted({*chain(*recorded.values())})
+    kept_at = tap.recorded(*READ)
     kept = room(tap, kept_at, memory[0])
     kept = x.new_empty(b, len(kept_at), e, n) if kept is None else kept
     keeping = torch.tensor(kept_at, dtype=torch.long)
