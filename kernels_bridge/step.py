@@ -27,9 +27,8 @@ class Weights(NamedTuple):
     out_bias: Tensor | None  # (d)
 
 
-@torch.no_grad()
 def weights(mixer: Mixer) -> Weights:
-    """The weights of a mixer."""
+    """The weights of a mixer, with their graph where gradients are wanted."""
     m, w = mixer, wide(mixer.x_proj.weight.dtype)
     conv = m.conv1d.weight.squeeze(1).to(w)
     bias = conv.new_zeros(len(conv)) if m.conv1d.bias is None else m.conv1d.bias.to(w)
@@ -43,7 +42,8 @@ def step(mixer: Mixer) -> Step:
 
     Cost: a few times (b, e, n); where b is small, reading the weights.
     """
-    return partial(advance, weights(mixer))
+    with torch.no_grad():
+        return partial(advance, weights(mixer))
 
 
 def advance(w: Weights, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:

@@ -51,7 +51,8 @@ def load(
         device: where the model goes; None: the CPU.
         revision: of the hub id: a branch, a tag or a commit.
     Returns:
-        The model, independent of the files. Every parameter requires a gradient. NaN and inf are loaded as they are.
+        The model in evaluation mode, independent of the files. Every parameter requires a gradient. NaN and inf are
+        loaded as they are.
     Raises:
         ConfigError: a configuration that this model does not implement, or an n_layer that the checkpoint has not.
         CheckpointError: files that are not there or cannot be read; tensors missing, left over or misshapen; a tied
@@ -280,4 +281,4 @@ def _assemble(
     model.load_state_dict({name: copy(name, tensor) for name, tensor in found.items()}, strict=False, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.backbone.embedding.weight
-    return model
+    return model.eval()

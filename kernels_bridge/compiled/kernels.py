@@ -37,7 +37,7 @@ def _lay_out(p, A, into):
 
 @_jit
 def scan(p, first, stop, wide, step, u, dt, A, B, C, h, added_at, added, keep, kept, y, last, starts):
-    """The items first..stop of `scan.scan`. A: (n, e). starts: (chunks or 0, b, n, e) the state before each chunk."""
+    """The items first..stop of `scan.scan`. A: (n, e). starts: (b, chunks or 0, n, e) the state before each chunk."""
     _whole_vectors()
     _, l, e = u.shape
     n = len(A)
@@ -52,8 +52,8 @@ def scan(p, first, stop, wide, step, u, dt, A, B, C, h, added_at, added, keep, k
         turn(h[r, here], state)
         a = k = 0  # the next of added, of kept
         for t in range(l):
-            if len(starts) and t % step == 0:
-                _copy(state[:, :m], starts[t // step, r, :, here])
+            if starts.shape[1] and t % step == 0:
+                _copy(state[:, :m], starts[r, t // step, :, here])
             u_t, dt_t, y_t = u[r, t, here], dt[r, t, here], y[r, t, here]
             for c in range(m):
                 d[c] = dt_t[c]
@@ -169,10 +169,10 @@ def scan_backward(
         turn(dlast[r, here], flow)
         dA_c[:] = 0
         a, k = len(added_at) - 1, len(keep) - 1
-        for chunk in range(len(starts) - 1, -1, -1):
+        for chunk in range(starts.shape[1] - 1, -1, -1):
             begin = chunk * step
             end = min(begin + step, l)
-            _copy(starts[chunk, r, :, here], states)
+            _copy(starts[r, chunk, :, here], states)
             a0 = a + 1
             while a0 > 0 and added_at[a0 - 1] >= begin:
                 a0 -= 1

@@ -10,7 +10,7 @@ recurrence  dt = softplus(raw + bias), the scan, + D u, SiLU(z)      selective_s
 import numpy as np
 
 from .functions import _exp2, _jit, _silu, _softplus, _whole_vectors, turn
-from .kernels import _lay_out
+from .kernels import _copy, _lay_out
 
 
 @_jit
@@ -45,7 +45,7 @@ def conv(p, first, stop, x, window, weight, bias, u):
 
 @_jit
 def recurrence(
-    p, first, stop, wide, u, raw, bias, A, low, rank, D, z, out, last_only, sizes, h, after, keep, kept
+    p, first, stop, wide, u, raw, bias, A, low, rank, D, z, out, last_only, sizes, h, after, keep, kept, s, step, starts
 ):  # fmt: skip
     """The items first..stop of out = (scan(u, softplus(raw + bias)) + D u) SiLU(z); an item is as in `kernels.scan`.
 
@@ -56,6 +56,8 @@ def recurrence(
         sizes: (b) real tokens of each row; after them nothing happens, and `out` is 0.
         h: (b, e, n) the states before. after: those after, or (0, e, n) if nobody asks; it may be h.
         keep: positions, ascending, whose states go into kept (b, len(keep), e, n); those that are not here are not.
+        s: (b, l, e) scan + D u, 0 after the tokens, or of no row. starts: (b, chunks or 0, n, e) the state before each
+            `step` tokens.
     """
     _whole_vectors()
     e, n = u.shape[2], len(A)
@@ -72,6 +74,8 @@ def recurrence(
         turn(h[r, here], state)
         k = since  # the next to keep
         for t in range(sizes[r]):
+            if starts.shape[1] and t % step == 0:
+                _copy(state[:, :m], starts[r, t // step, :, here])
             u_t, raw_t = u[r, t, here], raw[r, t, here]
             for c in range(m):
                 d[c] = _softplus(raw_t[c] + bias_c[c], p)
@@ -94,11 +98,19 @@ def recurrence(
                 z_t, out_t = z[r, at, here], out[r, at, here]
                 for c in range(m):
                     out_t[c] = total[c] * _silu(z_t[c], p)
+                if len(s):
+                    s_t = s[r, t, here]
+                    for c in range(m):
+                        s_t[c] = total[c]
             if k < len(keep) and keep[k] == t:
                 turn(state[:, :m], kept[r, k, here])
                 k += 1
         if not last_only:
             out[r, sizes[r] :, here] = 0
+        if len(s):
+            s[r, sizes[r] :, here] = 0
+        for chunk in range((sizes[r] + step - 1) // step, starts.shape[1]):
+            _copy(state[:, :m], starts[r, chunk, :, here])
         if len(after):
             turn(state[:, :m], after[r, here])
 

@@ -95,7 +95,7 @@ class _Move:
         if self.site in STATES:
             nothing = torch.empty(0, dtype=torch.long), _none(move.runs[0].h)
             starts = [
-                _forward((u[i], dt[i], inputs[2], B[i], inputs[4]), r.h, nothing, nothing, True)[2]
+                _forward((u[i], dt[i], inputs[2], B[i], inputs[4]), r.h, nothing, nothing, True)[2].transpose(0, 1)
                 for i, r in enumerate(move.runs)
             ]
         self.runs = u, dt, B, torch.stack(starts, 1)  # (runs, b, l, ...), and (chunks, runs, b, n, e)
@@ -115,12 +115,12 @@ def _as_the_loops_take_it(
 def _forward(
     inputs: tuple[Tensor, ...], h: Tensor, plus: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor], needs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state (b, e, n), and, if a backward needs them, those at the start of chunks (chunks, b, n, e)."""
+    """y, the last state (b, e, n), and, if a backward needs them, those at the start of chunks (b, chunks, n, e)."""
     from . import kernels
 
     (b, l, e), n, h = inputs[0].shape, h.shape[2], h.contiguous()
     y, last, wide = h.new_empty((b, l, e)), torch.empty_like(h), kernels.width(n)
-    starts = h.new_empty((-(-l // _step(l)) if needs else 0, b, n, e))
+    starts = h.new_empty((b, -(-l // _step(l)) if needs else 0, n, e))
     run(kernels.scan, b * -(-e // wide), b * l * e * n, wide, _step(l), *inputs, h, *plus, *kept, y, last, starts)
     return y, last, starts
 

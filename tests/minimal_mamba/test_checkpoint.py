@@ -117,6 +117,7 @@ def test_loading_leaves_the_random_generator_alone(saved):
 
 def test_a_loaded_model_does_not_depend_on_its_files(saved):
     model = Mamba.from_pretrained(saved)
+    assert not model.training
     want = {k: v.clone() for k, v in model.state_dict().items()}
     with open(saved / "model.safetensors", "r+b") as file:  # in place, as a careless copy would
         size = os.fstat(file.fileno()).st_size
