@@ -105,12 +105,13 @@ def forward(
         mine, own = part
         for i, t in pieces(mine, l, rows, step):
             count, tokens = i.stop - i.start, t.stop - t.start
-            inputs, u, low, raw = (first(s, count, tokens, size) for s, size in zip(own, makes, strict=True))
+            inputs = first(own[0], count, tokens, e) if saved is None else saved.x[i, t]
+            product(x[i, t], *in_x, inputs)  # at once: until it runs another thread's Python waits
+            u, low, raw = (first(s, count, tokens, size) for s, size in zip(own[1:], makes[1:], strict=True))
             gate, s, starts = inputs, none, no_chunks[i]  # in the place of what is not needed any more
             if saved is not None:
-                inputs, gate, low, s = saved.x[i, t], saved.z[i, t], saved.low[i, t], saved.s[i, t]
+                gate, low, s = saved.z[i, t], saved.low[i, t], saved.s[i, t]
                 starts = saved.starts[i, t.start // TOKENS : -(-t.stop // TOKENS)]
-            product(x[i, t], *in_x, inputs)  # first: until it runs another thread's Python waits
             here = (sizes[i] - t.start).clamp(0, tokens)
             run(mixer_kernels.conv, count, u.numel() * len(taps), inputs, window[i], taps, w.conv_bias, u)
             if len(after):

@@ -78,7 +78,7 @@ def backward(
     def share(part: tuple[slice, Sequence[Tensor], dict[str, Tensor]]) -> None:
         """Some of the rows, a few at once."""
         mine, own, total = part
-        of_x, of_z = ({name: sums[half] for name, sums in total.items() if name in ("in_proj", "in_bias")}
+        of_x, of_z = ({name: m[half] for name, m in total.items() if name in ("in_proj", "in_bias")}
                       for half in (slice(e), slice(e, None)))  # fmt: skip
         for at in range(mine.start, mine.stop, rows):
             i = slice(at, min(at + rows, mine.stop))
