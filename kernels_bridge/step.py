@@ -37,13 +37,13 @@ def weights(mixer: Mixer) -> Weights:
                    m.out_proj.weight, m.out_proj.bias)  # fmt: skip
 
 
+@torch.no_grad()
 def step(mixer: Mixer) -> Step:
     """A mixer's step in as few operations as there are.
 
     Cost: a few times (b, e, n); where b is small, reading the weights.
     """
-    with torch.no_grad():
-        return partial(advance, weights(mixer))
+    return partial(advance, weights(mixer))
 
 
 def advance(w: Weights, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:

@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -6,3 +9,21 @@ torch.set_num_threads(1)  # small models: more threads only wait for one another
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs CUDA, and is skipped only for lack of it")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """torch's threads are afterwards as they were."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[None, 7, 40], ids=["whole", "rows are cut", "a few rows"])
+def cut(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of the compiled mixer of so few tokens."""
+    from kernels_bridge.compiled import mixer
+
+    if request.param is not None:
+        monkeypatch.setattr(mixer, "FEWEST", request.param)
+        monkeypatch.setattr(mixer, "CACHE", 1)

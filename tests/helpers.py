@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernels_bridge.lively import lively
 from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.tap import Tap
 
-__all__ = ["LAST", "lively", "tiny"]
+__all__ = ["LAST", "draw", "lively", "near", "tiny"]
 
 
 class _Last(Tap):
@@ -30,3 +31,14 @@ def tiny(*, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any)
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn from the global generator, then replaced
         model = Mamba(MambaConfig(**sizes | overrides))
     return lively(model.to(dtype), seed)
+
+
+def near(got: Tensor, want: Tensor, tol: float = 1e-12) -> None:
+    """Of one shape and type, and apart by at most so much of the norm."""
+    assert got.shape == want.shape and got.dtype == want.dtype
+    assert (got - want).norm() <= tol * want.norm().clamp(min=1e-9), f"off by {(got - want).norm() / want.norm():.1e}"
+
+
+def draw(*size: int, seed: int = 0) -> Tensor:
+    """Normal numbers in float64."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,6 +1,6 @@
 """The loops of a whole mixer's backward: what lies between its matrix products and the scan's own backward.
 
-Each runs rows first..stop. sizes: (b) real tokens of each row; on padding every gradient is 0.
+Each runs rows first..stop. sizes: (b) real tokens of each row; on padding s and every gradient is 0.
 """
 
 # mypy: disable-error-code="no-untyped-def, call-arg, call-overload"
@@ -10,22 +10,19 @@ from .functions import _exp, _jit, _softplus, _whole_vectors
 
 
 @_jit
-def gate(p, first, stop, s, z, g, sizes, gated, dz):
+def gate(p, first, stop, s, z, g, gated, dz):
     """Of gated = s SiLU(z), with g = dL/dgated: makes gated and dz, and g becomes ds. All (b, l, e)."""
     _whole_vectors()
     _, l, e = s.shape
     for r in range(first, stop):
-        for t in range(sizes[r]):
+        for t in range(l):
             s_t, z_t, g_t, gated_t, dz_t = s[r, t], z[r, t], g[r, t], gated[r, t], dz[r, t]
             for c in range(e):
-                half = p[6] / (p[6] + _exp(-z_t[c], p))
-                silu = z_t[c] * half
-                dz_t[c] = g_t[c] * s_t[c] * (half + silu * (p[6] - half))
+                sigmoid = p[6] / (p[6] + _exp(-z_t[c], p))
+                silu = z_t[c] * sigmoid
+                dz_t[c] = g_t[c] * s_t[c] * (sigmoid + silu * (p[6] - sigmoid))
                 gated_t[c] = s_t[c] * silu
                 g_t[c] *= silu
-        for t in range(sizes[r], l):
-            for c in range(e):
-                g[r, t, c] = gated[r, t, c] = dz[r, t, c] = 0
 
 
 @_jit
@@ -85,8 +82,8 @@ def conv(p, first, stop, x, weight, bias, g, dx, dweight, dbias):
                 for c in range(e):
                     dx_t[c] += weight_i[c] * x_i[c]
             for c in range(e):
-                half = p[6] / (p[6] + _exp(-dx_t[c], p))
-                g_t[c] *= half + dx_t[c] * half * (p[6] - half)
+                sigmoid = p[6] / (p[6] + _exp(-dx_t[c], p))
+                g_t[c] *= sigmoid + dx_t[c] * sigmoid * (p[6] - sigmoid)
                 dbias_r[c] += g_t[c]
             for i in range(since, k):
                 x_i, dweight_i = x[r, t - k + 1 + i], dweight[r, i]

@@ -15,6 +15,7 @@ from .. import step as plain
 from .loop import Array, array, spread
 
 
+@torch.no_grad()
 def step(mixer: Mixer) -> Step:
     """A mixer's step in one loop, which reads the weights once for all rows.
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..step import Weights
 from ..threads import free, over
 from .loop import run
-from .mixer import CACHE, FEWEST, Saved, ends, first, forward, product, shares, space
+from .mixer import Saved, ends, first, forward, piece, pieces, product, shares, space
 from .scan import TOKENS
 
 BUFFERS = 6  # (tokens, e) each
@@ -64,14 +64,14 @@ def backward(
     if bool((sizes < l).any()):
         dout = dout.masked_fill((torch.arange(l) >= sizes[:, None])[:, :, None], 0)
     taps, A, wide = w.conv.T.contiguous(), w.A.T.contiguous(), kernels.width(n)
-    across, step, window = -(-e // wide), min(l, TOKENS), x.new_zeros(b, k, e)
+    across, window = -(-e // wide), x.new_zeros(b, k, e)
     dx, dA, dconv = x.new_empty(x.shape), x.new_empty(b, n, e), x.new_empty(b, k, e)
     dconv_bias, ddt_bias, dD = x.new_empty(3, b, e)
     # of the scan's backward: no position with a gradient or a write of its own, no move, no gradient of the last state
     nowhere, no_states, no = torch.empty(0, dtype=torch.long), x.new_empty(b, 0, e, n), x.new_empty(0, 0, 0, 0)
     dlast, dh, no_move = x.new_zeros(b, e, n), x.new_empty(b, e, n), (0, 0, no, no, no, no[None][:0], no)
     threads = shares(b, free())
-    rows = max(1, min(-(-b // threads), max(FEWEST, CACHE // e) // l))
+    rows, _ = piece(-(-b // threads), l, e)
     which = [name for name, want in zip(Weights._fields, wanted, strict=True) if want and name in PRODUCTS]
     sums = [{name: torch.zeros_like(getattr(w, name)) for name in which} for _ in range(threads)]
 
@@ -80,15 +80,14 @@ def backward(
         mine, own, total = part
         of_x, of_z = ({name: m[half] for name, m in total.items() if name in ("in_proj", "in_bias")}
                       for half in (slice(e), slice(e, None)))  # fmt: skip
-        for at in range(mine.start, mine.stop, rows):
-            i = slice(at, min(at + rows, mine.stop))
+        for i, _ in pieces(mine, l, rows, l):
             count = i.stop - i.start
             g, length, low, tokens = dout[i].contiguous(), sizes[i], saved.low[i], count * l * e
             ds, u, raw, dt, du, ddt = (first(s, count, l, e) for s in own)
 
             gated, dz = u, dt  # until these are made
             product(g, w.out_proj.T, None, ds)
-            run(backward_kernels.gate, count, 8 * tokens, saved.s[i], saved.z[i], ds, length, gated, dz)
+            run(backward_kernels.gate, count, 8 * tokens, saved.s[i], saved.z[i], ds, gated, dz)
             product(dz, w.in_proj[e:].T, None, dx[i])
             _add(total, "out_proj", g, gated)
             _add(total, "out_bias", g)
@@ -100,7 +99,7 @@ def backward(
             run(backward_kernels.step_sizes, count, 8 * tokens, raw, w.dt_bias, length, dt)
             B, C = low[..., r : r + n].contiguous(), low[..., r + n :].contiguous()
             dB, dC = x.new_empty(2, count, across, l, n)
-            run(kernels.scan_backward, count * across, n * tokens, wide, step, u, dt, A, B, C, nowhere, no_states[i],
+            run(kernels.scan_backward, count * across, n * tokens, wide, TOKENS, u, dt, A, B, C, nowhere, no_states[i],
                 nowhere, saved.starts[i], ds, dlast[i], no_states[i], du, ddt, dA[i], dB, dC, dh[i], no_states[i],
                 *no_move)  # fmt: skip
             draw, dlow = raw, torch.empty_like(low)

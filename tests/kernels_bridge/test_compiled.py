@@ -1,6 +1,6 @@
 """The compiled loops against a plain loop, `torch` and the readable model; their exp and 2^x over their whole range."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -231,13 +231,6 @@ def test_what_is_not_a_number_goes_where_it_goes_in_torch(which: int, value: flo
         found.append([*out, *torch.autograd.grad(out[0][:, -1].sum() + out[1].sum(), mine)])
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, equal_nan=True, rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(threads: None) -> None:

@@ -1,11 +1,10 @@
 """The compiled mixer and the compiled carry against `Mixer.forward` line by line and the scan as it is written."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from helpers import LAST, tiny
+from helpers import LAST, draw, near, tiny
 from torch import Tensor
 
 from interp import Scale, at, generate, run
@@ -25,26 +24,9 @@ from kernels_bridge.compiled.carry import carry as compiled_carry
 LENGTHS = (1, 2, 3, 7, 63, 500)
 
 
-def near(got: Tensor, want: Tensor, tol: float = 1e-12) -> None:
-    assert got.shape == want.shape and got.dtype == want.dtype
-    assert (got - want).norm() <= tol * want.norm().clamp(min=1e-9), f"off by {(got - want).norm() / want.norm():.1e}"
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def memory_of(m: Mixer, b: int) -> Memory:
     (e, n), k = m.A_log.shape, m.conv1d.weight.shape[2]
     return draw(b, e, n, seed=1), draw(b, e, k, seed=2)
-
-
-@pytest.fixture(params=[None, 7, 40], ids=["whole", "rows are cut", "a few rows"])
-def cut(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of so few tokens."""
-    if request.param is not None:
-        monkeypatch.setattr(mixer, "FEWEST", request.param)
-        monkeypatch.setattr(mixer, "CACHE", 1)
 
 
 # -- softplus ---------------------------------------------------------------------------------------------------------
@@ -162,13 +144,6 @@ def test_float32_errs_as_the_mixer_does() -> None:
     plain, found = line_by_line(m, x, memory, None)[0], mixer.block(m, x, memory, None, NO_TAP)[0]
     error = [float((y.double() - want).norm() / want.norm()) for y in (found, plain)]
     assert error[0] <= 2 * error[1] < 1e-5
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAST, tiny
+from helpers import LAST, draw, near, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from interp import Scale, at, run
 from kernels_bridge import resolve
-from minimal_mamba.block import Mixer
+from minimal_mamba.block import Memory, Mixer
 from minimal_mamba.scan import READABLE
 from minimal_mamba.tap import NO_TAP, Tap
 
@@ -22,19 +22,14 @@ from kernels_bridge.compiled import backward_kernels, kernels, mixer, mixer_back
 LENGTHS = (1, 2, 3, 7, 63, 200)
 
 
-def near(got: Tensor, want: Tensor, tol: float = 1e-12) -> None:
-    assert got.shape == want.shape and got.dtype == want.dtype
-    assert (got - want).norm() <= tol * want.norm().clamp(min=1e-9), f"off by {(got - want).norm() / want.norm():.1e}"
-
-
-def draw(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def blank(m: Mixer, x: Tensor) -> Memory:
+    (e, n), k = m.A_log.shape, m.conv1d.weight.shape[2]
+    return x.new_zeros(len(x), e, n), x.new_zeros(len(x), e, k)
 
 
 def both(m: Mixer, x: Tensor, mask: Tensor | None = None, tap: Tap = NO_TAP) -> list[dict[str, Tensor]]:
     """The result on tokens and all gradients of its product with the same numbers: compiled, and line by line."""
-    (b, l, _), (e, n), k = x.shape, m.A_log.shape, m.conv1d.weight.shape[2]
-    memory = x.new_zeros(b, e, n), x.new_zeros(b, e, k)
+    (b, l, _), memory = x.shape, blank(m, x)
     real = torch.ones(b, l, dtype=torch.bool) if mask is None else mask
     found = []
     for compiled in (True, False):
@@ -57,15 +52,6 @@ def agree(found: list[dict[str, Tensor]], tol: float = 1e-11) -> None:
     for name, value in one.items():
         assert two[name].norm() > 0 or (name == "A_log" and two["x"].shape[1] == 1), name  # nothing to forget yet
         near(value, two[name], tol)
-
-
-@pytest.fixture(params=[None, 7, 40], ids=["whole", "rows are cut", "a few rows"])
-def cut(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of so few tokens."""
-    if request.param is not None:
-        for module in (mixer, mixer_backward):
-            monkeypatch.setattr(module, "FEWEST", request.param)
-            monkeypatch.setattr(module, "CACHE", 1)
 
 
 @pytest.mark.usefixtures("cut")
@@ -112,9 +98,7 @@ def test_padding_takes_no_gradient_and_gives_none(on_padding: float) -> None:
     leaves = [x, *m.parameters()]
     out = _Block(m, real)(x)
     found = torch.autograd.grad(out, leaves, torch.where(real[..., None], dout, torch.full_like(dout, on_padding)))
-    line = m(
-        x, (x.new_zeros(4, *m.A_log.shape), x.new_zeros(4, len(m.D), m.conv1d.weight.shape[2])), real, NO_TAP, READABLE
-    )[0]
+    line = m(x, blank(m, x), real, NO_TAP, READABLE)[0]
     for got, want in zip(found, torch.autograd.grad((line * dout)[real].sum(), leaves), strict=True):
         near(got, want, 1e-11)
     assert not found[0][~real].any()
@@ -144,8 +128,7 @@ class _Block(nn.Module):
         self.m, self.mask = m, mask
 
     def forward(self, x: Tensor) -> Tensor:
-        (e, n), k, b = self.m.A_log.shape, self.m.conv1d.weight.shape[2], len(x)
-        return mixer.block(self.m, x, (x.new_zeros(b, e, n), x.new_zeros(b, e, k)), self.mask, NO_TAP, keep=False)[0]
+        return mixer.block(self.m, x, blank(self.m, x), self.mask, NO_TAP, keep=False)[0]
 
 
 def test_float32_errs_as_the_mixer_does() -> None:
@@ -165,13 +148,6 @@ def test_what_is_not_a_number_reaches_its_row_alone(value: float) -> None:
     one, two = both(m, x)
     assert torch.equal(one["x"][[0, 2]], clean[[0, 2]])
     assert torch.equal(one["x"][1].isfinite().all(), two["x"][1].isfinite().all())
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

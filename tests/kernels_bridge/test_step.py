@@ -1,6 +1,6 @@
 """The single step against the readable model in float64; where it runs and where it must not; the norm of a sum."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -156,13 +156,6 @@ def test_new_weights_are_seen(backend: str) -> None:
     after = generate(model, ids, 5, backend=backend)
     assert (after.logits - before.logits).norm() > 0.01 * before.logits.norm()
     near(after.logits, run(model, after.ids[:, :-1], backend="reference").logits.detach(), 1e-11)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.skipif("compiled" not in HERE, reason="needs numba")
