@@ -14,9 +14,12 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from minimal_mamba.block import wide
+from minimal_mamba.errors import BackendUnavailable
 
 NAME = "fused"
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRID = 2**16 - 1  # channels of one launch of the scan, which are an axis of its grid
+INDEX = 2**32  # numbers of one input of the convolution, whose offsets have 32 bits
 
 
 @dataclass(frozen=True)
@@ -45,17 +48,20 @@ class Kernels:
         Returns:
             y (b, l, e), differentiable; the last state (b, e, n), WITHOUT a gradient: the kernel's backward ignores it.
         """
-        u, dt, B, C = (x.transpose(1, 2) for x in (u, dt, B, C))  # (b, e, l), (b, n, l)
+        u, dt, B, C = (aligned(x.transpose(1, 2)) for x in (u, dt, B, C))  # (b, e, l), (b, n, l)
         y, last = self.selective_scan_fn(u, dt, A, B, C, return_last_state=True)
-        return y.transpose(1, 2), last.detach()
+        return _aligned_backward(y).transpose(1, 2), last.detach()
 
     def states(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The kernel's own inner states (b, l, e, n), at every position, in one call.
 
         A scan has one group of channels a state dimension, and of group i C is the unit vector e_i, so that its y is
-        h[..., i]. Cost: one scan of n times the channels.
+        h[..., i]. Cost: one scan of n times the channels, or more of them where a launch takes fewer.
         """
-        (b, l, _), n = u.shape, A.shape[1]
+        (b, l, e), n = u.shape, A.shape[1]
+        if n * e > GRID and e > 1:
+            parts = zip(*(x.tensor_split(2, -1) for x in (u, dt)), A.tensor_split(2), strict=True)
+            return torch.cat([self.states(u, dt, A, B) for u, dt, A in parts], 2)
         unit = repeat(torch.eye(n, dtype=u.dtype, device=u.device), "g n -> b g n l", b=b, l=l).contiguous()
         y = self.selective_scan_fn(
             repeat(u, "b l e -> b (g e) l", g=n),
@@ -75,9 +81,10 @@ class Kernels:
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The causal convolution of x (b, l, e) after zeros, with weight (e, k): (b, l, e)."""
+        _reach(*x.shape)
         # a copy even where one token makes a transposed view contiguous: its strides are not what the kernel takes
         x = x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        return self.causal_conv1d_fn(x, weight, bias).transpose(1, 2)
+        return _aligned_backward(self.causal_conv1d_fn(x, weight, bias)).transpose(1, 2)
 
     def conv_step(self, x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """One token, without gradients: x (b, e), the window before it (b, e, k) -> conv (b, e), window."""
@@ -88,6 +95,7 @@ class Kernels:
     def block(self, mixer: nn.Module, x: Tensor) -> Tensor:
         """All of `Mixer.forward` from a blank memory: x (b, l, d) -> mixer_out (b, l, d)."""
         m: Any = mixer
+        _reach(x.shape[0], x.shape[1], len(m.A_log))
         w = wide(m.A_log.dtype)
         xz = rearrange(m.in_proj.weight @ rearrange(x, "b l d -> d (b l)"), "e (b l) -> b e l", l=x.shape[1])
         if m.in_proj.bias is not None:
@@ -109,6 +117,35 @@ class Kernels:
             residual_in_fp32=resid.dtype == torch.float32, is_rms_norm=not isinstance(norm, nn.LayerNorm),
         )  # fmt: skip
         return resid, normal
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x (b, e, l), copied where the kernels could not load it.
+
+    Where l is a multiple of 128 (the scan) or of 16 bytes (the convolution) they load 16 bytes at once, without a look
+    at the strides: a row that begins elsewhere, as those of a slice may, is a "misaligned address", after which the
+    process can use the GPU no more.
+    """
+    whole = 16 // x.element_size()
+    rows = [step for size, step in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+    ready = x.stride(-1) == 1 and (x.shape[-1] % whole or not (x.data_ptr() % 16 or any(s % whole for s in rows)))
+    return x if ready else x.clone(memory_format=torch.contiguous_format)
+
+
+def _reach(b: int, l: int, e: int) -> None:
+    """Raise BackendUnavailable for an input of the convolution that its offsets do not reach: they would begin anew."""
+    if b * l * e >= INDEX:
+        raise BackendUnavailable(
+            f"backend='fused' cannot run {b} rows of {l} tokens through {e} channels at once: the convolution's kernel "
+            f"has offsets of 32 bits, {INDEX:,} numbers; run fewer rows at a time, or a row in pieces with `state=`."
+        )
+
+
+def _aligned_backward(y: Tensor) -> Tensor:
+    """y (b, e, l), whose gradient reaches the kernel's backward aligned."""
+    if y.requires_grad:
+        y.register_hook(aligned)
+    return y
 
 
 @cache

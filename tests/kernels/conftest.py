@@ -31,12 +31,29 @@ def here() -> bool:
     return not any(importlib.util.find_spec(name) for name in EXTENSIONS if name not in sys.modules)
 
 
+def loadable(*given: Tensor | None, every: int) -> None:
+    """Where l is a multiple of `every`, the kernels load 16 bytes at once: on a GPU a row that begins elsewhere is a
+    "misaligned address"; a CPU reads it all the same, so it is asked for here.
+    """
+    for x in given:
+        if x is not None and x.shape[-1] % every == 0:
+            steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+            assert all(x.element_size() * s % 16 == 0 for s in steps) and x.data_ptr() % 16 == 0, "misaligned address"
+
+
+def _even(l: int) -> int:
+    """Tokens of one round of the scan's threads, of which a whole number is loaded without a guard."""
+    return next((tokens for tokens in (128, 256, 512, 1024) if l <= tokens), 2048)
+
+
 # -- selective_scan_cuda ----------------------------------------------------------------------------------------------
 
 
 def scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 
+    loadable(u, delta, B, C, z, every=_even(u.shape[2]))
+    assert u.shape[1] < 2**16, "more channels than the grid of a launch has places"
     assert u.dtype == delta.dtype == B.dtype == C.dtype and A.dtype == torch.float32
     assert D is None or D.dtype == torch.float32
     assert delta_bias is None or delta_bias.dtype == torch.float32
@@ -52,6 +69,7 @@ def scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 def scan_bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softplus, recompute_out_z):
     from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 
+    loadable(u, delta, B, C, z, dout, every=_even(u.shape[2]))
     given = (u, delta, A, B, C, D, z, delta_bias)
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().clone().requires_grad_() for t in given]
@@ -72,6 +90,7 @@ def scan_bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softpl
 
 def conv_fwd(x, weight, bias, seq_idx, initial_states, out, final_states_out, silu):
     assert seq_idx is None and initial_states is None and final_states_out is None
+    loadable(x, out, every=16 // x.element_size())
     out.copy_(_conv(x, weight, bias, silu))
 
 
@@ -87,6 +106,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
 def conv_bwd(x, weight, bias, dout, seq_idx, initial_states, dfinal, dx, dweight, dbias, dinitial, silu):
     """By hand: torch's custom operators run below autograd."""
     l, k = x.shape[2], weight.shape[1]
+    loadable(x, dx, dout if dout.stride(2) == 1 else None, every=16 // x.element_size())  # else it is copied
     x, w, g = F.pad(x.float(), (k - 1, 0)), weight.float(), dout.float()
     if silu:
         y = F.conv1d(x, w[:, None], None if bias is None else bias.float(), groups=len(w))

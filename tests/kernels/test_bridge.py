@@ -17,7 +17,7 @@ from torch import Tensor
 
 from interp import Scale, Set, Zero, at, generate, gradients, logit_diff, run
 from kernels_bridge import backends
-from kernels_bridge.fused import FUSED, load
+from kernels_bridge.fused import FUSED, kernels, load
 from minimal_mamba import Mamba
 from minimal_mamba.errors import BackendUnavailable
 from minimal_mamba.sites import ADDRESSABLE
@@ -94,6 +94,23 @@ def test_gradients_of_every_parameter(block: bool) -> None:
         found[name] = torch.autograd.grad(loss, [*model.parameters()])
     for (name, _), want, got in zip(EXACT.named_parameters(), found["want"], found["got"], strict=True):
         assert want.any() and error(got, want) < 2e-5, name
+
+
+@pytest.mark.parametrize("stop", [4, 128])
+@pytest.mark.parametrize("site", ["ssm_state", "conv_state"])
+def test_stretches_that_are_loaded_sixteen_bytes_at_once(site: str, stop: int) -> None:
+    """A stretch is a slice of what the layer made, whose rows begin anywhere; `conftest.loadable` raises."""
+    ids, edits = draw_ids(2, 131), [Scale(getattr(at, site)(pos=stop), 0.5)]
+    with torch.no_grad():
+        want, got = (run(m, ids, edits, backend=b).logits for m, b in ((EXACT, "reference"), (SINGLE, "fused")))
+    assert error(got, want) < 5e-6
+    for metric in (lambda x: x.square().sum((1, 2)), lambda x: x[:, :stop].square().sum((1, 2))):
+        places = [at.u(layer=0), at.x(layer=1), at.dt(layer=0), at.B(layer=0), at.C(layer=1)]
+        want_g, got_g = (
+            gradients(m, ids, metric, places, edits, backend=b) for m, b in ((EXACT, "reference"), (SINGLE, "fused"))
+        )
+        for place in places:
+            assert error(got_g[place], want_g[place]) < 2e-5, place
 
 
 def test_gradients_of_biases() -> None:
@@ -177,13 +194,49 @@ def test_autocast(dtype: torch.dtype, keep: bool, monkeypatch: pytest.MonkeyPatc
     assert 0 < ours <= 4 * theirs
 
 
+def layer() -> tuple[list[Tensor], Tensor]:
+    """What the scan of the first layer takes (u, dt, A, B) in float32, and its states."""
+    places = [getattr(at, site)(layer=0) for site in ("u", "dt", "B", "ssm_state")]
+    done = run(MODEL, draw_ids(2, 9), backend="reference", record=places)
+    u, dt, B, h = (done[place].float() for place in places)
+    return [u, dt, -torch.exp(MODEL.backbone.layers[0].mixer.A_log).float(), B], h.double()
+
+
 def test_the_kernels_own_states_in_one_call() -> None:
-    done = run(
-        MODEL,
-        draw_ids(2, 9),
-        backend="reference",
-        record=[getattr(at, s)(layer=0) for s in ("u", "dt", "B", "ssm_state")],
-    )
-    u, dt, B, h = (done[a].float() for a in (getattr(at, s)(layer=0) for s in ("u", "dt", "B", "ssm_state")))
-    A = -torch.exp(MODEL.backbone.layers[0].mixer.A_log).float()
-    assert error(KERNELS.states(u, dt, A, B), h.double()) < 1e-6
+    given, h = layer()
+    assert error(KERNELS.states(*given), h) < 1e-6
+
+
+def test_the_kernels_own_states_where_a_launch_takes_fewer_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, h = layer()
+    monkeypatch.setattr(kernels, "GRID", 30)
+    launches = []
+
+    def launched(u: Tensor, *rest: Tensor) -> Tensor:
+        launches.append(u.shape[1])
+        return KERNELS.selective_scan_fn(u, *rest)
+
+    assert error(dataclasses.replace(KERNELS, selective_scan_fn=launched).states(*given), h) < 1e-6
+    assert launches == [30] * 4
+
+
+@pytest.mark.parametrize("more", [3, 4])  # of which rows or only the first number are apart from 16 bytes
+@pytest.mark.parametrize("l", [8, 128])
+def test_gradients_that_are_slices(l: int, more: int) -> None:
+    """`dout`, too, the kernels load as it is where its positions are next to each other."""
+    u, dt, A, B = (x[:, :1].expand(-1, l, -1) if x.dim() == 3 else x for x in layer()[0])
+    g = torch.randn(2, 24, l + more)[:, :, 1 : l + 1].transpose(1, 2)  # of a longer sequence, channels apart
+    leaf, weight = u.clone().requires_grad_(), torch.randn(24, 3)
+    for call in (lambda x: KERNELS.scan(x, dt, A, B, B)[0], lambda x: KERNELS.conv(x, weight, None)):
+        plain, sliced = (torch.autograd.grad(call(leaf), leaf, x)[0] for x in (g.contiguous(), g))
+        assert plain.any() and torch.equal(plain, sliced)
+
+
+def test_more_numbers_than_the_convolutions_offsets_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INDEX", 2 * 5 * 24)
+    for keep in (False, True):  # the block, and the convolution by itself
+        run(SINGLE, draw_ids(2, 4), backend="fused", keep_state=keep)
+        with pytest.raises(
+            BackendUnavailable, match=r"cannot run 2 rows of 5 tokens through 24 channels at once: .* 240"
+        ):
+            run(SINGLE, draw_ids(2, 5), backend="fused", keep_state=keep)
