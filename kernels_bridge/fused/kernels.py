@@ -64,10 +64,10 @@ class Kernels:
             return torch.cat([self.states(u, dt, A, B) for u, dt, A in parts], 2)
         unit = repeat(torch.eye(n, dtype=u.dtype, device=u.device), "g n -> b g n l", b=b, l=l).contiguous()
         y = self.selective_scan_fn(
-            repeat(u, "b l e -> b (g e) l", g=n),
-            repeat(dt, "b l e -> b (g e) l", g=n),
+            aligned(repeat(u, "b l e -> b (g e) l", g=n)),
+            aligned(repeat(dt, "b l e -> b (g e) l", g=n)),
             repeat(A, "e n -> (g e) n", g=n),
-            repeat(B, "b l n -> b g n l", g=n).contiguous(),
+            aligned(repeat(B, "b l n -> b g n l", g=n).contiguous()),
             unit,
         )
         return rearrange(y, "b (g e) l -> b l e g", g=n)
@@ -120,7 +120,7 @@ class Kernels:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x (b, e, l), copied where the kernels could not load it.
+    """x (b, ..., l), copied where the kernels could not load it.
 
     Where l is a multiple of 128 (the scan) or of 16 bytes (the convolution) they load 16 bytes at once, without a look
     at the strides: a row that begins elsewhere, as those of a slice may, is a "misaligned address", after which the

@@ -207,6 +207,14 @@ def test_the_kernels_own_states_in_one_call() -> None:
     assert error(KERNELS.states(*given), h) < 1e-6
 
 
+def test_the_kernels_own_states_of_one_dimension() -> None:
+    """Nothing is repeated then, and what is a slice stays one."""
+    u, dt, A, B = layer()[0]
+    u, dt, B = (torch.cat([x] * 15, 1).transpose(1, 2).contiguous().transpose(1, 2)[:, 1:129] for x in (u, dt, B))
+    given = u, dt, A[:, :1], B[..., :1]
+    assert torch.equal(KERNELS.states(*given), KERNELS.states(*(x.contiguous() for x in given)))
+
+
 def test_the_kernels_own_states_where_a_launch_takes_fewer_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     given, h = layer()
     monkeypatch.setattr(kernels, "GRID", 30)

@@ -69,6 +69,15 @@ def test_under_edits(l: int) -> None:
         assert error(got[address], want[address]) < 2e-5
 
 
+@torch.no_grad()
+def test_a_stretch_whose_rows_begin_anywhere() -> None:
+    """128 tokens of 131, which the scan's kernel loads 16 bytes at once."""
+    ours, exact = models()
+    changes = [Scale(at.ssm_state(layer=1, pos=128), 0.5)]
+    want, got = (run(m, draw_ids(2, 131), changes, backend=b).logits for m, b in ((exact, "torch"), (ours, "fused")))
+    assert error(got, want) < 2e-5
+
+
 @pytest.mark.parametrize("l", [5, 129])
 def test_gradients_are_whole(l: int) -> None:
     """Of every parameter, of the last state, of states at chosen positions."""
