@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minimal_mamba.block import wide
 from minimal_mamba.errors import BackendUnavailable
@@ -101,10 +102,10 @@ class Kernels:
         if m.in_proj.bias is not None:
             xz = xz + m.in_proj.bias.to(xz.dtype)[:, None]
         mixed = self.mamba_inner_fn(
-            xz, m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight,
+            _lengthened(xz), m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight,
             None,  # the bias of out_proj: its backward there sums over all axes
             -torch.exp(m.A_log.to(w)), None, None, m.D.to(w), delta_bias=m.dt_proj.bias.to(w), delta_softplus=True,
-        )  # fmt: skip
+        )[:, : x.shape[1]]  # fmt: skip
         return mixed if m.out_proj.bias is None else mixed + m.out_proj.bias.to(mixed.dtype)
 
     def add_norm(self, resid: Tensor, mixed: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -130,6 +131,19 @@ def aligned(x: Tensor) -> Tensor:
     rows = [step for size, step in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
     ready = x.stride(-1) == 1 and (x.shape[-1] % whole or not (x.data_ptr() % 16 or any(s % whole for s in rows)))
     return x if ready else x.clone(memory_format=torch.contiguous_format)
+
+
+def _lengthened(x: Tensor) -> Tensor:
+    """x (b, e, l), with zeros after its end where the backward of the convolution with silu would be wrong.
+
+    The kernel takes a row in chunks of 128 times 16 bytes. Where the last of several holds less than 16 bytes (l = 513,
+    514, 515, 1025, ... in float32), the backward takes tokens before that chunk for zeros: in causal-conv1d 1.7.0 it
+    loads `x[i - kNElts]` only where `chunk * kChunkSize + i` is inside the row. Gradients of the last tokens, of the
+    weight and of the bias are wrong then, by per cents. Without silu no tokens before the chunk are needed.
+    """
+    whole = 16 // x.element_size()
+    last = x.shape[2] % (128 * whole)
+    return F.pad(x, (0, whole - last)) if x.shape[2] > 128 * whole and 0 < last < whole else x
 
 
 def _reach(b: int, l: int, e: int) -> None:

@@ -14,6 +14,7 @@ from helpers import tiny
 from scenes import CONFIG, MODEL, everything, scene_of
 from stand_ins import register
 from torch import Tensor
+from torch.nn import functional as F
 
 from interp import Scale, Set, Zero, at, generate, gradients, logit_diff, run
 from kernels_bridge import backends
@@ -124,6 +125,34 @@ def test_gradients_of_biases() -> None:
     ]
     for (name, _), want, got in zip(exact.named_parameters(), *grads, strict=True):
         assert want.any() and error(got, want) < 2e-5, name
+
+
+@pytest.mark.parametrize("l", [512, 513, 515, 516])
+def test_gradients_of_rows_that_end_just_after_a_chunk(l: int) -> None:
+    small = tiny(seed=5, n_layer=1, d_model=4, d_state=2).float()
+    exact = Mamba(small.config).double()
+    exact.load_state_dict(small.state_dict())
+    grads = []
+    for m, b in ((exact, "reference"), (small, "fused")):
+        logits = run(m, draw_ids(1, l), backend=b).logits[:, 511:]
+        grads.append(torch.autograd.grad(logits.square().sum(), [*m.parameters()]))
+    for (name, _), want, got in zip(exact.named_parameters(), *grads, strict=True):
+        assert want.any() and error(got, want) < 2e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [2, 4])
+def test_the_convolutions_own_backward_is_wrong_where_rows_are_lengthened(dtype: torch.dtype, k: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    for l in (3, 129, 511, 512, 513, 515, 516, 1023, 1025, 1027, 1028, 1031, 1032, 2049):
+        x, g = (torch.randn(2, 3, l, generator=rng).to(dtype) for _ in range(2))
+        weight, bias = (torch.randn(3, *size, generator=rng).requires_grad_() for size in ((k,), ()))
+        y = KERNELS.causal_conv1d_fn(x, weight, bias, activation="silu")
+        got = torch.autograd.grad(y, (weight, bias), g)
+        wide = F.conv1d(F.pad(x.double(), (k - 1, 0)), weight.double()[:, None], bias.double(), groups=3)
+        want = torch.autograd.grad(F.silu(wide), (weight, bias), g.double())
+        wrong = max(error(a, b) for a, b in zip(got, want, strict=True)) > 1e-5
+        assert wrong == (kernels._lengthened(x).shape[2] > l), l
 
 
 def test_gradients_of_states_carried_and_edited() -> None:
