@@ -1,14 +1,13 @@
-"""The second environment: mamba-ssm and causal-conv1d as they are, without CUDA (`make test-kernels`).
+"""The second environment: mamba-ssm and causal-conv1d as they are, without a GPU (`make test-kernels`).
 
-Real are the packages' Python code, their autograd functions, and their Triton kernels, in Triton's interpreter. The two
-compiled modules, which have no path for a CPU, are stood in for, function by function, by the packages' own references
-and their gradients by autograd; a last state's gradient is not among what they are asked for, as in the real ones.
-transformers binds mamba_ssm when it is imported, so these tests run in a process and an environment of their own; where
-the packages are missing, or compiled, this folder is left out.
+Real are the packages' Python code, their autograd functions, their Triton kernels, in Triton's interpreter, and their
+CUDA kernels, compiled for the CPU (`cuda_on_cpu`). Where there is no C++ compiler, or MAMBASCOPE_REFERENCES is set, the
+CUDA kernels are stood in for, function by function, by the packages' own references and their gradients by autograd; a
+last state's gradient is not among what they are asked for, as in the real ones. transformers binds mamba_ssm when it
+is imported, so these tests run in a process and an environment of their own; elsewhere this folder is left out.
 """
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -24,11 +23,20 @@ EXTENSIONS = ("selective_scan_cuda", "causal_conv1d_cuda")
 
 def here() -> bool:
     """Whether this is the second environment."""
-    try:
-        importlib.metadata.version("mamba-ssm")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return not any(importlib.util.find_spec(name) for name in EXTENSIONS if name not in sys.modules)
+    return torch.version.cuda is None and importlib.util.find_spec("mamba_ssm") is not None
+
+
+def compiled() -> bool:
+    """Whether the kernels are the packages' own."""
+    found = all(importlib.util.find_spec(name) for name in EXTENSIONS)
+    return found and not os.environ.get("MAMBASCOPE_REFERENCES")
+
+
+KERNELS = "the packages' CUDA code, compiled for the CPU" if compiled() else "the packages' Python references"
+
+
+def pytest_report_header() -> list[str]:
+    return [f"kernels: {KERNELS}"] if here() else []
 
 
 def loadable(*given: Tensor | None, every: int) -> None:
@@ -162,7 +170,8 @@ def interpret() -> None:
 
 torch.set_num_threads(1)
 if here():
-    stand_in()
+    if not compiled():
+        stand_in()
     interpret()
 else:
     collect_ignore_glob = ["*.py"]

@@ -1,8 +1,16 @@
-"""The harness on mamba-ssm's own `MambaLMHeadModel`, and on the fused backend over its autograd functions."""
+"""The harness on mamba-ssm's own `MambaLMHeadModel`, and on the fused backend over its autograd functions.
+
+In Triton's interpreter a norm takes a hundred times as long as all else: longer rows have the packages' plain norms.
+"""
 
 import dataclasses
+from typing import Any
 
 import pytest
+from mamba_ssm.models import mixer_seq_simple
+from mamba_ssm.modules import block
+from mamba_ssm.ops.triton.layer_norm import layer_norm_ref, rms_norm_ref
+from torch import Tensor
 
 from kernels_bridge.fused import load
 from kernels_bridge.fused.ops import make
@@ -12,13 +20,25 @@ from kernels_bridge.harness.rows import table
 from kernels_bridge.harness.targets import mamba_ssm_model
 
 
+def plain_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, eps: float = 1e-6,
+    prenorm: bool = False, residual_in_fp32: bool = False, is_rms_norm: bool = False,
+) -> Any:  # fmt: skip
+    norm = rms_norm_ref if is_rms_norm else layer_norm_ref
+    return norm(x, weight, bias, residual=residual, eps=eps, prenorm=prenorm)
+
+
 @pytest.fixture(scope="module")
 def model():
-    return draw_model(SMALL, 0).float()
+    return draw_model(dataclasses.replace(SMALL, d_model=16, dt_rank=4), 0).float()
 
 
-def test_mamba_ssm_agrees_with_the_readable_model(model):
-    report = check(target("mamba_ssm", model), model, lengths=[5, 17], progress=False)
+@pytest.mark.parametrize("lengths", [[3], [5, 17, 129, 512, 516]])
+def test_mamba_ssm_agrees_with_the_readable_model(model, lengths, monkeypatch):
+    if len(lengths) > 1:
+        for module in (mixer_seq_simple, block):
+            monkeypatch.setattr(module, "layer_norm_fn", plain_norm)
+    report = check(target("mamba_ssm", model), model, lengths=lengths, progress=False)
     assert report.passed, table(report.rows)
     named = {r.quantity for r in report.rows}
     assert {"mixer_in", "u", "B", "C", "resid_post", "last ssm_state", "logits", "loss"} <= named
@@ -39,7 +59,19 @@ def test_a_fault_in_mamba_ssm_would_be_named(model):
     assert (found.first.site, found.first.layer, found.first.channel) == ("dt_low", 1, (3,))
 
 
-def test_the_fused_backend_passes_under_edits(model):
-    ops = make(lambda: dataclasses.replace(load(), device="cpu"), "fused[stand-in extensions]")
-    report = check(Ours(model, ops), model, lengths=[1, 5, 17], progress=False)
+def test_a_fault_of_the_kernels_own_is_named(model, monkeypatch):
+    """Of the convolution's backward, where a row ends just after a chunk (`kernels._lengthened`)."""
+    for module in (mixer_seq_simple, block):
+        monkeypatch.setattr(module, "layer_norm_fn", plain_norm)
+    report = check(target("mamba_ssm", model), model, lengths=[513], progress=False)
+    wrong = [r for r in report.rows if not r.passed]
+    assert {"d mixer.conv1d.weight", "d mixer.conv1d.bias"} <= {r.quantity for r in wrong}
+    assert {r.kind for r in wrong} == {"gradients"}
+
+
+@pytest.mark.parametrize("lengths", [[3], [1, 5, 17, 129, 512, 513]])
+def test_the_fused_backend_passes_under_edits(model, lengths):
+    norm = {"layer_norm_fn": plain_norm} if len(lengths) > 1 else {}
+    ops = make(lambda: dataclasses.replace(load(), device="cpu", **norm), "fused[on a CPU]")
+    report = check(Ours(model, ops), model, lengths=lengths, progress=False)
     assert report.passed, table(report.rows)

@@ -13,7 +13,7 @@ from interp import Scale, Set, at, logit_diff, patch_grid, run, sweep
 from kernels_bridge.fused import load
 from minimal_mamba import Mamba
 
-KERNELS = dataclasses.replace(load(), name="fused[reference kernels]", device="cpu")
+KERNELS = dataclasses.replace(load(), name="fused[on a CPU]", device="cpu")
 SINGLE = tiny(seed=5).float()
 EXACT = Mamba(SINGLE.config).double()
 EXACT.load_state_dict(SINGLE.state_dict())
@@ -55,5 +55,5 @@ def test_edits_that_depend_on_what_they_meet_on_a_padded_batch() -> None:
     cells = [Scale(getattr(at, s)(layer=i, pos=p), 1.5) for s in sites for i in range(N) for p in (0, -2)]
     found = sweep(SINGLE, IDS, cells, score, lengths=lengths, backend="fused", progress=False)
     want = by_hand(cells, lengths)
-    assert found.backend == "fused[reference kernels]"
+    assert found.backend == "fused[on a CPU]"
     assert (found.values - want).abs().max() <= 1e-5 * want.abs().max()
