@@ -24,7 +24,7 @@ demo: $(VENV)/demo.done  ## patch the shipped model's states and draw where it k
 	$(BIN)/python -m analyses.hidden_reasoning demo
 
 # mamba-ssm's own code without CUDA: transformers would bind it, so it has an environment of its own
-$(KERNELS)/done: tests/kernels/environment.sh constraints.txt
+$(KERNELS)/done: tests/kernels/environment.sh $(wildcard tests/kernels/cuda_on_cpu/*) constraints.txt
 	PYTHON=$(PYTHON) bash tests/kernels/environment.sh $(KERNELS)
 	@touch $@
 
@@ -63,8 +63,9 @@ gpu:  ## what only a GPU can show: tests, golden vectors of the kernels, the che
 	$(GPU_PYTHON) -m kernels_bridge check --target fused --device cuda --size 130m --json $(CHECKS)/fused-130m.json
 	$(GPU_PYTHON) -m kernels_bridge check --target fused --device cuda --model analyses/hidden_reasoning/models/masked \
 	  --lengths 5,17,64 --json $(CHECKS)/fused-masked.json
-	$(GPU_PYTHON) -m kernels_bridge check --target mamba_ssm --device cuda --json $(CHECKS)/mamba_ssm-float32.json
 	$(GPU_PYTHON) -m analyses.benchmarks gpu
+	# the last one fails at 2049 and 4097 tokens, by causal-conv1d's own backward (`fused/kernels.py`, `_lengthened`)
+	$(GPU_PYTHON) -m kernels_bridge check --target mamba_ssm --device cuda --json $(CHECKS)/mamba_ssm-float32.json
 
 train: $(VENV)/dev.done  ## train the shipped model again
 	$(BIN)/python -m analyses.hidden_reasoning train --out runs/masked

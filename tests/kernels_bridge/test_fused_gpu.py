@@ -78,7 +78,7 @@ def test_a_stretch_whose_rows_begin_anywhere() -> None:
     assert error(got, want) < 2e-5
 
 
-@pytest.mark.parametrize("l", [5, 129])
+@pytest.mark.parametrize("l", [5, 129, 513])
 def test_gradients_are_whole(l: int) -> None:
     """Of every parameter, of the last state, of states at chosen positions."""
     ours, exact = models()
