@@ -35,8 +35,9 @@ def compiled() -> bool:
 KERNELS = "the packages' CUDA code, compiled for the CPU" if compiled() else "the packages' Python references"
 
 
-def pytest_report_header() -> list[str]:
-    return [f"kernels: {KERNELS}"] if here() else []
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if here():
+        terminalreporter.write_line(f"kernels: {KERNELS}")
 
 
 def loadable(*given: Tensor | None, every: int) -> None:
