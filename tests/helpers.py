@@ -33,6 +33,13 @@ def tiny(*, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any)
     return lively(model.to(dtype), seed)
 
 
+def error(got: Tensor, want: Tensor) -> float:
+    """How far apart, in norms of what is wanted, in float64."""
+    assert got.shape == want.shape
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp(min=1e-9))
+
+
 def near(got: Tensor, want: Tensor, tol: float = 1e-12) -> None:
     """Of one shape and type, and apart by at most so much of the norm."""
     assert got.shape == want.shape and got.dtype == want.dtype

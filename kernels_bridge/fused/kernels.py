@@ -96,13 +96,14 @@ class Kernels:
     def block(self, mixer: nn.Module, x: Tensor) -> Tensor:
         """All of `Mixer.forward` from a blank memory: x (b, l, d) -> mixer_out (b, l, d)."""
         m: Any = mixer
-        _reach(x.shape[0], x.shape[1], len(m.A_log))
         w = wide(m.A_log.dtype)
-        xz = rearrange(m.in_proj.weight @ rearrange(x, "b l d -> d (b l)"), "e (b l) -> b e l", l=x.shape[1])
+        xz = rearrange(m.in_proj.weight @ rearrange(x, "b l d -> d (b l)"), "e (b l) -> e b l", l=x.shape[1])
+        xz = _lengthened(xz).transpose(0, 1)  # channels stay outermost: the offsets of x alone are the convolution's
+        _reach(x.shape[0], xz.shape[2], len(m.A_log))
         if m.in_proj.bias is not None:
             xz = xz + m.in_proj.bias.to(xz.dtype)[:, None]
         mixed = self.mamba_inner_fn(
-            _lengthened(xz), m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight,
+            xz, m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight,
             None,  # the bias of out_proj: its backward there sums over all axes
             -torch.exp(m.A_log.to(w)), None, None, m.D.to(w), delta_bias=m.dt_proj.bias.to(w), delta_softplus=True,
         )[:, : x.shape[1]]  # fmt: skip
@@ -134,7 +135,7 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def _lengthened(x: Tensor) -> Tensor:
-    """x (b, e, l), with zeros after its end where the backward of the convolution with silu would be wrong.
+    """x (..., l), with zeros after its end where the backward of the convolution with silu would be wrong.
 
     The kernel takes a row in chunks of 128 times 16 bytes. Where the last of several holds less than 16 bytes (l = 513,
     514, 515, 1025, ... in float32), the backward takes tokens before that chunk for zeros: in causal-conv1d 1.7.0 it
@@ -142,8 +143,8 @@ def _lengthened(x: Tensor) -> Tensor:
     weight and of the bias are wrong then, by per cents. Without silu no tokens before the chunk are needed.
     """
     whole = 16 // x.element_size()
-    last = x.shape[2] % (128 * whole)
-    return F.pad(x, (0, whole - last)) if x.shape[2] > 128 * whole and 0 < last < whole else x
+    last = x.shape[-1] % (128 * whole)
+    return F.pad(x, (0, whole - last)) if x.shape[-1] > 128 * whole and 0 < last < whole else x
 
 
 def _reach(b: int, l: int, e: int) -> None:

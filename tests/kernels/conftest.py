@@ -23,7 +23,7 @@ EXTENSIONS = ("selective_scan_cuda", "causal_conv1d_cuda")
 
 def here() -> bool:
     """Whether this is the second environment."""
-    return torch.version.cuda is None and importlib.util.find_spec("mamba_ssm") is not None
+    return not torch.backends.cuda.is_built() and importlib.util.find_spec("mamba_ssm") is not None
 
 
 def compiled() -> bool:
@@ -117,17 +117,16 @@ def conv_bwd(x, weight, bias, dout, seq_idx, initial_states, dfinal, dx, dweight
     less than 16 bytes for zeros where silu is on (`kernels._lengthened`).
     """
     l, k, whole = x.shape[2], weight.shape[1], 16 // x.element_size()
-    loadable(x, dx, dout if dout.stride(2) == 1 else None, every=16 // x.element_size())  # else it is copied
+    loadable(x, dx, dout if dout.stride(2) == 1 else None, every=whole)  # else it is copied
     x, w, g = F.pad(x.float(), (k - 1, 0)), weight.float(), dout.float()
     if silu:
-        y = F.conv1d(x, w[:, None], None if bias is None else bias.float(), groups=len(w))
+        seen = [x, x.clone()]
         start = l // (128 * whole) * 128 * whole
         if start and 0 < l - start < whole:
-            lost = x.clone()
-            lost[:, :, k - 1 + l - whole : k - 1 + start] = 0
-            y[:, :, start:] = F.conv1d(lost, w[:, None], None if bias is None else bias.float(), groups=len(w))[
-                :, :, start:
-            ]
+            seen[1][:, :, k - 1 + l - whole : k - 1 + start] = 0
+        b = None if bias is None else bias.float()
+        first, last = (F.conv1d(part, w[:, None], b, groups=len(w)) for part in seen)
+        y = torch.cat([first[:, :, :start], last[:, :, start:]], 2)
         g = g * (y.sigmoid() * (1 + y * (1 - y.sigmoid())))
     dweight.copy_(torch.stack([(g * x[:, :, i : i + l]).sum((0, 2)) for i in range(k)], 1))
     if dbias is not None:

@@ -7,10 +7,11 @@ says which they are. The same logic at float64's precision: `test_fused.py`.
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import error, tiny
 from scenes import CONFIG, MODEL, everything, scene_of
 from stand_ins import layer_norm_fn, register
 from torch import Tensor
@@ -46,13 +47,9 @@ def draw_ids(b: int, l: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 29, (b, l), generator=torch.Generator().manual_seed(seed))
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return float((got.detach().double() - want.detach()).norm() / want.detach().norm().clamp(min=1e-9))
-
-
 def test_users_never_get_these_kernels() -> None:
-    assert not backends._FUSED_NEEDS[0].here(torch.device("cpu"))
+    missing = [need.name for need in backends._FUSED_NEEDS if not need.here(torch.device("cpu"))]
+    assert missing[0] == "a model on a CUDA device"
     with pytest.raises(BackendUnavailable, match=r"on cpu; move the model with model.to\('cuda'\)"):
         SINGLE(draw_ids(1, 2), ops=FUSED)
 
@@ -284,3 +281,22 @@ def test_more_numbers_than_the_convolutions_offsets_reach(monkeypatch: pytest.Mo
             BackendUnavailable, match=r"cannot run 2 rows of 5 tokens through 24 channels at once: .* 240"
         ):
             run(SINGLE, draw_ids(2, 5), backend="fused", keep_state=keep)
+
+
+@pytest.mark.usefixtures("plain_norm")
+def test_rows_that_are_lengthened_are_not_spread_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The convolution's 32-bit offsets: of the channels that are its own, as before, and of the added tokens too."""
+    seen = []
+
+    def called(xz: Tensor, *rest: Any, **named: Any) -> Tensor:
+        seen.append(xz.chunk(2, 1)[0])
+        return KERNELS.mamba_inner_fn(xz, *rest, **named)
+
+    register(dataclasses.replace(KERNELS, mamba_inner_fn=called, layer_norm_fn=layer_norm_fn), monkeypatch)
+    run(SINGLE, draw_ids(2, 513), backend="fused")
+    for x in seen:
+        assert x.shape == (2, 24, 516)
+        assert sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) < x.numel()
+    monkeypatch.setattr(kernels, "INDEX", 2 * 24 * 516)
+    with pytest.raises(BackendUnavailable, match="cannot run 2 rows of 516 tokens"):
+        run(SINGLE, draw_ids(2, 513), backend="fused")

@@ -10,6 +10,7 @@ import pytest
 from mamba_ssm.models import mixer_seq_simple
 from mamba_ssm.modules import block
 from mamba_ssm.ops.triton.layer_norm import layer_norm_ref, rms_norm_ref
+from stand_ins import layer_norm_fn
 from torch import Tensor
 
 from kernels_bridge.fused import load
@@ -20,12 +21,15 @@ from kernels_bridge.harness.rows import table
 from kernels_bridge.harness.targets import mamba_ssm_model
 
 
-def plain_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, eps: float = 1e-6,
-    prenorm: bool = False, residual_in_fp32: bool = False, is_rms_norm: bool = False,
-) -> Any:  # fmt: skip
-    norm = rms_norm_ref if is_rms_norm else layer_norm_ref
-    return norm(x, weight, bias, residual=residual, eps=eps, prenorm=prenorm)
+def plain_norms(patch: pytest.MonkeyPatch) -> None:
+    """mamba-ssm's own model with its references of the norms."""
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor | None, is_rms_norm: bool, **named: Any) -> Any:
+        named.pop("residual_in_fp32", None)  # everything is float32
+        return (rms_norm_ref if is_rms_norm else layer_norm_ref)(x, weight, bias, **named)
+
+    for module in (mixer_seq_simple, block):
+        patch.setattr(module, "layer_norm_fn", norm)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +40,7 @@ def model():
 @pytest.mark.parametrize("lengths", [[3], [5, 17, 129, 512, 516]])
 def test_mamba_ssm_agrees_with_the_readable_model(model, lengths, monkeypatch):
     if len(lengths) > 1:
-        for module in (mixer_seq_simple, block):
-            monkeypatch.setattr(module, "layer_norm_fn", plain_norm)
+        plain_norms(monkeypatch)
     report = check(target("mamba_ssm", model), model, lengths=lengths, progress=False)
     assert report.passed, table(report.rows)
     named = {r.quantity for r in report.rows}
@@ -61,8 +64,7 @@ def test_a_fault_in_mamba_ssm_would_be_named(model):
 
 def test_a_fault_of_the_kernels_own_is_named(model, monkeypatch):
     """Of the convolution's backward, where a row ends just after a chunk (`kernels._lengthened`)."""
-    for module in (mixer_seq_simple, block):
-        monkeypatch.setattr(module, "layer_norm_fn", plain_norm)
+    plain_norms(monkeypatch)
     report = check(target("mamba_ssm", model), model, lengths=[513], progress=False)
     wrong = [r for r in report.rows if not r.passed]
     assert {"d mixer.conv1d.weight", "d mixer.conv1d.bias"} <= {r.quantity for r in wrong}
@@ -71,7 +73,7 @@ def test_a_fault_of_the_kernels_own_is_named(model, monkeypatch):
 
 @pytest.mark.parametrize("lengths", [[3], [1, 5, 17, 129, 512, 513]])
 def test_the_fused_backend_passes_under_edits(model, lengths):
-    norm = {"layer_norm_fn": plain_norm} if len(lengths) > 1 else {}
+    norm = {"layer_norm_fn": layer_norm_fn} if len(lengths) > 1 else {}
     ops = make(lambda: dataclasses.replace(load(), device="cpu", **norm), "fused[on a CPU]")
     report = check(Ours(model, ops), model, lengths=lengths, progress=False)
     assert report.passed, table(report.rows)

@@ -175,8 +175,7 @@ struct Flush {
 #endif
 };
 
-inline float exp2(float x) { return ::exp2f(x); }
-inline float exp(float x) { return gpu::exp2(x * 1.4426950408889634f); }
+inline float exp(float x) { return exp2f(x * 1.4426950408889634f); }
 
 }  // namespace gpu
 
@@ -234,7 +233,6 @@ void aligned(const T* p) {
 }  // namespace gpu
 
 #define expf(x) gpu::exp(x)
-#define exp2f(x) gpu::exp2(x)
 inline void __syncthreads() { gpu::wait(gpu::all, gpu::live); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int offset) { return gpu::shuffle(value, gpu::lane() ^ offset); }
