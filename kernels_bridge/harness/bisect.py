@@ -9,7 +9,7 @@ from minimal_mamba import Mamba
 
 from .check import First, first_to_part
 from .draw import draw_ids
-from .rows import Row, compare, relative
+from .rows import Row, at_worst, compare, relative, short
 from .targets import imported, readable, reference, roundings, same_weights, target
 from .watch import Implementation, Key, Theirs
 
@@ -25,11 +25,14 @@ class Part:
     a_off: float
     b_off: float
     bound: float
+    worst: float | None
+    worst_bound: float | None
 
     @property
     def parted(self) -> bool:
-        """Whether they are further apart than rounding explains."""
-        return not self.apart <= self.bound
+        """Whether they are further apart than rounding explains, as a whole or at one position."""
+        local = self.worst is None or self.worst_bound is None or self.worst <= self.worst_bound
+        return not (self.apart <= self.bound and local)
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,21 @@ class Bisection:
         return any(p.parted for p in self.parts)
 
     def __str__(self) -> str:
-        head = f"{'stage':<10} {'quantity':<28} {'layer':>5} {'apart':>8} {'bound':>8} {'a off':>8} {'b off':>8}"
-        lines = [f"a = {self.a}, b = {self.b}; off: relative error against the readable model in float64", head]
+        head = (
+            f"{'stage':<10} {'quantity':<28} {'layer':>5} {'apart':>8} {'bound':>8} {'worst':>8} {'bound':>8} "
+            f"{'a off':>8} {'b off':>8}"
+        )
+        lines = [
+            f"a = {self.a}, b = {self.b}; off: relative error against the readable model in float64; "
+            "worst: apart at the worst position",
+            head,
+        ]
         for p in self.parts:
             layer = "" if p.layer is None else str(p.layer)
             mark = "  PARTS" if p.parted else ""
             lines.append(
-                f"{p.stage:<10} {p.quantity:<28} {layer:>5} {p.apart:8.1e} {p.bound:8.1e} "
-                f"{p.a_off:8.1e} {p.b_off:8.1e}{mark}"
+                f"{p.stage:<10} {p.quantity:<28} {layer:>5} {short(p.apart)} {short(p.bound)} "
+                f"{short(p.worst)} {short(p.worst_bound)} {short(p.a_off)} {short(p.b_off)}{mark}"
             )
         lines.append(self.verdict())
         return "\n".join(lines)
@@ -112,16 +122,26 @@ def bisect(
         for row in rows:
             key = (row.quantity, row.layer)
             if key in found_a:
-                off, _ = relative(found_a[key], want[key])
-                apart, _ = relative(found_b[key], found_a[key])
-                parts.append(Part(name, *key, apart, off, row.error, 2 * row.bound))
+                off = relative(found_a[key], want[key])
+                apart = relative(found_b[key], found_a[key])
+                worst = at_worst(row.quantity, found_b[key], found_a[key])
+                worst_bound = None if row.worst_bound is None else 2 * row.worst_bound
+                parts.append(Part(name, *key, apart, off, row.error, 2 * row.bound, worst, worst_bound))
         return rows
 
     everyone: tuple[Implementation, ...] = (one, two, true, *roundings(model))
     fed = [each.forward(ids, feed=feed, at_positions=everywhere) for each in everyone]
     stage("layers", fed)
-    failed = [Row("", "layers", p.quantity, p.layer, p.apart, 0.0, None, p.bound, False) for p in parts if p.parted]
-    first = first_to_part(failed, fed[1], fed[0])
+    first = first_to_part(
+        [
+            Row("", "layers", p.quantity, p.layer, p.apart, p.worst, None, p.bound, p.worst_bound, False)
+            for p in parts
+            if p.parted
+        ],
+        fed[1],
+        fed[0],
+        everywhere,
+    )
     stage("model", [each.forward(ids, inside=False) for each in everyone])
     stage("gradients", [each.gradients(ids) for each in everyone])
     stage("decoding", [each.decode(ids) for each in everyone])

@@ -18,16 +18,17 @@ from minimal_mamba.provenance import model_digest, provenance
 from . import bounds
 from .draw import draw_edits, draw_ids, draw_lengths
 from .operations import operations
-from .rows import Row, compare
+from .rows import Row, by_position, compare
 from .targets import reference, roundings
-from .watch import Implementation, Ours
+from .watch import ORDER, WHOLE, Implementation, Ours
 
 LENGTHS = (1, 2, 3, 4, 5, 17, 127, 128, 129, 255, 372, 1023, 1134, 2047, 2048, 2049, 4097)
 SHORT = (1, 2, 3, 4, 5, 17, 63, 129)  # on a CPU
 KINDS = ("operations", "layers", "model", "edits", "gradients", "decoding", "padding")
 TOKENS = 128  # of a batch at least
 DECODED = 33  # tokens fed one by one at most
-VERSION = 1
+LONG = 65  # tokens up to which every state is held at once
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -149,35 +150,47 @@ class First:
 
 
 def localise(target: Implementation, model: Mamba, ids: Tensor) -> First | None:
-    """The first site that parts from the reference, each layer fed with the reference's input; None if none does."""
+    """The first site that parts from the reference, each layer fed with the reference's input; None if none does.
+
+    In long rows the states are asked for at one position only, the first at which another site parts.
+    """
     true = reference(model)
     feed, l = _feed(true, ids), ids.shape[1]
     everyone = (target, true, *roundings(model))
-    found, want, *same = (one.forward(ids, feed=feed, at_positions=range(l)) for one in everyone)
-    return first_to_part(compare("", "layers", found, same, want, model.dtype), found, want)
+
+    def part(positions: Sequence[int]) -> First | None:
+        found, want, *same = (one.forward(ids, feed=feed, at_positions=positions) for one in everyone)
+        return first_to_part(compare("", "layers", found, same, want, model.dtype), found, want, positions)
+
+    if l <= LONG:
+        return part(range(l))
+    first = part(())
+    return first if first is None or first.position is None else part([first.position])
 
 
-def first_to_part(rows: Sequence[Row], found: dict[Any, Tensor], want: dict[Any, Tensor]) -> First | None:
-    """Of the rows that failed the first in the forward's order, and where in it the error begins."""
-    from .watch import ORDER
+def first_to_part(
+    rows: Sequence[Row], found: dict[Any, Tensor], want: dict[Any, Tensor], positions: Sequence[int]
+) -> First | None:
+    """Of the rows that failed the first in the forward's order, and where in it the error begins.
 
+    Args:
+        positions: at which the states are held.
+    """
     rank = {site: i for i, site in enumerate(ORDER)}
     failed = [r for r in rows if not r.passed and r.quantity in rank]
     if not failed:
         return None
     row = min(failed, key=lambda r: (math.inf if r.layer is None else r.layer, rank[r.quantity]))
     key = (row.quantity, row.layer)
-    gap = (found[key].double() - want[key].double()).abs().nan_to_num(nan=math.inf)
-    size = want[key].double().pow(2).mean().sqrt()
-    by_position = gap.flatten(2).pow(2).mean(-1).sqrt() / size  # (b, l)
-    beyond = (by_position > row.bound).any(0).nonzero()[:, 0]
-    position = int(beyond[0]) if len(beyond) else int(by_position.amax(0).argmax())
-    batch = int(by_position[:, position].argmax())
-    flat = int(gap[batch, position].flatten().argmax())
-    channel = torch.unravel_index(torch.tensor(flat), gap.shape[2:])
-    return First(
-        row.quantity, row.layer, batch, position, tuple(int(c) for c in channel), float(by_position[batch, position])
-    )
+    off = by_position(found[key], want[key])  # (b, l)
+    limit = row.bound if row.worst_bound is None or row.error > row.bound else row.worst_bound
+    beyond = (off > limit).any(0).nonzero()[:, 0]
+    place = int(beyond[0]) if len(beyond) else int(off.amax(0).argmax())
+    batch = int(off[:, place].argmax())
+    gap = (found[key][batch, place].double() - want[key][batch, place].double()).abs().nan_to_num(nan=math.inf)
+    channel = torch.unravel_index(gap.flatten().argmax(), gap.shape)
+    position = place if row.quantity in WHOLE else positions[place]
+    return First(row.quantity, row.layer, batch, position, tuple(int(c) for c in channel), float(off[batch, place]))
 
 
 @dataclass(frozen=True)
@@ -243,10 +256,10 @@ def check(
             if path is not None:
                 _write(path, settings, shares, done, None, len(done) == len(wanted))
     rows = [row for case in wanted for row in done[case.name]]
+    failed = {(c.l, c.b, c.seed) for c in wanted if not all(r.passed for r in done[c.name])}
     first = None
-    if not all(r.passed for r in rows):
-        l = min(max(r_l for r_l in lengths), 65)
-        first = localise(target, model, draw_ids(model.config, batch, l, seed).to(model.device))
+    for l, b, own_seed in sorted(failed):
+        first = first or localise(target, model, draw_ids(model.config, b, l, own_seed).to(model.device))
     ids = draw_ids(model.config, 1, 3, seed).to(model.device)
     unseen = sorted({k[0] for k in reference(model).forward(ids)} - {k[0] for k in target.forward(ids)})
     report = Report(target.name, rows, first, shares, unseen, settings)

@@ -1,6 +1,7 @@
 """The harness on mamba-ssm's own `MambaLMHeadModel`, and on the fused backend over its autograd functions.
 
-In Triton's interpreter a norm takes a hundred times as long as all else: longer rows have the packages' plain norms.
+In Triton's interpreter a norm and a token's step take a hundred times as long as all else: longer rows have the
+packages' plain norms, and are not decoded.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from torch import Tensor
 from kernels_bridge.fused import load
 from kernels_bridge.fused.ops import make
 from kernels_bridge.harness import Ours, bisect, check, target
+from kernels_bridge.harness.check import KINDS
 from kernels_bridge.harness.draw import SMALL, draw_model
 from kernels_bridge.harness.rows import table
 from kernels_bridge.harness.targets import mamba_ssm_model
@@ -37,16 +39,17 @@ def model():
     return draw_model(dataclasses.replace(SMALL, d_model=16, dt_rank=4), 0).float()
 
 
-@pytest.mark.parametrize("lengths", [[3], [5, 17, 129, 512, 516]])
-def test_mamba_ssm_agrees_with_the_readable_model(model, lengths, monkeypatch):
-    if len(lengths) > 1:
+@pytest.mark.parametrize(("lengths", "decoding"), [([3], ["decoding"]), ([5, 17, 129, 512, 516], [])])
+def test_mamba_ssm_agrees_with_the_readable_model(model, lengths, decoding, monkeypatch):
+    if not decoding:
         plain_norms(monkeypatch)
-    report = check(target("mamba_ssm", model), model, lengths=lengths, progress=False)
+    kinds = ["layers", "model", "gradients", *decoding]
+    report = check(target("mamba_ssm", model), model, kinds=kinds, lengths=lengths, progress=False)
     assert report.passed, table(report.rows)
     named = {r.quantity for r in report.rows}
     assert {"mixer_in", "u", "B", "C", "resid_post", "last ssm_state", "logits", "loss"} <= named
     assert {"d embed", "d mixer.A_log"} <= named
-    assert {r.kind for r in report.rows} == {"layers", "model", "gradients", "decoding"}
+    assert {r.kind for r in report.rows} == {*kinds}
 
 
 def test_a_fault_in_mamba_ssm_would_be_named(model):
@@ -71,9 +74,10 @@ def test_a_fault_of_the_kernels_own_is_named(model, monkeypatch):
     assert {r.kind for r in wrong} == {"gradients"}
 
 
-@pytest.mark.parametrize("lengths", [[3], [1, 5, 17, 129, 512, 513]])
-def test_the_fused_backend_passes_under_edits(model, lengths):
-    norm = {"layer_norm_fn": layer_norm_fn} if len(lengths) > 1 else {}
+@pytest.mark.parametrize(("lengths", "decoding"), [([3], True), ([5, 17, 129, 512, 513], False)])
+def test_the_fused_backend_passes_under_edits(model, lengths, decoding):
+    norm = {} if decoding else {"layer_norm_fn": layer_norm_fn}
     ops = make(lambda: dataclasses.replace(load(), device="cpu", **norm), "fused[on a CPU]")
-    report = check(Ours(model, ops), model, lengths=lengths, progress=False)
+    kinds = [kind for kind in KINDS if decoding or kind != "decoding"]
+    report = check(Ours(model, ops), model, kinds=kinds, lengths=lengths, progress=False)
     assert report.passed, table(report.rows)

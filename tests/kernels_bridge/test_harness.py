@@ -143,6 +143,42 @@ def test_tf32_left_on_is_found():
     assert max(r.error for r in report.rows) < 3e-2  # small enough that a looser bound would let it pass
 
 
+def test_one_position_of_a_long_row_is_enough():
+    """In 16 bits the error of the whole is within its bound: two fifths of one of 770 positions."""
+
+    def forgets(u, dt, A, B, C, h, *, tap=NO_TAP):
+        y, h = resolve("torch").scan(u, dt, A, B, C, h, tap=tap)
+        kept = torch.ones(y.shape[1])
+        kept[200:201] = 0.6
+        return y * kept[:, None], h
+
+    weights, good = model(torch.bfloat16), resolve("torch")
+    target = Ours(weights, Ops("faulty", good.conv, forgets))
+    report = check(target, weights, kinds=["layers"], lengths=[385], progress=False)
+    y = next(r for r in report.rows if (r.quantity, r.layer) == ("y", 0))
+    assert y.error < y.bound and y.worst > y.worst_bound and not y.passed
+    assert (report.first.site, report.first.layer, report.first.position) == ("y", 0, 200)
+
+
+def test_a_fault_that_only_a_long_row_has_is_named():
+    """As at the border of a kernel's chunks."""
+
+    def loses(u, dt, A, B, C, h, *, tap=NO_TAP):
+        ys = []
+        for t in range(u.shape[1]):
+            h, y = ssm_step(0.999 * h if t == 100 else h, u[:, t], dt[:, t], A, B[:, t], C[:, t], tap=tap, t=t)
+            ys.append(y)
+        return torch.stack(ys, 1), h
+
+    weights = model()
+    report = check(faulty(scan=loses), weights, kinds=["layers", "model"], lengths=[5, 129], progress=False)
+    assert "logits" in failed(report) and {r.case for r in report.rows if not r.passed} <= {
+        "layers, batch 2, length 129, seed 1",
+        "model, batch 2, length 129, seed 1",
+    }
+    assert (report.first.site, report.first.layer, report.first.position) == ("ssm_state", 0, 100)
+
+
 def test_softplus_missing_is_found(monkeypatch):
     import transformers.models.mamba.modeling_mamba as modeling
 
