@@ -235,7 +235,7 @@ def figures(
     results: Annotated[Path, typer.Option(help="Folder of the results files.")] = RESULTS,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures. [default: runs/figures]")] = None,
     into: Annotated[Path | None, typer.Option(help="A page in which to put the numbers of the results.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Draw into a folder that goes again.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Draw only PNGs, into a folder that goes again.")] = False,
 ) -> None:
     """Draw every figure of the study from its results files, and say what they say in numbers."""
     with _plain_errors():
@@ -243,8 +243,9 @@ def figures(
         from .findings import page
 
         with tempfile.TemporaryDirectory() as scratch:
-            for made in draw_all(results, Path(scratch) if quick else out or Path("runs/figures")):
-                typer.echo(made.name if quick else str(made))
+            kinds = ("png",) if quick else ("png", "pdf")
+            for made in draw_all(results, Path(scratch) if quick else out or Path("runs/figures"), kinds):
+                typer.echo(made.name if quick else f"{made}.png")
         if into is not None:
             write_text(into, page(into.read_text(), results))
             typer.echo(str(into))

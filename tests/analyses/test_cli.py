@@ -85,7 +85,7 @@ def test_every_experiment_and_figure_with_quick(trained, tmp_path):
     (results / "patch-masked.json").write_text(json.dumps(stale | {"version": 0}))
     found = RUNNER.invoke(app, ["figures", "--results", str(results), "--out", str(tmp_path / "again")])
     assert found.exit_code == 2
-    assert "version 0" in found.stderr and "again" in found.stderr
+    assert "version 0" in found.stderr and "again" in found.stderr and not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize("command", ["shortcuts", "evaluate", "patch", "probe", "figures", "demo", "train", "curves"])

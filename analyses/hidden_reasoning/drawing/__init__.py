@@ -1,6 +1,6 @@
 """Every figure of the study, from its results files alone: `draw_all`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..experiments.results import ResultsError, read
@@ -29,30 +29,31 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
 }
 
 
-def draw_all(results: Path, out: Path) -> list[Path]:
-    """Draw each figure whose results are there, as PNG and PDF; the PNGs.
+def draw_all(results: Path, out: Path, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
+    """Draw each figure whose results are there, in each kind of file; without the ending.
 
     Raises:
-        ResultsError: no results at all, or of another version.
+        ResultsError: no results at all, or of another version; nothing is drawn then.
     """
     import matplotlib
 
     matplotlib.use("Agg")
-    out.mkdir(parents=True, exist_ok=True)
+    paths = {need: results / f"{need}.json" for needs, _ in FIGURES.values() for need in needs}
+    found = {need: read(path, need.split("-")[0])["parts"] for need, path in paths.items() if path.is_file()}
     made = []
     for name, (needs, draw) in FIGURES.items():
-        paths = {need: results / f"{need}.json" for need in needs}
-        if all(path.is_file() for path in paths.values()):
-            found = {need.replace("-", "_"): read(path, need.split("-")[0])["parts"] for need, path in paths.items()}
-            try:
-                with figure_file(out / name) as new:
-                    draw(new, **found)
-            except KeyError as error:
-                raise ResultsError(
-                    f"{name}: {' or '.join(map(str, paths.values()))} has no part {error} yet; the command that its "
-                    "provenance names goes on with it."
-                ) from None
-            made.append(out / f"{name}.png")
+        if not all(need in found for need in needs):
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            with figure_file(out / name, kinds) as new:
+                draw(new, **{need.replace("-", "_"): found[need] for need in needs})
+        except KeyError as error:
+            raise ResultsError(
+                f"{name}: {' or '.join(str(paths[need]) for need in needs)} has no part {error} yet; the command that "
+                "its provenance names goes on with it."
+            ) from None
+        made.append(out / name)
     if not made:
         raise ResultsError(
             f"{results} has no results to draw; `python -m analyses.hidden_reasoning evaluate`, patch, probe, "

@@ -1,6 +1,6 @@
 """The study's style: one palette, column widths, and figures that are saved as PNG and PDF."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def legend_below(ax: Any, ncols: int) -> None:
 
 
 @contextmanager
-def figure_file(path: Path) -> Iterator[Callable[..., Any]]:
+def figure_file(path: Path, kinds: Sequence[str] = ("png", "pdf")) -> Iterator[Callable[..., Any]]:
     """Gives `subplots` in the study's style, and saves what was made with it."""
     import matplotlib.pyplot as plt
 
@@ -45,5 +45,5 @@ def figure_file(path: Path) -> Iterator[Callable[..., Any]]:
         def writer(kind: str) -> Callable[[Path], object]:
             return lambda file: made[0].savefig(file, format=kind, dpi=300, metadata=facts[kind])
 
-        write_files(path.parent, {f"{path.name}.{kind}": writer(kind) for kind in facts})
+        write_files(path.parent, {f"{path.name}.{kind}": writer(kind) for kind in kinds})
         plt.close(made[0])

@@ -13,6 +13,7 @@ decays, as Mamba's is, count modulo anything by itself (Grazzi et al. 2025, arXi
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
+from functools import cache
 from math import comb
 from typing import Any
 
@@ -130,6 +131,7 @@ def overt(task: Task, n: int) -> float:
     return float(joint.max(1).sum())
 
 
+@cache
 def quotients(task: Task) -> dict[str, Callable[[Map], Hashable]]:
     """The proper quotients of the group that the operations generate, each as the label of a map's coset.
 
@@ -149,21 +151,21 @@ def quotients(task: Task) -> dict[str, Callable[[Map], Hashable]]:
 
 
 def _normal_subgroups(group: tuple[Map, ...]) -> list[frozenset[Map]]:
-    """All of them, made from the normal closures of single elements."""
+    """All of them: what one conjugacy class generates, and what those generate together."""
     inverse = {map_: tuple(sorted(range(len(map_)), key=map_.__getitem__)) for map_ in group}
+    classes = {frozenset(then(then(inverse[g], x), g) for g in group) for x in group}
 
-    def generated(elements: Iterable[Map]) -> frozenset[Map]:
-        found, new = {group[0]}, set(elements)
-        conjugates = {then(then(inverse[g], x), g) for x in new for g in group}
+    def generated(elements: frozenset[Map]) -> frozenset[Map]:
+        found, new = {group[0]}, {group[0]}
         while new:
+            new = {then(a, b) for a in new for b in elements} - found
             found |= new
-            new = {then(a, b) for a in found for b in conjugates} - found
         return frozenset(found)
 
-    single = {generated([x]) for x in group}
+    single = {generated(elements) for elements in classes}
     every = set(single)
     while True:
-        joined = {generated([*a, *b]) for a in every for b in single} - every
+        joined = {generated(a | b) for a in every for b in single} - every
         if not joined:
             return sorted(every, key=len)
         every |= joined
