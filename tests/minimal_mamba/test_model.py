@@ -1,10 +1,5 @@
-"""The model: pieces and padding change nothing, the carried state is a value, initialisation, bad inputs."""
+"""The model: pieces and padding change nothing, the carried state is a value, types."""
 
-import math
-import pickle
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from interp import at, run
-from minimal_mamba import SITES, Mamba, MambaConfig, MambaOutput, MambascopeError, MambaState
-from minimal_mamba.errors import ConfigError, InputError
+from minimal_mamba import SITES, Mamba, MambaOutput, MambaState
 
 ATOL = 1e-11  # float64 rounding where states reach 100; measured below 1e-12
 MODEL = tiny()
@@ -249,57 +243,6 @@ def test_last_only_is_the_last_row_of_all(lengths: list[int] | None, recorded: b
         assert_close(got[address].nan_to_num(), full.logits)  # what a row has no position for is recorded as NaN
 
 
-# -- initialisation ---------------------------------------------------------------------------------------------------
-
-
-def test_initialisation_is_mamba_ssms() -> None:
-    torch.manual_seed(0)
-    config = MambaConfig(d_model=64, n_layer=4, vocab_size=1000, d_state=6, bias=True, dt_min=0.002, dt_max=0.05)
-    model = Mamba(config)
-    embedding = model.backbone.embedding.weight
-    assert abs(embedding.std().item() - 0.02) < 0.0005 and abs(embedding.mean().item()) < 0.0005
-    assert model.lm_head.weight is embedding
-    biases = []
-    for layer in model.backbone.layers:
-        m = layer.mixer
-        assert_close(m.A_log.exp(), torch.arange(1.0, 7.0).expand(128, 6), 1e-5)
-        assert m.D.eq(1).all() and m.in_proj.bias.eq(0).all() and m.out_proj.bias.eq(0).all()
-        assert layer.norm.weight.eq(1).all()
-        biases.append(torch.log1p(m.dt_proj.bias.exp()))  # softplus
-        bound = config.rank**-0.5
-        assert bound * 0.95 < m.dt_proj.weight.abs().max() <= bound  # uniform up to the bound
-        fan_in = 1 / math.sqrt(config.d_inner)  # of nn.Linear's uniform draw, then / sqrt(n_layer)
-        assert fan_in / 2 * 0.98 < m.out_proj.weight.abs().max() <= fan_in / 2
-        assert m.in_proj.weight.abs().max() > 0.98 / math.sqrt(64)  # not scaled
-    dt = torch.cat(biases)
-    assert dt.min() >= 0.002 * (1 - 1e-4) and dt.max() <= 0.05 * (1 + 1e-4)
-    share = (dt.log().sort().values - math.log(0.002)) / math.log(25)  # uniform in the logarithm
-    assert (share - torch.linspace(0, 1, len(dt))).abs().max() < 0.08
-    untied = Mamba(MambaConfig(d_model=8, n_layer=1, vocab_size=8, tie_embeddings=False))
-    assert not torch.equal(untied.lm_head.weight, untied.backbone.embedding.weight)
-
-
-def test_choices_of_initialisation() -> None:
-    def mixer(**fields: Any) -> torch.nn.Module:
-        torch.manual_seed(0)
-        return Mamba(MambaConfig(d_model=32, n_layer=4, vocab_size=8, **fields)).backbone.layers[0].mixer
-
-    constant = mixer(dt_init="constant", dt_scale=0.5, dt_rank=4).dt_proj.weight
-    assert constant.eq(0.25).all()
-    plain, scaled = mixer(rescale_prenorm_residual=False), mixer()
-    assert_close(plain.out_proj.weight, scaled.out_proj.weight * 2, 1e-7)
-    floored = torch.log1p(mixer(dt_min=1e-6, dt_max=1e-5, dt_init_floor=1e-3).dt_proj.bias.exp())
-    assert_close(floored, torch.full_like(floored, 1e-3), 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("vocab", "multiple", "rows"), [(29, 8, 32), (32, 8, 32), (33, 8, 40), (29, 1, 29), (50277, 8, 50280)]
-)
-def test_sizes_that_follow_from_others(vocab: int, multiple: int, rows: int) -> None:
-    c = MambaConfig(d_model=40, n_layer=1, vocab_size=vocab, pad_vocab_size_multiple=multiple, expand=1.5)
-    assert (c.padded_vocab, c.rank, c.d_inner) == (rows, 3, 60)
-
-
 # -- types ------------------------------------------------------------------------------------------------------------
 
 
@@ -341,149 +284,3 @@ def test_a_float32_model_is_near_the_float64_one() -> None:
     single, double = tiny(dtype=torch.float32)(ids, keep_state=True), tiny()(ids)
     assert single.logits.dtype == torch.float32 and single.state.ssm_state[0].dtype == torch.float32
     assert (single.logits - double.logits).norm() / double.logits.norm() < 1e-5
-
-
-# -- what is refused --------------------------------------------------------------------------------------------------
-
-IDS = draw_ids(2, 4)
-
-
-def state_with(**changed: Any) -> MambaState:
-    return MambaState(**{**vars(MODEL.initial_state(2)), **changed})
-
-
-BAD: dict[str, tuple[Callable[[], Any], str]] = {
-    "one axis": (lambda: MODEL(torch.tensor([1, 2, 3])), r"ids has shape \(3,\); it is \(batch, length\)"),
-    "three axes": (lambda: MODEL(IDS[None]), r"ids has shape \(1, 2, 4\)"),
-    "no row": (lambda: MODEL(IDS[:0]), r"ids has shape \(0, 4\).*at least one token"),
-    "no token": (lambda: MODEL(IDS[:, :0]), r"ids has shape \(2, 0\).*at least one token"),
-    "float ids": (lambda: MODEL(IDS.double()), r"ids has type torch.float64; token ids are integers"),
-    "bool ids": (lambda: MODEL(IDS > 3), r"ids has type torch.bool"),
-    "negative id": (lambda: MODEL(torch.tensor([[3, -1]])), r"token id -1 is outside the vocabulary 0\.\.28\.$"),
-    "padding row": (lambda: MODEL(torch.tensor([[3, 29]])), r"token id 29 is .* \(rows up to 31 are padding\)"),
-    "beyond all rows": (lambda: MODEL(torch.tensor([[3, 32]])), r"token id 32 is outside the vocabulary 0\.\.28\.$"),
-    "bad id on padding": (lambda: MODEL(torch.tensor([[3, 99]]), lengths=[1]), r"token id 99 is outside"),
-    "length 0": (lambda: MODEL(IDS, lengths=[4, 0]), r"lengths=\[4, 0\]: give one int of 1\.\.4 a row, for 2 rows"),
-    "length too long": (lambda: MODEL(IDS, lengths=[5, 4]), r"lengths=\[5, 4\]: give one int of 1\.\.4"),
-    "one length for two rows": (lambda: MODEL(IDS, lengths=[4]), r"lengths=\[4\].*for 2 rows"),
-    "lengths of two axes": (lambda: MODEL(IDS, lengths=[[4, 4]]), r"lengths=\[\[4, 4\]\]"),
-    "ragged ids": (lambda: MODEL([[1, 2], [3]]), r"ids is no rectangular array of integers"),
-    "text": (lambda: MODEL("1 2"), r"ids is no rectangular array of integers"),
-    "complex ids": (lambda: MODEL(IDS.to(torch.complex64)), r"ids has type torch.complex64; token ids are integers"),
-    "bool lengths": (lambda: MODEL(IDS, lengths=[True, True]), r"lengths=\[True, True\] has type torch.bool"),
-    "float lengths": (
-        lambda: MODEL(IDS, lengths=[4.0, 3.0]),
-        r"lengths=\[4\.0, 3\.0\] has type torch.float32; give one int",
-    ),
-    "state of another batch": (
-        lambda: MODEL(IDS, state=MODEL.initial_state(3)),
-        r"state.ssm_state has shapes \[\(3, 24, 5\).*this run has \(2, 24, 5\) in 3",
-    ),
-    "state of fewer layers": (
-        lambda: MODEL(IDS, state=tiny(n_layer=2).initial_state(2)),
-        r"state.ssm_state .* in 2 layers; this run has \(2, 24, 5\) in 3",
-    ),
-    "state of another conv": (
-        lambda: MODEL(IDS, state=state_with(conv_state=(torch.zeros(2, 24, 4),) * 3)),
-        r"state.conv_state has shapes \[\(2, 24, 4\).*this run has \(2, 24, 3\)",
-    ),
-}
-
-
-MODEL32, MODEL16 = tiny(dtype=torch.float32), tiny(dtype=torch.bfloat16)
-BAD |= {
-    "state of another type": (
-        lambda: MODEL(IDS, state=MODEL32.initial_state(2)),
-        r"state.ssm_state of layer 0 is torch.float32 on cpu; this model carries torch.float64 on cpu",
-    ),
-    "state in 16 bits": (
-        lambda: MODEL16(
-            IDS, state=replace(MODEL16.initial_state(2), ssm_state=(torch.zeros(2, 24, 5).bfloat16(),) * 3)
-        ),
-        r"state.ssm_state of layer 0 is torch.bfloat16 on cpu; this model carries torch.float32 on cpu",
-    ),
-    "conv state of another type": (
-        lambda: MODEL16(IDS, state=replace(MODEL16.initial_state(2), conv_state=(torch.zeros(2, 24, 3),) * 3)),
-        r"state.conv_state of layer 0 is torch.float32 on cpu; this model carries torch.bfloat16",
-    ),
-    "state elsewhere": (
-        lambda: MODEL(IDS, state=state_with(ssm_state=(torch.zeros(2, 24, 5).double().to("meta"),) * 3)),
-        r"state.ssm_state of layer 0 is torch.float64 on meta; this model carries torch.float64 on cpu",
-    ),
-    "float position": (
-        lambda: MODEL(IDS, state=state_with(position=torch.zeros(2))),
-        r"state.position has type torch.float32; positions are integers",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_input_that_cannot_run_is_refused(name: str) -> None:
-    call, text = BAD[name]
-    with pytest.raises(InputError, match=text) as caught:
-        call()
-    assert isinstance(caught.value, ValueError) and isinstance(caught.value, MambascopeError)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-@torch.no_grad()
-def test_ids_of_every_integer_type_run(dtype: torch.dtype) -> None:
-    assert torch.equal(MODEL(IDS.to(dtype)).logits, MODEL(IDS).logits)
-
-
-def test_a_position_of_another_batch_is_refused() -> None:
-    with pytest.raises(InputError, match="position"):
-        MODEL(IDS, state=state_with(position=torch.zeros(3, dtype=torch.long)))
-
-
-SIZES = ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "pad_vocab_size_multiple", "dt_rank")
-
-
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("value", [0, -3, 2.0, True, "8", (4,)])
-def test_a_size_that_is_no_positive_int_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"{name}=.*a size is an int of at least 1") as caught:
-        MambaConfig(**{"d_model": 8, "n_layer": 1, "vocab_size": 8, name: value})
-    assert isinstance(caught.value, ValueError) and isinstance(caught.value, MambascopeError)
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"expand": 0}, "expand=0 with d_model=8 leaves no inner channel"),
-        ({"expand": -1}, "expand=-1"),
-        ({"expand": 0.1}, "expand=0.1 with d_model=8 leaves no inner channel"),
-        ({"expand": "2"}, "expand='2': give a finite number"),
-        ({"expand": math.nan}, "expand=nan: give a finite number"),
-        ({"expand": math.inf}, "expand=inf: give a finite number"),
-        ({"expand": True}, "expand=True: give a finite number"),
-        ({"dt_min": 0.0}, r"dt_min=0.0, dt_max=0.1: step sizes have 0 < dt_min <= dt_max"),
-        ({"dt_min": -1.0}, r"dt_min=-1.0"),
-        ({"dt_min": 0.2}, r"dt_min=0.2, dt_max=0.1"),
-        ({"dt_max": "0.1"}, r"dt_max='0.1': give a finite number"),
-        ({"norm_eps": 0.0}, r"norm_eps=0.0: an epsilon is above 0"),
-        ({"norm_eps": -1e-5}, r"norm_eps=-1e-05: an epsilon is above 0"),
-        ({"norm_eps": "1e-5"}, r"norm_eps='1e-5': give a finite number"),
-        ({"norm_eps": None}, r"norm_eps=None: give a finite number"),
-        ({"dt_init_floor": -1.0}, r"dt_init_floor=-1.0: 0 or more"),
-        ({"initializer_range": -1}, r"initializer_range=-1: 0 or more"),
-        ({"bias": 1}, "bias=1: a flag is True or False"),
-        ({"rms_norm": "false"}, "rms_norm='false': a flag is True or False"),
-        ({"tie_embeddings": None}, "tie_embeddings=None: a flag is True or False"),
-        ({"dt_init": "zeros"}, "dt_init='zeros' is unknown; 'random' and 'constant' are"),
-    ],
-)
-def test_choices_that_do_not_exist_are_refused(fields: dict[str, Any], text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
-        MambaConfig(**{"d_model": 8, "n_layer": 1, "vocab_size": 8} | fields)
-
-
-def test_a_type_by_its_name_is_refused(tmp_path: Path) -> None:
-    MODEL32.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"dtype='float32' is no torch.dtype; pass one, such as torch.float32"):
-        Mamba.from_pretrained(tmp_path, dtype="float32")  # type: ignore[arg-type]
-
-
-def test_a_config_goes_through_pickle() -> None:
-    config = MambaConfig(d_model=8, n_layer=1, vocab_size=8, expand=1.5, tie_embeddings=False)
-    assert pickle.loads(pickle.dumps(config)) == config
