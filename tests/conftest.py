@@ -1,3 +1,5 @@
+import pretended  # noqa: F401, I001  before torch
+
 from collections.abc import Iterator
 from typing import Any
 

@@ -18,7 +18,7 @@ from minimal_mamba.provenance import model_digest, provenance
 from . import bounds
 from .draw import draw_edits, draw_ids, draw_lengths
 from .operations import operations
-from .rows import Row, by_position, compare
+from .rows import Row, by_position, compare, from_columns, to_columns
 from .targets import reference, roundings
 from .watch import ORDER, WHOLE, Implementation, Ours
 
@@ -300,7 +300,7 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[str, list[Row]]:
         if held["settings"] != json.loads(json.dumps(settings)):
             other = [k for k, v in json.loads(json.dumps(settings)).items() if held["settings"].get(k) != v]
             raise InputError(f"{path} holds a check with another {', '.join(other)}. Give another file, or --fresh.")
-        return {name: [Row(**row) for row in rows] for name, rows in held["cases"].items()}
+        return {name: from_columns(name, columns) for name, columns in held["cases"].items()}
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -322,5 +322,5 @@ def _write(
         "controls": shares,
         "settings": settings,
         "provenance": provenance(),
-        "cases": {name: [asdict(r) for r in rows] for name, rows in done.items()},
+        "cases": {name: to_columns(rows) for name, rows in done.items()},
     })  # fmt: skip

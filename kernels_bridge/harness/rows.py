@@ -1,7 +1,8 @@
 """A row of the check: one quantity's error, the readable model's at the same type, the bound, and pass or fail."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,24 @@ class Row:
     worst_bound: float | None
     passed: bool
     note: str = ""
+
+
+COLUMNS = [field.name for field in fields(Row)][2:]
+
+
+def to_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """The rows of one case as JSON keeps them, numbers with four digits: a third of the room of a mapping each."""
+
+    def short(x: Any) -> Any:
+        return float(f"{x:.3e}") if isinstance(x, float) else x
+
+    return {name: [short(getattr(row, name)) for row in rows] for name in COLUMNS}
+
+
+def from_columns(case: str, columns: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """The rows of the case of this name, which begins with its kind."""
+    kind = case.partition(",")[0]
+    return [Row(case, kind, *values) for values in zip(*(columns[name] for name in COLUMNS), strict=True)]
 
 
 def relative(found: Tensor, true: Tensor) -> float:

@@ -14,7 +14,9 @@ import sys
 import types
 from typing import Any
 
+import pytest
 import torch
+from pretended import here as numbers_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -157,6 +159,7 @@ def interpret() -> None:
     """Let Triton's kernels run in its interpreter, without a device."""
     os.environ["TRITON_INTERPRET"] = "1"
     import triton
+    from triton.runtime import interpreter
 
     class Device(contextlib.nullcontext):
         def __init__(self, *args: Any):
@@ -166,6 +169,22 @@ def interpret() -> None:
     torch.cuda.get_device_properties = lambda *a, **k: types.SimpleNamespace(multi_processor_count=2)  # type: ignore
     tuned = triton.autotune
     triton.autotune = lambda configs, key, **kw: tuned(configs=configs[:1], key=key, **kw)
+    interpreter._unwrap_tensor = numbers_of
+
+
+@pytest.fixture
+def plain_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mamba-ssm's own model with its references of the norms, which Triton's interpreter takes most of the time for."""
+    from mamba_ssm.models import mixer_seq_simple
+    from mamba_ssm.modules import block
+    from mamba_ssm.ops.triton.layer_norm import layer_norm_ref, rms_norm_ref
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor | None, is_rms_norm: bool, **named: Any) -> Any:
+        named.pop("residual_in_fp32", None)  # everything is float32
+        return (rms_norm_ref if is_rms_norm else layer_norm_ref)(x, weight, bias, **named)
+
+    for module in (mixer_seq_simple, block):
+        monkeypatch.setattr(module, "layer_norm_fn", norm)
 
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 ${PYTHON:-python3} -m venv "$venv"
 pip() { "$venv/bin/python" -m pip "$1" --quiet --disable-pip-version-check -c "$here/../../constraints.txt" "${@:2}"; }
 pip install torch
-pip install triton==3.7.1 transformers einops safetensors tqdm typer pytest pytest-xdist hypothesis ninja==1.13.2 wheel==0.48.0 setuptools==81.0.0
+pip install triton==3.7.1 transformers einops safetensors tqdm typer matplotlib pytest pytest-xdist hypothesis ninja==1.13.2 wheel==0.48.0 setuptools==81.0.0
 export MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE
 sdists=(--no-build-isolation --no-deps --no-binary mamba-ssm,causal-conv1d)
 pip download "${sdists[@]}" --dest "$venv/src" mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0

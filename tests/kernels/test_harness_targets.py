@@ -5,14 +5,9 @@ packages' plain norms, and are not decoded.
 """
 
 import dataclasses
-from typing import Any
 
 import pytest
-from mamba_ssm.models import mixer_seq_simple
-from mamba_ssm.modules import block
-from mamba_ssm.ops.triton.layer_norm import layer_norm_ref, rms_norm_ref
 from stand_ins import layer_norm_fn
-from torch import Tensor
 
 from kernels_bridge.fused import load
 from kernels_bridge.fused.ops import make
@@ -23,26 +18,15 @@ from kernels_bridge.harness.rows import table
 from kernels_bridge.harness.targets import mamba_ssm_model
 
 
-def plain_norms(patch: pytest.MonkeyPatch) -> None:
-    """mamba-ssm's own model with its references of the norms."""
-
-    def norm(x: Tensor, weight: Tensor, bias: Tensor | None, is_rms_norm: bool, **named: Any) -> Any:
-        named.pop("residual_in_fp32", None)  # everything is float32
-        return (rms_norm_ref if is_rms_norm else layer_norm_ref)(x, weight, bias, **named)
-
-    for module in (mixer_seq_simple, block):
-        patch.setattr(module, "layer_norm_fn", norm)
-
-
 @pytest.fixture(scope="module")
 def model():
     return draw_model(dataclasses.replace(SMALL, d_model=16, dt_rank=4), 0).float()
 
 
 @pytest.mark.parametrize(("lengths", "decoding"), [([3], ["decoding"]), ([5, 17, 129, 512, 516], [])])
-def test_mamba_ssm_agrees_with_the_readable_model(model, lengths, decoding, monkeypatch):
+def test_mamba_ssm_agrees_with_the_readable_model(model, lengths, decoding, request):
     if not decoding:
-        plain_norms(monkeypatch)
+        request.getfixturevalue("plain_norms")
     kinds = ["layers", "model", "gradients", *decoding]
     report = check(target("mamba_ssm", model), model, kinds=kinds, lengths=lengths, progress=False)
     assert report.passed, table(report.rows)
@@ -65,9 +49,8 @@ def test_a_fault_in_mamba_ssm_would_be_named(model):
     assert (found.first.site, found.first.layer, found.first.channel) == ("dt_low", 1, (3,))
 
 
-def test_a_fault_of_the_kernels_own_is_named(model, monkeypatch):
+def test_a_fault_of_the_kernels_own_is_named(model, plain_norms):
     """Of the convolution's backward, where a row ends just after a chunk (`kernels._lengthened`)."""
-    plain_norms(monkeypatch)
     report = check(target("mamba_ssm", model), model, lengths=[513], progress=False)
     wrong = [r for r in report.rows if not r.passed]
     assert {"d mixer.conv1d.weight", "d mixer.conv1d.bias"} <= {r.quantity for r in wrong}

@@ -268,6 +268,10 @@ def test_a_check_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "run_case", lambda case, *rest: again.append(case.name) or real(case, *rest))
     report = ask(target("torch", weights), weights, path=path)
     assert report.passed and not set(again) & set(ran)
+    for kept, new in zip(report.rows, ask(target("torch", weights), weights).rows, strict=True):
+        assert (kept.case, kept.kind, kept.quantity, kept.layer) == (new.case, new.kind, new.quantity, new.layer)
+        assert kept.error == pytest.approx(new.error, rel=1e-3) and kept.passed == new.passed
+        assert (kept.worst is None) == (new.worst is None)
     whole = json.loads(path.read_text())
     assert whole["verdict"] == "pass" and whole["provenance"]["packages"]["torch"] and len(whole["cases"]) == 14
     with pytest.raises(InputError, match="another weights"):

@@ -11,6 +11,7 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
+import torch
 from torch.utils.cpp_extension import load
 
 HERE = Path(__file__).resolve().parent
@@ -61,13 +62,25 @@ def build(name: str, source: Path, to: Path) -> Path:
     return to / f"{name}.so"
 
 
+def pretended(to: Path) -> Path:
+    """The library of `pretended.cpp`, which finds torch's by itself."""
+    to.mkdir(exist_ok=True)
+    flags = {"extra_cflags": ["-O1", "-w"], "extra_ldflags": [f"-Wl,-rpath,{Path(torch.__file__).parent / 'lib'}"]}
+    load("pretended_cuda", [str(HERE / "pretended.cpp")], build_directory=str(to), is_python_module=False, **flags)
+    return to / "pretended_cuda.so"
+
+
 def main(folder: Path) -> None:
     for sdist in folder.glob("*.tar.gz"):
         with tarfile.open(sdist) as archive:
             archive.extractall(folder, filter="data")
     for name, pattern in SOURCES.items():
-        built = build(name, next(folder.glob(pattern)), folder / name)
-        (Path(sysconfig.get_path("purelib")) / built.name).write_bytes(built.read_bytes())
+        put(build(name, next(folder.glob(pattern)), folder / name))
+    put(pretended(folder / "pretended"))
+
+
+def put(built: Path) -> None:
+    (Path(sysconfig.get_path("purelib")) / built.name).write_bytes(built.read_bytes())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,256 @@
+"""What a GPU will be asked, on a CUDA device that is none: nothing meets a tensor of another device on the way.
+
+The device is that of `pretended.py`, the kernels are the packages' CUDA code compiled for the CPU and their Triton code
+in its interpreter. So the tests that are for a GPU, the commands of `make gpu` and every method of the gallery run here
+as they would there, at small sizes; what differs is only what differs in arithmetic, and time.
+"""
+
+import dataclasses
+import importlib.util
+import re
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mamba_ssm.ops.selective_scan_interface as interface
+import pytest
+import torch
+from helpers import near, tiny
+from pretended import HERE, There, here, pretended, there
+from stand_ins import layer_norm_fn, register
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from typer.testing import CliRunner
+
+from analyses.benchmarks import fused as timed
+from analyses.benchmarks import gpu as promised
+from interp import (
+    Apply,
+    HookedMamba,
+    Mean,
+    Scale,
+    Set,
+    at,
+    generate,
+    gradients,
+    load_edits,
+    load_grid,
+    logit_diff,
+    patch_grid,
+    replay,
+    run,
+    save_edits,
+    sweep,
+)  # fmt: skip
+from kernels_bridge import BACKENDS
+from kernels_bridge.__main__ import app
+from kernels_bridge.fused import golden, load
+from kernels_bridge.harness.draw import SMALL, draw_model
+from minimal_mamba import Mamba, MambaConfig
+
+pytestmark = pytest.mark.skipif(not HERE, reason="the pretended device was not compiled")
+ROOT = Path(__file__).parents[2]
+
+
+class Event:
+    def __init__(self, enable_timing: bool):
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The device, and the extension whose functions torch's dispatcher does not know."""
+    real = interface.selective_scan_cuda
+
+    def taken(function: Any) -> Any:
+        return lambda *given: tree_map(there, function(*map(here, given)))
+
+    both = types.SimpleNamespace(fwd=taken(real.fwd), bwd=taken(real.bwd))
+    monkeypatch.setattr(interface, "selective_scan_cuda", both)
+    card = types.SimpleNamespace(multi_processor_count=2, name="pretended")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *given: card)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: 0)
+    with pretended():
+        yield
+
+
+def back(value: Any) -> Any:
+    return tree_map(lambda x: x.detach().cpu().nan_to_num() if isinstance(x, Tensor) else x, value)
+
+
+# -- the device itself ------------------------------------------------------------------------------------------------
+
+
+def test_the_device_refuses_what_a_gpu_refuses() -> None:
+    x, y, i = torch.zeros(2, 3, device="cuda"), torch.zeros(2, 3), torch.tensor([0, 1])
+    assert (
+        x.device == torch.device("cuda:0")
+        and (x + 1).is_cuda
+        and isinstance(x[i], There)
+        and x.tolist() == [[0] * 3] * 2
+    )
+    assert (x + torch.tensor(1.0)).is_cuda and x[x > 0].is_cuda and not x.cpu().is_cuda
+    for refused in (
+        lambda: x + y, lambda: torch.cat([x, y]), lambda: x @ y.T, lambda: torch.where(y > 0, x, 0.0),
+        lambda: y[i.to("cuda")], lambda: x.index_select(0, i), lambda: x.index_put((i,), y),
+        lambda: x.gather(0, i[None]),
+        lambda: torch.randn(2, device="cuda", generator=torch.Generator()),
+        lambda: torch.randn(2, generator=torch.Generator("cuda")),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            refused()
+    with pytest.raises(TypeError, match="numpy"):
+        x.numpy()
+    leaf = torch.ones(3, device="cuda", requires_grad=True)
+    (leaf.square() * x).sum().backward()
+    assert leaf.grad is not None and leaf.grad.is_cuda
+
+
+# -- every method -----------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "analyses/methods/README.md").read_text()
+for more, fewer in (("n=8", "n=2"), ("steps=8", "steps=2"), ("(50, 100, 200)", "(50,)")):
+    assert more in PAGE
+    PAGE = PAGE.replace(more, fewer)
+SHARED, *SECTIONS = PAGE.split("\n## ")
+
+
+def block(text: str) -> str:
+    return re.findall(r"```python\n(.*?)```", text, re.S)[0]
+
+
+@pytest.fixture
+def norms(plain_norms: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(dataclasses.replace(load(), layer_norm_fn=layer_norm_fn), monkeypatch)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.splitlines()[0])
+def test_the_example_of_a_method_runs(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model on the device, the tokens where they were read; on torch's operations, which take less time here."""
+    monkeypatch.setitem(BACKENDS, "fused", BACKENDS["torch"])
+    space: dict[str, Any] = {}
+    exec(compile(block(SHARED), "README.md", "exec"), space)
+    space["model"].to("cuda")
+    exec(compile(block(section), section.splitlines()[0], "exec"), space)
+
+
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize("backend", ["reference", "torch", "fused"])
+def test_a_run_gives_what_it_gives_on_a_cpu(backend: str, tmp_path: Path) -> None:
+    """Edits, recordings, padding, carried states, gradients, sweeps and what is saved; tokens on either device."""
+    single = tiny().float()
+    ids, donor = torch.randint(0, 29, (2, 3, 6), generator=torch.Generator().manual_seed(0))
+    record = [at.ssm_state(), at.conv_state(layer=1, pos=2), at.u(layer=0)]
+    new = torch.randn(3, 24, 5, generator=torch.Generator().manual_seed(1))
+
+    def all_of(model: Mamba, ids: Tensor, donor: Tensor, folder: Path) -> list[Any]:
+        how: dict[str, Any] = {"backend": backend if model.device.type == "cuda" else "reference"}
+        edits = [
+            Set(at.ssm_state(layer=1, pos=3), new), Scale(at.conv_state(layer=0, pos=2), 0.5),
+            Mean(at.z(layer=2, pos=1)),
+            Scale(at.state_write(layer=0, pos=[1, 4]), 2.0, rows=[0, 2]), Apply(at.dt(layer=2), torch.sqrt),
+        ]  # fmt: skip
+        first = run(model, ids, edits, record, lengths=[6, 5, 5], keep_state=True, **how)
+        found: list[Any] = [first.logits, *(first[a] for a in record), first.last_logits]
+        found += [run(model, donor[:, :2], state=first.state, last_only=True, **how).logits]
+        found += [generate(model, ids, 3, edits[:2], **how).ids]
+        found += [generate(model, ids, 3, edits[:2], temperature=0.0, **how).logits]
+        places = [at.ssm_state(layer=0, pos=[1, 4]), at.state_write(layer=1), at.resid_pre(layer=2)]
+        made = gradients(model, ids, lambda x: logit_diff(x[:, -1], 3, 5), places, edits=edits[:2], **how)
+        found += [made[p] for p in places]
+        save_edits(edits[:4], folder / "edits")
+        found += [run(model, ids, load_edits(folder / "edits"), **how).logits]
+
+        def score(logits: Tensor) -> Tensor:
+            return logit_diff(logits, torch.tensor([3, 4, 5]), torch.tensor([6, 7, 8]))
+
+        how |= {"metric": score, "progress": False}
+        grid = patch_grid(model, ids, donor, site="recurrent_state", path=folder / "grid", **how)
+        again = replay(folder / "grid", model, score, progress=False)
+        found += [grid.values, load_grid(folder / "grid").values, again.values]
+        cells = [[Scale(at.u(layer=i, pos=p), 0.0)] for i in (0, 2) for p in (0, 3)]
+        found += [sweep(model, ids, cells, **how).values]
+        model.save_pretrained(folder / "model")
+        found += [run(Mamba.from_pretrained(folder / "model", device=model.device), ids, backend=how["backend"]).logits]
+        hooked, cache = HookedMamba(model, backend=how["backend"]).run_with_cache(ids)
+        return [*back(found), hooked.cpu(), cache["blocks.1.hook_h.3"].cpu()]
+
+    want = all_of(single, ids, donor, tmp_path / "cpu")
+    for move in (False, True):
+        moved = (ids.to("cuda"), donor.to("cuda")) if move else (ids, donor)
+        got = all_of(tiny().float().to("cuda"), *moved, tmp_path / f"gpu{move}")
+        for a, b in zip(got, want, strict=True):
+            near(a, b, 3e-5) if a.is_floating_point() else torch.testing.assert_close(a, b)
+
+
+# -- what is for a GPU ------------------------------------------------------------------------------------------------
+
+
+def gpu_tests() -> Any:
+    """The module of the tests that `make gpu` runs; what it skips by is asked when it is made."""
+    spec = importlib.util.spec_from_file_location("gpu_tests", ROOT / "tests/kernels_bridge/test_fused_gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("test_every_length", [1]), ("test_every_length", [17]), ("test_every_length", [128]),
+        ("test_under_edits", [17]),
+        ("test_a_stretch_whose_rows_begin_anywhere", []), ("test_gradients_are_whole", [5]),
+        ("test_sixteen_bits", [torch.bfloat16]), ("test_decoding_changes_no_carried_state", []),
+        ("test_the_kernels_own_states", []),
+    ],
+)  # fmt: skip
+def test_a_test_that_is_for_a_gpu(name: str, given: list[Any]) -> None:
+    assert getattr(gpu_tests(), name)(*given) is None
+
+
+def test_the_golden_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golden, "LENGTHS", (1, 5, 129))
+    golden.record(tmp_path / "golden.safetensors")
+    wrong = [(c.name, q, e) for c, q, e, bound in golden.replay(tmp_path / "golden.safetensors") if not e <= bound]
+    assert not wrong, wrong
+
+
+@pytest.mark.usefixtures("norms")
+def test_the_check_and_its_file(tmp_path: Path) -> None:
+    """Of the fused backend, and of mamba-ssm's own model."""
+    config = dataclasses.replace(SMALL, d_model=16, dt_rank=4)
+    draw_model(config, 0).save_pretrained(tmp_path / "model")
+    for target, kinds in (
+        ("fused", "operations,layers,model,edits,gradients,padding"),
+        ("mamba_ssm", "model,gradients"),
+    ):
+        json = tmp_path / f"{target}.json"
+        how = ["--device", "cuda", "--model", str(tmp_path / "model"), "--lengths", "5", "--kinds", kinds]
+        told = CliRunner().invoke(app, ["check", "--target", target, "--json", str(json), *how])
+        assert told.exit_code == 0, told.output
+        assert "PASS" in told.output and '"device": "cuda"' in json.read_text()
+
+
+@pytest.mark.usefixtures("norms")
+def test_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MambaConfig(16, 2, 32)
+    monkeypatch.setattr(timed, "bandwidth", lambda device: 1e12)
+    found = timed.measure(config, 2, 130, 1, torch.float32)
+    assert found["logits against mamba-ssm's, relative"] < 1e-4
+    assert max(found["ways"]["against stretches"].values()) < 1e-4
+    found["sweep"] = promised.sweep(config, 2, 4, 1, "cuda", "fused")
+    found["ratios"]["state sweep, readable over fused"] = found["sweep"]["ratio"]
+    found |= {"floor": promised.floor(config, 2, 130, torch.float32, "cuda"), "rehearsal": False}
+    assert "training step, mamba-ssm" in promised.table(found)
