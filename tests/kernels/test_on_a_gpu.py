@@ -29,19 +29,33 @@ from analyses.benchmarks import gpu as promised
 from interp import (
     Apply,
     HookedMamba,
+    Knockout,
     Mean,
     Scale,
     Set,
+    ablate,
     at,
+    attention,
+    attribution_grid,
+    collect,
+    contributions,
+    decay_bands,
+    direct_logit,
+    freeze,
     generate,
     gradients,
+    knockout,
     load_edits,
     load_grid,
     logit_diff,
+    logit_lens,
     patch_grid,
+    receptive_field,
     replay,
     run,
     save_edits,
+    state_flow,
+    state_lens,
     sweep,
 )  # fmt: skip
 from kernels_bridge import BACKENDS
@@ -191,6 +205,47 @@ def test_a_run_gives_what_it_gives_on_a_cpu(backend: str, tmp_path: Path) -> Non
         got = all_of(tiny().float().to("cuda"), *moved, tmp_path / f"gpu{move}")
         for a, b in zip(got, want, strict=True):
             near(a, b, 3e-5) if a.is_floating_point() else torch.testing.assert_close(a, b)
+
+
+def test_what_the_examples_leave_out() -> None:
+    """Masks, directions, parts and donors that were made on the CPU, and rows of unequal lengths."""
+    ids, donor = torch.randint(0, 29, (2, 3, 6), generator=torch.Generator().manual_seed(0))
+    mask, lengths = torch.arange(24 * 5).reshape(24, 5) % 3 == 0, [6, 4, 5]
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values = torch.randn(3, 24, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    place = at.ssm_state(layer=1, pos=2)
+
+    def all_of(model: Mamba) -> list[Any]:
+        how: dict[str, Any] = {"lengths": lengths, "backend": "torch"}
+
+        def score(logits: Tensor) -> Tensor:
+            return logit_diff(logits, 3, 5)
+
+        found: list[Any] = [mask & ~mask, *decay_bands(model, 1, [2.0, 8.0])]
+        for change in (ablate(place, "resample", values=values, mask=mask), freeze(layer=2, pos=1, mask=mask)):
+            found.append(run(model, ids, change, **how).logits)
+        found += [direct_logit(model, ids, direction, **how).total(), state_lens(model, ids, direction, **how).values]
+        cells: dict[str, Any] = {"site": "ssm_state", "metric": score, "positions": [1, 3], "progress": False}
+        for parts in ({"some": {"e": [1, 2], "n": slice(2)}}, {"masked": mask}):
+            for source in ("donor", "mean", "noise"):
+                given = donor if source != "noise" else None
+                found.append(patch_grid(model, ids, given, parts=parts, source=source, **cells, **how).values)
+        for form in ("scan", "block"):
+            read = attention(model, ids, layer=1, form=form, targets=[-2, -1], sources=[0, 1, 2], **how)
+            found += [read.weights, *([read.reconstruct()] if form == "block" else [])]
+        found += [contributions(model, ids, layer=1, targets=[-1], sources=[0, 1], **how).values]
+        cuts = [Knockout(1, 3, layer=[0, 1], through=way) for way in ("scan", "conv", "selection", "all")]
+        found += [knockout(model, ids, [cut], baseline=b, **how).logits for cut in cuts for b in ("zero", "mean")]
+        found += [attribution_grid(model, ids, donor, site=s, metric=score, **how).values for s in ("ssm_state", "dt")]
+        kept = collect(model, ids, at.resid_post(layer=1, pos=-1), **how)
+        found += [*kept.values(), *logit_lens(model, ids, torch.tensor([[1], [2], [3]]), **how)]
+        field = receptive_field(model, ids, layer=1, **how)
+        found += [field.share, field.width(0.9), state_flow(model, ids, layer=1, **how).write]
+        return back(found)
+
+    want = all_of(tiny())
+    for a, b in zip(all_of(tiny().to("cuda")), want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # -- what is for a GPU ------------------------------------------------------------------------------------------------
