@@ -17,9 +17,9 @@ from minimal_mamba.provenance import provenance
 from minimal_mamba.scan import causal_conv, selective_scan, ssm_step
 from minimal_mamba.tap import Tap
 
+from ..harness.check import LENGTHS
 from .kernels import Kernels, load
 
-LENGTHS = (1, 2, 3, 4, 5, 17, 127, 128, 129, 255, 372, 1023, 1134, 2047, 2048, 2049, 4097)
 SHORT = 400  # longer cases are recorded in float32 only, and without gradients: the file stays below 3 MB
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, as in the kernels' notes
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import lively, tiny
+from helpers import error, lively, tiny
 from mamba_ssm.models.config_mamba import MambaConfig as TheirConfig
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -24,11 +24,6 @@ FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # rela
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return float(((got.double() - want).norm() / want.norm()).detach())
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import lively
+from helpers import error, lively
 from torch import Tensor
 
 from interp import Scale, Set, at, generate, gradients, logit_diff, run
+from kernels_bridge.harness.check import LENGTHS
 from minimal_mamba import Mamba, MambaConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
 
 CONFIG = MambaConfig(64, 2, 61, d_state=16)
-LENGTHS = (1, 2, 3, 4, 5, 17, 127, 128, 129, 255, 372, 1023, 1134, 2047, 2048, 2049, 4097)
 
 
 def models(dtype: torch.dtype = torch.float32) -> tuple[Mamba, Mamba]:
@@ -26,11 +26,6 @@ def models(dtype: torch.dtype = torch.float32) -> tuple[Mamba, Mamba]:
 
 def draw_ids(b: int, l: int) -> Tensor:
     return torch.randint(0, 61, (b, l), generator=torch.Generator().manual_seed(l)).cuda()
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return float(((got.double() - want.double()).norm() / want.double().norm()).detach())
 
 
 @pytest.mark.parametrize("l", LENGTHS)
