@@ -58,10 +58,11 @@ from interp import (
     state_lens,
     sweep,
 )  # fmt: skip
-from kernels_bridge import BACKENDS
+from kernels_bridge import BACKENDS, resolve
 from kernels_bridge.__main__ import app
 from kernels_bridge.fused import golden, load
 from kernels_bridge.harness.draw import SMALL, draw_model
+from kernels_bridge.training import Learner, pad
 from minimal_mamba import Mamba, MambaConfig
 
 pytestmark = pytest.mark.skipif(not HERE, reason="the pretended device was not compiled")
@@ -246,6 +247,18 @@ def test_what_the_examples_leave_out() -> None:
     want = all_of(tiny())
     for a, b in zip(all_of(tiny().to("cuda")), want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_training_gives_what_it_gives_on_a_cpu() -> None:
+    """As `Trainer` calls it: the batch with its padding on the device, a loss, a backward."""
+    batch = pad([{"input_ids": [3, 1, 4, 1, 5]}, {"input_ids": [9, 2, 6]}])
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny().to(device)
+        Learner(model, resolve("torch"))(**{k: v.to(device) for k, v in batch.items()})["loss"].backward()
+        found.append([back(p.grad) for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        near(a, b)
 
 
 # -- what is for a GPU ------------------------------------------------------------------------------------------------
