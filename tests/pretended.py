@@ -123,19 +123,30 @@ def _refuse(func: Any, args: Any, others: list[Tensor]) -> None:
         raise RuntimeError(f"{func}: tensors on cuda:0 and cpu, those on the cpu of shapes {shapes}")
 
 
+CUDA = {
+    "_lazy_init": lambda: None,
+    "is_available": lambda: True,
+    "is_bf16_supported": lambda *how: True,
+    "current_device": lambda: 0,
+}
+
+
 @contextmanager
 def pretended() -> Iterator[None]:
     """A CUDA device is there."""
-    before = torch.cuda._lazy_init, torch.cuda.is_available, torch.Generator
+    before, generator = {name: getattr(torch.cuda, name) for name in CUDA}, torch.Generator
     swap, lift = torch.__future__.get_swap_module_params_on_conversion(), torch._C._only_lift_cpu_tensors()
     try:
-        torch.cuda._lazy_init, torch.cuda.is_available = (lambda: None), (lambda: True)
+        for name, function in CUDA.items():
+            setattr(torch.cuda, name, function)
         torch.Generator = _Generator  # type: ignore[misc]
         torch.__future__.set_swap_module_params_on_conversion(True)  # else a weight would lose its class
         torch._C._set_only_lift_cpu_tensors(True)  # else torch.tensor would go to the device by itself
         with _Mode():
             yield
     finally:
-        torch.cuda._lazy_init, torch.cuda.is_available, torch.Generator = before  # type: ignore[misc]
+        for name, function in before.items():
+            setattr(torch.cuda, name, function)
+        torch.Generator = generator  # type: ignore[misc]
         torch.__future__.set_swap_module_params_on_conversion(swap)
         torch._C._set_only_lift_cpu_tensors(lift)

@@ -204,29 +204,6 @@ def test_sixteen_bits_err_as_the_readable_model_does(dtype: torch.dtype, keep: b
     assert 0 < ours <= 1.5 * plain
 
 
-@pytest.mark.filterwarnings("ignore:(User provided device_type|CUDA is not available)")  # the block asks for CUDA's
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("keep", [True, False])
-def test_autocast(dtype: torch.dtype, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 weights under autocast err at most twice as the readable model whose weights are rounded; gradients, of
-    which a rounding more or less in so small a model moves all, four times.
-    """
-    ids, small = draw_ids(2, 17), tiny(seed=5).to(dtype)
-    want, plain = (run(m, ids, backend="reference", keep_state=keep).logits for m in (EXACT, small))
-    with torch.autocast("cpu", dtype), monkeypatch.context() as patch:
-        patch.setattr(torch, "is_autocast_enabled", lambda *device: True)  # the block asks about CUDA's only
-        patch.setattr(torch, "get_autocast_gpu_dtype", lambda: dtype)
-        got = run(SINGLE, ids, backend="fused", keep_state=keep).logits
-    assert error(got, want) <= 2 * error(plain, want)
-    true, grads, rounded = (
-        torch.autograd.grad(x.double().square().sum(), [*m.parameters()])
-        for x, m in ((want, EXACT), (got, SINGLE), (plain, small))
-    )
-    assert all(g.dtype == torch.float32 for g in grads)
-    ours, theirs = (sum(error(g, t) for g, t in zip(x, true, strict=True)) / len(true) for x in (grads, rounded))
-    assert 0 < ours <= 4 * theirs
-
-
 def layer() -> tuple[list[Tensor], Tensor]:
     """What the scan of the first layer takes (u, dt, A, B) in float32, and its states."""
     places = [getattr(at, site)(layer=0) for site in ("u", "dt", "B", "ssm_state")]

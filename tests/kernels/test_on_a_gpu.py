@@ -17,7 +17,7 @@ from typing import Any
 import mamba_ssm.ops.selective_scan_interface as interface
 import pytest
 import torch
-from helpers import near, tiny
+from helpers import error, near, tiny
 from pretended import HERE, There, here, pretended, there
 from stand_ins import layer_norm_fn, register
 from torch import Tensor
@@ -259,6 +259,28 @@ def test_training_gives_what_it_gives_on_a_cpu() -> None:
         found.append([back(p.grad) for p in model.parameters()])
     for a, b in zip(*found, strict=True):
         near(a, b)
+
+
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", [True, False])
+def test_autocast(dtype: torch.dtype, keep: bool) -> None:
+    """float32 weights under autocast err at most twice as the readable model whose weights are rounded; gradients, of
+    which a rounding more or less in so small a model moves all, four times.
+    """
+    ids = torch.randint(0, 29, (2, 17), generator=torch.Generator().manual_seed(17))
+    small, exact, single = tiny(seed=5).to(dtype), tiny(seed=5).float().double(), tiny(seed=5).float().to("cuda")
+    want, plain = (run(m, ids, backend="reference", keep_state=keep).logits for m in (exact, small))
+    with torch.autocast("cuda", dtype):
+        got = run(single, ids, backend="fused", keep_state=keep).logits
+    assert got.dtype == dtype and error(got.cpu(), want) <= 2 * error(plain, want)
+    true, grads, rounded = (
+        torch.autograd.grad(x.double().square().sum(), [*m.parameters()])
+        for x, m in ((want, exact), (got, single), (plain, small))
+    )
+    assert all(g.dtype == torch.float32 for g in grads)
+    ours, theirs = (sum(error(g.cpu(), t) for g, t in zip(x, true, strict=True)) / len(true) for x in (grads, rounded))
+    assert 0 < ours <= 4 * theirs
 
 
 # -- what is for a GPU ------------------------------------------------------------------------------------------------
