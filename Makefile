@@ -8,7 +8,7 @@ CHECKS := kernels_bridge/harness/results
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-kernels lint bench bench-peers gpu train clean
+.PHONY: demo test test-kernels lint bench bench-peers train clean
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,20 +52,33 @@ bench-peers:  ## TransformerLens, nnsight, mambapy and MambaLens, in environment
 	  $(PEERS)/$$name/bin/python -m pip install --quiet --disable-pip-version-check -r analyses/benchmarks/$$name.txt; \
 	done
 
-# On a machine with CUDA, mamba-ssm and causal-conv1d: `make gpu GPU_PYTHON=python3`. Each step writes its results when it is
-# done, and a second call goes on.
-gpu:  ## what only a GPU can show: tests, golden vectors of the kernels, the check, the speed
+# On a machine with CUDA, mamba-ssm and causal-conv1d: `make -k gpu GPU_PYTHON=python3`, which goes on past what fails. The
+# checks write their results after every case, and a second call goes on.
+CHECK = $(GPU_PYTHON) -m kernels_bridge check --device cuda --json $(CHECKS)/$@.json --target
+GPU := gpu-tests gpu-golden fused-float32 fused-bfloat16 fused-float16 fused-130m fused-masked gpu-speed mamba_ssm-float32
+.PHONY: gpu $(GPU)
+gpu: $(GPU)  ## what only a GPU can show: tests, golden vectors of the kernels, the check, the speed
+
+gpu-tests:
 	$(GPU_PYTHON) -m pytest -m gpu tests/kernels_bridge
+
+gpu-golden:
 	$(GPU_PYTHON) -m kernels_bridge.fused.golden kernels_bridge/fused/golden.safetensors
-	for dtype in float32 bfloat16 float16; do \
-	  $(GPU_PYTHON) -m kernels_bridge check --target fused --device cuda --dtype $$dtype --json $(CHECKS)/fused-$$dtype.json; \
-	done
-	$(GPU_PYTHON) -m kernels_bridge check --target fused --device cuda --size 130m --json $(CHECKS)/fused-130m.json
-	$(GPU_PYTHON) -m kernels_bridge check --target fused --device cuda --model analyses/hidden_reasoning/models/masked \
-	  --lengths 5,17,64 --json $(CHECKS)/fused-masked.json
+
+fused-float32 fused-bfloat16 fused-float16: fused-%:
+	$(CHECK) fused --dtype $*
+
+fused-130m:
+	$(CHECK) fused --size 130m
+
+fused-masked:
+	$(CHECK) fused --model analyses/hidden_reasoning/models/masked --lengths 5,17,64
+
+gpu-speed:
 	$(GPU_PYTHON) -m analyses.benchmarks gpu
-	# the last one fails at 2049 and 4097 tokens, by causal-conv1d's own backward (`fused/kernels.py`, `_lengthened`)
-	$(GPU_PYTHON) -m kernels_bridge check --target mamba_ssm --device cuda --json $(CHECKS)/mamba_ssm-float32.json
+
+mamba_ssm-float32:  ## fails at 2049 and 4097 tokens, by causal-conv1d's own backward (`fused/kernels.py`, `_lengthened`)
+	$(CHECK) mamba_ssm
 
 train: $(VENV)/dev.done  ## train the shipped model again
 	$(BIN)/python -m analyses.hidden_reasoning train --out runs/masked
