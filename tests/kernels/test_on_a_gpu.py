@@ -214,6 +214,7 @@ def test_what_the_examples_leave_out() -> None:
     mask, lengths = torch.arange(24 * 5).reshape(24, 5) % 3 == 0, [6, 4, 5]
     direction = torch.randn(32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     values = torch.randn(3, 24, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    given_input = torch.randn(12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     place = at.ssm_state(layer=1, pos=2)
 
     def all_of(model: Mamba) -> list[Any]:
@@ -231,12 +232,16 @@ def test_what_the_examples_leave_out() -> None:
             for source in ("donor", "mean", "noise"):
                 given = donor if source != "noise" else None
                 found.append(patch_grid(model, ids, given, parts=parts, source=source, **cells, **how).values)
+        cells |= {"positions": [-4, -1]}
+        found.append(patch_grid(model, ids, donor, **cells, **how).values)
         for form in ("scan", "block"):
             read = attention(model, ids, layer=1, form=form, targets=[-2, -1], sources=[0, 1, 2], **how)
             found += [read.weights, *([read.reconstruct()] if form == "block" else [])]
         found += [contributions(model, ids, layer=1, targets=[-1], sources=[0, 1], **how).values]
         cuts = [Knockout(1, 3, layer=[0, 1], through=way) for way in ("scan", "conv", "selection", "all")]
-        found += [knockout(model, ids, [cut], baseline=b, **how).logits for cut in cuts for b in ("zero", "mean")]
+        found += [
+            knockout(model, ids, [cut], baseline=b, **how).logits for cut in cuts for b in ("zero", "mean", given_input)
+        ]
         found += [attribution_grid(model, ids, donor, site=s, metric=score, **how).values for s in ("ssm_state", "dt")]
         kept = collect(model, ids, at.resid_post(layer=1, pos=-1), **how)
         found += [*kept.values(), *logit_lens(model, ids, torch.tensor([[1], [2], [3]]), **how)]
