@@ -20,12 +20,13 @@ from .draw import draw_edits, draw_ids, draw_lengths
 from .operations import operations
 from .rows import Row, by_position, compare, from_columns, to_columns
 from .targets import reference, roundings
-from .watch import ORDER, WHOLE, Implementation, Ours
+from .watch import EACH, ORDER, WHOLE, Implementation, Ours
 
 LENGTHS = (1, 2, 3, 4, 5, 17, 127, 128, 129, 255, 372, 1023, 1134, 2047, 2048, 2049, 4097)
 SHORT = (1, 2, 3, 4, 5, 17, 63, 129)  # on a CPU
 KINDS = ("operations", "layers", "model", "edits", "gradients", "decoding", "padding")
 TOKENS = 128  # of a batch at least
+PADDED = 4  # rows of unequal lengths at least
 DECODED = 33  # tokens fed one by one at most
 LONG = 65  # tokens up to which every state is held at once
 VERSION = 2
@@ -87,8 +88,16 @@ def refuse_blind(model: Mamba, seed: int) -> dict[str, float]:
 
 
 def cases(kinds: Sequence[str], lengths: Sequence[int], b: int, seed: int) -> list[Case]:
-    """Every case of these kinds and lengths; short sequences get more rows, so that rounding averages."""
-    return [Case(kind, max(b, TOKENS // l), l, seed + i) for kind in kinds for i, l in enumerate(lengths)]
+    """Every case of these kinds and lengths; short sequences get more rows, so that rounding averages. The longest is
+    also run and decoded as one row.
+    """
+    made = []
+    for kind in kinds:
+        least = max(b, PADDED) if kind == "padding" else b
+        made += [Case(kind, max(least, TOKENS // l), l, seed + i) for i, l in enumerate(lengths)]
+        if kind in ("model", "decoding"):
+            made.append(Case(kind, 1, max(lengths), seed + len(lengths)))
+    return made
 
 
 def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
@@ -107,19 +116,35 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         feed = _feed(true, ids)
         return rows(lambda one: one.forward(ids, feed=feed, at_positions=positions))
     if case.kind == "model":
-        return rows(lambda one: one.forward(ids, inside=False, keep=False))
+        found = rows(lambda one: one.forward(ids, inside=False, keep=False))
+        found += rows(lambda one: one.forward(ids, inside=False))
+        if held := target.ops.records if isinstance(target, Ours) else ():
+            each = [s for s in EACH if s in held]
+            found += rows(lambda one: one.forward(ids, inside=False, at_positions=positions, each=each))
+        return found
     if case.kind == "edits":
         edits = draw_edits(model.config, case.b, case.l, case.seed)
         found = rows(lambda one: one.forward(ids, edits=edits, at_positions=positions))
-        return found + rows(lambda one: one.gradients(ids, edits))
+        found += rows(lambda one: one.gradients(ids, edits))
+        half = (case.l + 1) // 2  # every row has the positions that are edited, and is padded
+        early = draw_edits(model.config, case.b, half, case.seed)
+        lengths = [max(n, half) for n in draw_lengths(case.b, case.l, case.seed)]
+        return found + rows(lambda one: one.forward(ids, edits=early, lengths=lengths))
     if case.kind == "gradients":
         return rows(lambda one: one.gradients(ids))
     if case.kind == "decoding":
-        return rows(lambda one: one.decode(ids[:, :DECODED]))
+        found = rows(lambda one: one.decode(ids[:, :DECODED]))
+        if isinstance(target, Ours) and case.l > 2:
+            short = ids[:, :DECODED]
+            some = short.shape[1] // 2
+            sizes = [some, short.shape[1] - some - 1, 1]  # a prompt, more of it, a token
+            found += rows(lambda one: one.pieces(short, sizes))  # type: ignore[attr-defined]
+        return found
     if case.kind == "padding":
         lengths = draw_lengths(case.b, case.l, case.seed)
         found = rows(lambda one: one.forward(ids, lengths=lengths, inside=False, keep=False))
-        return found + rows(lambda one: one.forward(ids, lengths=lengths, inside=False))
+        found += rows(lambda one: one.forward(ids, lengths=lengths, inside=False))
+        return found + (rows(lambda one: one.gradients(ids, lengths=lengths)) if isinstance(target, Ours) else [])
     raise InputError(f"no kind of case {case.kind!r}; there are {', '.join(KINDS)}.")
 
 
@@ -182,6 +207,8 @@ def first_to_part(
         return None
     row = min(failed, key=lambda r: (math.inf if r.layer is None else r.layer, rank[r.quantity]))
     key = (row.quantity, row.layer)
+    if found[key].shape != want[key].shape:
+        return First(row.quantity, row.layer, None, None, (), math.inf)
     off = by_position(found[key], want[key])  # (b, l)
     limit = row.bound if row.worst_bound is None or row.error > row.bound else row.worst_bound
     beyond = (off > limit).any(0).nonzero()[:, 0]
@@ -228,7 +255,8 @@ def check(
         target: of `targets.target`, or an `Ours` or `Theirs` of your own, on the weights of `model`.
         kinds: which of `KINDS`; all that the target can take if None.
         lengths: of the sequences; `LENGTHS` on a GPU, `SHORT` on a CPU, if None.
-        path: a JSON file that is written after every case; a check of the same settings goes on from it unless `fresh`.
+        path: a JSON file that is written after every case. One that was interrupted goes on, with the same settings,
+            packages and commit, unless `fresh`; a finished one begins again, as the target may be another by now.
     Raises:
         Blind: no verdict can be given under these weights.
         InputError: `path` holds another check.
@@ -245,7 +273,7 @@ def check(
         "version": VERSION, "target": target.name, "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type, "config": asdict(model.config), "weights": model_digest(model),
         "kinds": kinds, "lengths": lengths, "batch": batch, "seed": seed,
-        "float32": precision(),
+        "float32": precision(), "made by": {k: v for k, v in provenance().items() if k in ("packages", "commit")},
     }  # fmt: skip
     shares = refuse_blind(model, seed)
     done: dict[str, list[Row]] = {} if path is None or fresh else _resume(path, settings)
@@ -262,10 +290,17 @@ def check(
         first = first or localise(target, model, draw_ids(model.config, b, l, own_seed).to(model.device))
     ids = draw_ids(model.config, 1, 3, seed).to(model.device)
     unseen = sorted({k[0] for k in reference(model).forward(ids)} - {k[0] for k in target.forward(ids)})
+    if "gradients" in kinds:
+        unseen += sorted(_gradients_of(model) - {r.quantity for r in rows if r.kind == "gradients"})
     report = Report(target.name, rows, first, shares, unseen, settings)
     if path is not None:
         _write(path, settings, shares, done, report, True)
     return report
+
+
+def _gradients_of(model: Mamba) -> set[str]:
+    parts = [name.split(".") for name, _ in model.named_parameters()]
+    return {"d " + ".".join(p[3:] if p[:2] == ["backbone", "layers"] else p) for p in parts}
 
 
 def precision() -> dict[str, str]:
@@ -297,9 +332,12 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[str, list[Row]]:
         return {}
     try:
         held = json.loads(path.read_text())
-        if held["settings"] != json.loads(json.dumps(settings)):
-            other = [k for k, v in json.loads(json.dumps(settings)).items() if held["settings"].get(k) != v]
-            raise InputError(f"{path} holds a check with another {', '.join(other)}. Give another file, or --fresh.")
+        finished = held["verdict"] is not None
+        differ = [k for k, v in json.loads(json.dumps(settings)).items() if held["settings"].get(k) != v]
+        if finished and differ in ([], ["made by"]):
+            return {}
+        if differ:
+            raise InputError(f"{path} holds a check with another {', '.join(differ)}. Give another file, or --fresh.")
         return {name: from_columns(name, columns) for name, columns in held["cases"].items()}
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):

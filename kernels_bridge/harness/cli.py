@@ -83,7 +83,8 @@ def check(
         return
     if report.first is None:
         typer.echo(
-            f"FAIL: {failed} of {len(report.rows)} rows; every layer by itself agrees, fed the reference's input."
+            f"FAIL: {failed} of {len(report.rows)} rows; every layer by itself agrees, fed the reference's input and "
+            "run line by line."
         )
     else:
         typer.echo(f"FAIL: {failed} of {len(report.rows)} rows. The first site to part is {report.first}.")

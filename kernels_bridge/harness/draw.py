@@ -27,9 +27,9 @@ def draw_ids(config: MambaConfig, b: int, l: int, seed: int) -> Tensor:
 
 
 def draw_lengths(b: int, l: int, seed: int) -> list[int]:
-    """Lengths of b rows, of which one is l and, where l allows it, one is 1."""
+    """Lengths of b rows: l, and where b allows it 1, l - 1, a half, and others."""
     r = random.Random(seed)
-    return [l, 1, *(r.randint(1, l) for _ in range(b - 2))][:b]
+    return [l, 1, max(l - 1, 1), (l + 1) // 2, *(r.randint(1, l) for _ in range(b - 4))][:b]
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,15 @@ class Draw:
 def draw_edits(config: MambaConfig, b: int, l: int, seed: int, draw: Draw = Draw()) -> list[Edit]:
     """Edits of any kind at any site, layer, position, channel and row; values of the size of the lively model's own.
 
-    The first is a Set of `ssm_state`, so that a check with edits is never one without an edit of the state.
+    The first is a Set of `ssm_state`, so that a check with edits is never one without an edit of the state. The others
+    go round all sites from one seed to the next.
     """
     r, rng = random.Random(seed), torch.Generator().manual_seed(seed)
+    others = [s for s in SITES if s not in ("logits", "final_norm")]
+    random.Random(0).shuffle(others)
     made: list[Edit] = []
     for i in range(draw.edits):
-        site = "ssm_state" if i == 0 else r.choice([s for s in SITES if s not in ("logits", "final_norm")])
+        site = others[(seed * (draw.edits - 1) + i) % len(others)] if i else "ssm_state"
         spec = SITES[site]
         positions = sorted(r.sample(range(l), min(l, r.randint(1, draw.positions))))
         fields: dict[str, object] = {"pos": positions}

@@ -17,6 +17,7 @@ Key = tuple[str, int | None]  # a site, or another quantity's name, and its laye
 Seen = dict[Key, Tensor]
 ORDER = list(SITES)  # the forward's order
 WHOLE = [s for s in ORDER if not SITES[s].per_position]  # sites that are one tensor (b, l, ...)
+EACH = [s for s in ORDER if SITES[s].per_position]  # those of the two recurrences
 
 
 class Implementation:
@@ -31,17 +32,18 @@ class Implementation:
 
     def forward(
         self, ids: Tensor, *, lengths: Sequence[int] | None = None, feed: Mapping[int, Tensor] | None = None,
-        edits: Sequence[Edit] = (), inside: bool = True, at_positions: Sequence[int] = (), keep: bool = True,
+        edits: Sequence[Edit] = (), inside: bool = True, at_positions: Sequence[int] = (),
+        each: Sequence[str] = EACH, keep: bool = True,
     ) -> Seen:  # fmt: skip
         """The values of sites, (b, l, ...).
 
-        With `inside` those of the mixers too, and the state at some positions; with `keep` the states after the last
-        token. A fused block can give neither: without both it is what runs.
+        With `inside` those of the mixers too; at some positions those of `each`; with `keep` the states after the last
+        token. A fused block runs where it can give all of that.
         """
         raise NotImplementedError
 
-    def gradients(self, ids: Tensor, edits: Sequence[Edit] = ()) -> Seen:
-        """The loss, its gradient by every parameter, and by the embedding's output ("d embed")."""
+    def gradients(self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None) -> Seen:
+        """The loss, its gradient by every parameter that takes one, and by the embedding's output ("d embed")."""
         raise NotImplementedError
 
     def decode(self, ids: Tensor) -> Seen:
@@ -64,7 +66,9 @@ class Ours(Implementation):
     def __init__(self, model: Mamba, ops: Ops, name: str | None = None):
         self.model, self.ops, self.name, self.config = model, ops, name or ops.name, model.config
 
-    def forward(self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=(), keep=True) -> Seen:  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=(), each=EACH, keep=True
+    ) -> Seen:
         layers = range(self.config.n_layer)
         fed = [Set(at.resid_pre(layer=i), value) for i, value in (feed or {}).items()]
         sites = WHOLE if inside else ["resid_post", "logits"]
@@ -72,9 +76,9 @@ class Ours(Implementation):
         for site in sites:
             for i in layers if SITES[site].layered else [None]:
                 places[site, i] = getattr(at, site)() if i is None else getattr(at, site)(layer=i)
-        if inside and len(at_positions):
+        if len(at_positions):
             for i in layers:
-                for site in ("conv_state", "ssm_state"):
+                for site in each:
                     places[site, i] = getattr(at, site)(layer=i, pos=list(at_positions))
         b, l = ids.shape
         sizes = torch.full((b,), l) if lengths is None else torch.tensor(list(lengths))
@@ -91,20 +95,24 @@ class Ours(Implementation):
             seen["last conv_state", i] = out.state.conv_state[i]
         return seen
 
-    def gradients(self, ids: Tensor, edits: Sequence[Edit] = ()) -> Seen:
+    def gradients(self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None) -> Seen:
         b, l = ids.shape
-        zero = torch.zeros(b, dtype=torch.long)
-        plan = Plan(self.config, edits, (), zero, zero + l)
+        sizes = torch.full((b,), l) if lengths is None else torch.tensor(list(lengths))
+        plan = Plan(self.config, edits, (), torch.zeros(b, dtype=torch.long), sizes)
         with _embedded(self.model.backbone.embedding) as held:
-            logits = self.model(ids, tap=plan, ops=self.ops).logits
+            logits = self.model(ids, lengths=lengths, tap=plan, ops=self.ops).logits
         plan.results()
         return _collect(loss_of(logits, ids), dict(self.model.named_parameters()), held[0])
 
     def decode(self, ids: Tensor) -> Seen:
+        return self.pieces(ids, [1] * ids.shape[1])
+
+    def pieces(self, ids: Tensor, sizes: Sequence[int]) -> Seen:
+        """The logits (b, l, v) of feeding so many tokens at a time, and the states after the last."""
         state, logits = None, []
         with torch.no_grad():
-            for t in range(ids.shape[1]):
-                out = self.model(ids[:, t : t + 1], state=state, keep_state=True, ops=self.ops)
+            for piece in ids.split(list(sizes), 1):
+                out = self.model(piece, state=state, keep_state=True, ops=self.ops)
                 state = out.state
                 logits.append(out.logits)
         assert state is not None
@@ -143,7 +151,9 @@ class Theirs(Implementation):
             more["attention_mask"] = mask.long().to(ids.device)
         return self.module(ids, **more)
 
-    def forward(self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=(), keep=True) -> Seen:  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=(), each=EACH, keep=True
+    ) -> Seen:
         if edits:
             raise InputError(f"{self.name} takes no edits.")
         seen: Seen = {}
@@ -239,9 +249,9 @@ class Theirs(Implementation):
             for handle in handles:
                 handle.remove()
 
-    def gradients(self, ids: Tensor, edits: Sequence[Edit] = ()) -> Seen:
-        if edits:
-            raise InputError(f"{self.name} takes no edits.")
+    def gradients(self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None) -> Seen:
+        if edits or lengths:
+            raise InputError(f"{self.name} takes no edits, and no lengths where gradients are asked for.")
         self.module.train()  # transformers takes its fused path in training only
         try:
             with _embedded(self.embedding) as held:
@@ -283,6 +293,8 @@ def _embedded(embedding: nn.Module) -> Iterator[list[Tensor]]:
     held: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        if not out.requires_grad:  # its weight is frozen
+            out = out.detach().requires_grad_()
         held.append(out)
         return out
 
@@ -294,8 +306,8 @@ def _embedded(embedding: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _collect(loss: Tensor, parameters: Mapping[str, Tensor], embedded: Tensor) -> Seen:
-    names = list(parameters)
-    found = torch.autograd.grad(loss, [*parameters.values(), embedded], materialize_grads=True)
+    names = [name for name, p in parameters.items() if p.requires_grad]
+    found = torch.autograd.grad(loss, [*(parameters[name] for name in names), embedded], materialize_grads=True)
     seen: Seen = {("loss", None): loss.detach()}
     for name, grad in zip(names, found[:-1], strict=True):
         parts = name.split(".")

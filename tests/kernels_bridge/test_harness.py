@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 from kernels_bridge import resolve
 from kernels_bridge.__main__ import app
 from kernels_bridge.harness import Blind, Ours, Theirs, bisect, check, target
+from kernels_bridge.harness.check import SHORT
 from kernels_bridge.harness.draw import SMALL, draw_edits, draw_model
 from kernels_bridge.harness.rows import table
 from minimal_mamba import Mamba, MambaConfig, Ops
 from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError
 from minimal_mamba.scan import causal_conv, selective_scan, ssm_step
 from minimal_mamba.sites import SITES
-from minimal_mamba.tap import NO_TAP
+from minimal_mamba.tap import NO_TAP, Tap
 
 RUNNER = CliRunner()
 
@@ -112,7 +113,7 @@ def jacobian_missing(u, dt, A, B, C, h, *, tap=NO_TAP):
     [
         ({"conv": conv_off_by_one}, "conv: out", "conv"),
         ({"scan": bfloat16_state}, "scan: states", "ssm_state"),
-        ({"scan": swapped}, "scan: y", "ssm_state"),
+        ({"scan": swapped}, "scan: y", "state_write"),
         ({"scan": jacobian_missing}, "scan: d dt", None),
         ({"scan": last_state_without_gradient}, "scan: d h", None),
     ],
@@ -175,6 +176,7 @@ def test_a_fault_that_only_a_long_row_has_is_named():
     assert "logits" in failed(report) and {r.case for r in report.rows if not r.passed} <= {
         "layers, batch 2, length 129, seed 1",
         "model, batch 2, length 129, seed 1",
+        "model, batch 1, length 129, seed 2",
     }
     assert (report.first.site, report.first.layer, report.first.position) == ("ssm_state", 0, 100)
 
@@ -273,7 +275,7 @@ def test_a_check_goes_on_where_it_stopped(tmp_path, monkeypatch):
         assert kept.error == pytest.approx(new.error, rel=1e-3) and kept.passed == new.passed
         assert (kept.worst is None) == (new.worst is None)
     whole = json.loads(path.read_text())
-    assert whole["verdict"] == "pass" and whole["provenance"]["packages"]["torch"] and len(whole["cases"]) == 14
+    assert whole["verdict"] == "pass" and whole["provenance"]["packages"]["torch"] and len(whole["cases"]) == 16
     with pytest.raises(InputError, match="another weights"):
         ask(target("torch", model(seed=1)), model(seed=1), path=path)
     path.write_text("{")
@@ -297,3 +299,112 @@ def test_the_commands(tmp_path):
     told = RUNNER.invoke(app, ["bisect", "reference", "torch", "--length", "5"])
     assert told.exit_code == 0 and "agree in all" in told.output
     assert "torch" in RUNNER.invoke(app, ["backends"]).output
+
+
+# -- what a block of several lines may hide ---------------------------------------------------------------------------
+
+
+def blocked(change):
+    """`torch`, with a block that runs the mixer line by line, and then changes what it gives."""
+    good = resolve("torch")
+
+    def block(mixer, x, memory, mask, tap):
+        inside = Tap()
+        inside.record = tap.record  # type: ignore[method-assign]
+        return change(mixer(x, memory, mask, inside, good), x, memory, mask, tap, mixer, good)
+
+    return Ours(model(), Ops("faulty", good.conv, good.scan, block=block))
+
+
+def forgets_what_was_carried(out, x, memory, mask, tap, mixer, ops):
+    return mixer(x, tuple(torch.zeros_like(m) for m in memory), mask, Tap(), ops) if x.shape[1] > 1 else out
+
+
+def leaves_another_state(out, x, memory, mask, tap, mixer, ops):
+    mixed, (h, window) = out
+    return mixed, (0.5 * h if x.shape[1] > 1 and mask is None else h, window)
+
+
+def is_another_for_one_row(out, x, memory, mask, tap, mixer, ops):
+    return (0.5 * out[0] if len(x) == 1 else out[0]), out[1]
+
+
+def loses_rows_that_end_late(out, x, memory, mask, tap, mixer, ops):
+    mixed, (h, window) = out
+    if mask is not None:
+        sizes = mask.sum(1)
+        window = torch.where(((sizes > 64) & (sizes < x.shape[1]))[:, None, None], 0.0, window)
+    return mixed, (h, window)
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds", "quantity"),
+    [
+        (forgets_what_was_carried, ["decoding"], "logits"),
+        (leaves_another_state, ["model"], "last ssm_state"),
+        (is_another_for_one_row, ["model"], "logits"),
+        (is_another_for_one_row, ["decoding"], "logits"),
+        (loses_rows_that_end_late, ["padding"], "last conv_state"),
+    ],
+)
+def test_a_fault_of_a_block_is_found(change, kinds, quantity):
+    lengths = [70] if kinds == ["padding"] else [5, 17]
+    assert check(blocked(lambda out, *_: out), model(), kinds=kinds, lengths=lengths, progress=False).passed
+    report = check(blocked(change), model(), kinds=kinds, lengths=lengths, progress=False)
+    assert quantity in failed(report) and report.first is None
+
+
+def test_an_edit_of_a_padded_row_that_forgets_the_padding_is_found():
+    def forgets(x, weight, bias, window, *, mask=None, tap=NO_TAP):
+        mask = None if tap.edited("conv_state") else mask
+        return resolve("torch").conv(x, weight, bias, window, mask=mask, tap=tap)
+
+    kinds, lengths = ["edits"], [5, 6, 7, 8]
+    report = check(faulty(conv=forgets), model(), kinds=kinds, lengths=lengths, progress=False)
+    assert "last conv_state" in failed(report)
+
+
+def test_edits_of_every_site_are_in_a_check():
+    for seed in (0, 1, 7):
+        edits = [e for i in range(len(SHORT)) for e in draw_edits(SMALL, 2, 9, seed + i)]
+        assert {e.address.site for e in edits} == set(SITES) - {"logits", "final_norm"}
+
+
+def test_a_finished_check_is_made_again(tmp_path):
+    """The code of a target is not among what a file can be known by."""
+    path, weights = tmp_path / "check.json", model()
+    good = resolve("torch")
+    assert check(Ours(weights, good, "mine"), weights, kinds=["model"], lengths=[5], path=path, progress=False).passed
+    bad = Ours(weights, Ops("mine", good.conv, swapped))
+    assert not check(bad, weights, kinds=["model"], lengths=[5], path=path, progress=False).passed
+    assert json.loads(path.read_text())["verdict"] == "fail"
+
+
+def test_frozen_weights_and_other_shapes_get_a_verdict():
+    weights = model()
+    frozen = plain()
+    frozen.backbone.layers[0].mixer.D.requires_grad_(False)
+    report = ask(Theirs(frozen, "fork"), weights, kinds=["gradients"])
+    assert report.passed and report.unseen[-1] != "d mixer.D"  # the other layer's is seen
+    for p in frozen.parameters():
+        p.requires_grad_(False)
+    report = ask(Theirs(frozen, "fork"), weights, kinds=["gradients"])
+    assert report.passed and {"d mixer.D", "d backbone.embedding.weight"} <= set(report.unseen)
+
+    short = plain()
+    short.register_forward_hook(
+        lambda module, args, out: out.__class__(logits=out.logits[:, -1:], cache_params=out.cache_params)
+    )
+    report = check(Theirs(short, "fork"), weights, kinds=["layers"], lengths=[5], progress=False)
+    assert report.first.site == "logits" and report.first.position is None
+
+
+@torch.no_grad()
+def test_steps_outside_of_the_middle_are_seen():
+    for bounds in ({"min": 1e-3}, {"max": 10.0}):
+
+        def clamps(u, dt, A, B, C, h, *, tap=NO_TAP, bounds=bounds):
+            return resolve("torch").scan(u, dt.clamp(**bounds), A, B, C, h, tap=tap)
+
+        with torch.enable_grad():
+            assert "scan: y" in failed(ask(faulty(scan=clamps), kinds=["operations"]))
