@@ -52,8 +52,8 @@ bench-peers:  ## TransformerLens, nnsight, mambapy and MambaLens, in environment
 	  $(PEERS)/$$name/bin/python -m pip install --quiet --disable-pip-version-check -r analyses/benchmarks/$$name.txt; \
 	done
 
-# On a machine with CUDA, mamba-ssm and causal-conv1d: `make -k gpu GPU_PYTHON=python3`, which goes on past what fails. The
-# checks write their results after every case, and a second call goes on.
+# On a machine with CUDA, mamba-ssm and causal-conv1d: `make -k gpu GPU_PYTHON=python3`, which goes on past what fails. A
+# check that was interrupted goes on where it was; each step can be made alone, as in `make fused-130m`.
 CHECK = $(GPU_PYTHON) -m kernels_bridge check --device cuda --json $(CHECKS)/$@.json --target
 GPU := gpu-tests gpu-golden fused-float32 fused-bfloat16 fused-float16 fused-130m fused-masked gpu-speed mamba_ssm-float32
 .PHONY: gpu $(GPU)
