@@ -408,3 +408,33 @@ def test_steps_outside_of_the_middle_are_seen():
 
         with torch.enable_grad():
             assert "scan: y" in failed(ask(faulty(scan=clamps), kinds=["operations"]))
+
+
+def test_what_a_block_records_is_seen():
+    class Zeroed(Tap):
+        def __init__(self, tap):
+            self.recorded, self.tap = tap.recorded, tap
+
+        def record(self, site, values, times):
+            self.tap.record(site, 0 * values, times)
+
+    good = resolve("torch")
+    for fault, passes in ((lambda tap: tap, True), (Zeroed, False)):
+
+        def block(mixer, x, memory, mask, tap, fault=fault):
+            return mixer(x, memory, mask, fault(tap), good)
+
+        ops = Ops("faulty", good.conv, good.scan, block=block, records=("ssm_state",))
+        report = check(Ours(model(), ops), model(), kinds=["model"], lengths=[5], progress=False)
+        assert report.passed == passes and failed(report) == (set() if passes else {"ssm_state"})
+
+
+def test_a_state_of_fewer_bits_is_seen_in_itself():
+    def rounds(u, dt, A, B, C, h, *, tap=NO_TAP):
+        y, h = resolve("torch").scan(u, dt, A, B, C, h, tap=tap)
+        return y, h.to(torch.bfloat16)
+
+    for weights in (model(), model(torch.bfloat16)):
+        target = Ours(weights, Ops("faulty", resolve("torch").conv, rounds))
+        report = check(target, weights, kinds=["operations"], lengths=[5], progress=False)
+        assert "scan: last state" in failed(report)
