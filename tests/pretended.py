@@ -104,7 +104,7 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     if 0 < len(others) < len(given) and not moves:
         _refuse(func, args, others)
     out = func(*tree_map(here, args), **tree_map(here, kwargs))
-    if moves and func is aten.copy_.default:
+    if func is aten.copy_.default:
         return args[0]
     if moves or device is not None:
         return tree_map(there, out) if goes_there else out

@@ -8,7 +8,7 @@ mamba-ssm's model.
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ def _milliseconds(call: Callable[[int], object], rounds: int) -> dict[str, float
     return {"median": statistics.median(times), "min": min(times), "max": max(times), "peak_gb": peak}
 
 
+@cache
 def bandwidth(device: str) -> float:
     """Bytes a second, read and written, that a copy moves on this device: what a floor is reckoned with."""
     x = torch.zeros(2**30 if device == "cuda" else 2**22, dtype=torch.uint8, device=device)

@@ -109,6 +109,12 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     def rows(ask: Callable[[Implementation], dict[Any, Tensor]]) -> list[Row]:
         return compare(case.name, case.kind, ask(target), [ask(one) for one in same], ask(true), model.dtype)
 
+    def whole(**how: Any) -> list[Row]:
+        """Without a look inside, as users run it; only ours runs something else where no state is asked for."""
+        found = rows(lambda one: one.forward(ids, inside=False, **how))
+        return found + (rows(lambda one: one.forward(ids, inside=False, keep=False, **how)) if ours else [])
+
+    ours = isinstance(target, Ours)
     if case.kind == "operations":
         assert isinstance(target, Ours)
         return operations(case.name, target.ops, true, model, ids, positions)
@@ -116,8 +122,7 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         feed = _feed(true, ids)
         return rows(lambda one: one.forward(ids, feed=feed, at_positions=positions))
     if case.kind == "model":
-        found = rows(lambda one: one.forward(ids, inside=False, keep=False))
-        found += rows(lambda one: one.forward(ids, inside=False))
+        found = whole()
         if held := target.ops.records if isinstance(target, Ours) else ():
             each = [s for s in EACH if s in held]
             found += rows(lambda one: one.forward(ids, inside=False, at_positions=positions, each=each))
@@ -134,7 +139,7 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         return rows(lambda one: one.gradients(ids))
     if case.kind == "decoding":
         found = rows(lambda one: one.decode(ids[:, :DECODED]))
-        if isinstance(target, Ours) and case.l > 2:
+        if ours and case.l > 2:
             short = ids[:, :DECODED]
             some = short.shape[1] // 2
             sizes = [some, short.shape[1] - some - 1, 1]  # a prompt, more of it, a token
@@ -142,9 +147,8 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         return found
     if case.kind == "padding":
         lengths = draw_lengths(case.b, case.l, case.seed)
-        found = rows(lambda one: one.forward(ids, lengths=lengths, inside=False, keep=False))
-        found += rows(lambda one: one.forward(ids, lengths=lengths, inside=False))
-        if isinstance(target, Ours):  # of fewer rows, as the readable model's backward holds every state
+        found = whole(lengths=lengths)
+        if ours:  # of fewer rows, as the readable model's backward holds every state
             few = slice(1, 1 + max(2, TOKENS // case.l))
             found += rows(lambda one: one.gradients(ids[few], lengths=lengths[few]))
         return found
