@@ -73,6 +73,7 @@ def from_module(module: nn.Module, *, n_layer: int | None = None) -> Mamba:
     Raises:
         ConfigError, CheckpointError: as `load`.
     """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile was given
     kind = type(module).__name__
     config: Any = getattr(module, "config", None)
     is_lm = isinstance(module, nn.Module) and hasattr(module, "lm_head")

@@ -51,3 +51,7 @@ def other_weights():
 
 def nothing():
     return 3
+
+
+def compiled():
+    return torch.compile(plain())

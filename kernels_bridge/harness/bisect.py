@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from minimal_mamba import Mamba
 
-from .check import First, first_to_part
+from .check import First, first_to_part, of_layers
 from .draw import draw_ids
 from .rows import Row, at_worst, compare, relative, short
 from .targets import imported, readable, reference, roundings, same_weights, target
@@ -56,7 +56,7 @@ class Bisection:
         )
         lines = [
             f"a = {self.a}, b = {self.b}; off: relative error against the readable model in float64; "
-            "worst: apart at the worst position",
+            "worst: apart at the worst position, or in the worst channel of a gradient",
             head,
         ]
         for p in self.parts:
@@ -100,7 +100,8 @@ def bisect(
     Raises:
         CheckpointError: modules whose weights differ, or that are no Mamba.
         InputError: names without weights, or what cannot be imported.
-    Cost: two forwards, a backward and `length` decoding steps of each, and of the readable model in two types.
+    Cost: two forwards, a backward of the whole and one of every mixer, and `length` decoding steps of each, and of the
+        readable model in two types.
     """
     modules = [imported(x) if isinstance(x, str) and ":" in x else x for x in (a, b)]
     live = [m for m in modules if isinstance(m, nn.Module)]
@@ -112,7 +113,8 @@ def bisect(
     one, two = (_implementation(m, x, model) for m, x in zip(modules, (a, b), strict=True))
     true = reference(model)
     ids = draw_ids(model.config, batch, length, seed).to(model.device)
-    feed = {i: true.forward(ids)["resid_pre", i] for i in range(model.config.n_layer)}
+    feed = of_layers("resid_pre", true, ids)
+    inputs = {i: value.to(model.dtype) for i, value in of_layers("mixer_in", true, ids).items()}
     everywhere = list(range(length))
     parts: list[Part] = []
 
@@ -142,6 +144,7 @@ def bisect(
         fed[0],
         everywhere,
     )
+    stage("mixers", [each.mixers(inputs) for each in everyone])
     stage("model", [each.forward(ids, inside=False) for each in everyone])
     stage("gradients", [each.gradients(ids) for each in everyone])
     stage("decoding", [each.decode(ids) for each in everyone])

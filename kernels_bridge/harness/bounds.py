@@ -3,7 +3,7 @@
 An *operation*, fed with reference inputs, stays within the tolerances that the kernels' own tests allow and, where the
 arithmetic is float32 or wider, within a small error in norm. A *model* errs at most `FACTOR` times as much as the
 readable model in the same type, plus a floor: rounding is what both may do, and no more than twice as much of it. So
-does the error at the worst position, with `WORST_FACTOR`.
+does the error at the worst position, and in the worst channel of a gradient, with `WORST_FACTOR`.
 """
 
 import torch

@@ -16,7 +16,7 @@ from minimal_mamba.files import write_json
 from minimal_mamba.provenance import model_digest, provenance
 
 from . import bounds
-from .draw import draw_edits, draw_ids, draw_lengths
+from .draw import draw_edits, draw_ids, draw_lengths, draw_state
 from .operations import operations
 from .rows import Row, by_position, compare, from_columns, to_columns
 from .targets import reference, roundings
@@ -24,12 +24,12 @@ from .watch import EACH, ORDER, WHOLE, Implementation, Ours
 
 LENGTHS = (1, 2, 3, 4, 5, 17, 127, 128, 129, 255, 372, 1023, 1134, 2047, 2048, 2049, 4097)
 SHORT = (1, 2, 3, 4, 5, 17, 63, 129)  # on a CPU
-KINDS = ("operations", "layers", "model", "edits", "gradients", "decoding", "padding")
+KINDS = ("operations", "mixers", "layers", "model", "edits", "gradients", "decoding", "padding")
 TOKENS = 128  # of a batch at least
 PADDED = 4  # rows of unequal lengths at least
 DECODED = 33  # tokens fed one by one at most
 LONG = 65  # tokens up to which every state is held at once
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,13 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     if case.kind == "operations":
         assert isinstance(target, Ours)
         return operations(case.name, target.ops, true, model, ids, positions)
+    if case.kind == "mixers":
+        inputs = {i: value.to(model.dtype) for i, value in of_layers("mixer_in", true, ids).items()}
+        found = rows(lambda one: one.mixers(inputs))
+        memory = draw_state(model, case.b, case.seed)
+        return found + (rows(lambda one: one.mixers(inputs, memory)) if ours else [])
     if case.kind == "layers":
-        feed = _feed(true, ids)
+        feed = of_layers("resid_pre", true, ids)
         return rows(lambda one: one.forward(ids, feed=feed, at_positions=positions))
     if case.kind == "model":
         found = whole()
@@ -155,10 +160,10 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     raise InputError(f"no kind of case {case.kind!r}; there are {', '.join(KINDS)}.")
 
 
-def _feed(true: Ours, ids: Tensor) -> dict[int, Tensor]:
-    """The reference's input of each layer, in the type that the stream has there."""
+def of_layers(site: str, true: Ours, ids: Tensor) -> dict[int, Tensor]:
+    """The reference's values of a site, by layer."""
     seen = true.forward(ids)
-    return {i: seen["resid_pre", i] for i in range(true.config.n_layer)}
+    return {i: seen[site, i] for i in range(true.config.n_layer)}
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def localise(target: Implementation, model: Mamba, ids: Tensor) -> First | None:
     In long rows the states are asked for at one position only, the first at which another site parts.
     """
     true = reference(model)
-    feed, l = _feed(true, ids), ids.shape[1]
+    feed, l = of_layers("resid_pre", true, ids), ids.shape[1]
     everyone = (target, true, *roundings(model))
 
     def part(positions: Sequence[int]) -> First | None:

@@ -1,12 +1,12 @@
 """What the check runs on: seeded models, tokens, and edits that nobody chose."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from minimal_mamba import Add, Edit, Mamba, MambaConfig, Mean, Plan, Project, Scale, Set, Zero, at
+from minimal_mamba import Add, Edit, Mamba, MambaConfig, MambaState, Mean, Plan, Project, Scale, Set, Zero, at
 from minimal_mamba.sites import SITES
 
 from ..lively import lively
@@ -30,6 +30,17 @@ def draw_lengths(b: int, l: int, seed: int) -> list[int]:
     """Lengths of b rows: l, and where b allows it 1, l - 1, a half, and others."""
     r = random.Random(seed)
     return [l, 1, max(l - 1, 1), (l + 1) // 2, *(r.randint(1, l) for _ in range(b - 4))][:b]
+
+
+def draw_state(model: Mamba, b: int, seed: int) -> MambaState:
+    """A memory of every layer, from which b rows may start."""
+    rng = torch.Generator().manual_seed(seed)
+    blank = model.initial_state(b)
+    h, window = (
+        tuple(torch.randn(part.shape, generator=rng).to(part) for part in parts)
+        for parts in (blank.ssm_state, blank.conv_state)
+    )
+    return replace(blank, ssm_state=h, conv_state=window)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class Row:
     Args:
         error: |found - true| / |true| in norm.
         worst: |found - true| at the one position of one row where it is largest, over what |true| is at a position in
-            the mean (of squares); None for what has no positions. In a long row a position hardly counts in `error`.
+            the mean (of squares); in a parameter's gradient at the one channel, or token of the vocabulary; None for
+            what has neither. One of many hardly counts in `error`.
         readable: `error` of the readable model in the target's type; None for an operation.
         bound, worst_bound: what `error` and `worst` may be.
         passed: whether they are, all numbers being finite.
@@ -70,15 +71,21 @@ def by_position(found: Tensor, true: Tensor) -> Tensor:
 
     Positions at which nothing is, such as padding, do not count in the mean.
     """
-    gap = (found.double() - true.double()).nan_to_num(nan=float("inf")).flatten(2).norm(dim=2)
-    size = true.double().flatten(2).norm(dim=2)
+    return _by_part(found, true, 2)
+
+
+def _by_part(found: Tensor, true: Tensor, axes: int) -> Tensor:
+    """`by_position`, of whatever the first axes count."""
+    gap = (found.double() - true.double()).nan_to_num(nan=float("inf")).unsqueeze(-1).flatten(axes).norm(dim=axes)
+    size = true.double().unsqueeze(-1).flatten(axes).norm(dim=axes)
     return gap / size[size > 0].square().mean().sqrt().nan_to_num(nan=1.0)
 
 
 def at_worst(quantity: str, found: Tensor, true: Tensor) -> float | None:
-    """The largest of `by_position`, None for a quantity that has no positions."""
-    has_positions = quantity in SITES or quantity == "d embed"
-    return float(by_position(found, true).max()) if has_positions else None
+    """The error at the worst position, or in the worst channel of a parameter's gradient; None for what has neither."""
+    if quantity.removeprefix("d ") in SITES:
+        return float(by_position(found, true).max())
+    return float(_by_part(found, true, 1).max()) if quantity.startswith("d ") else None
 
 
 def compare(
@@ -91,11 +98,17 @@ def compare(
     rounded little by luck, so in a gradient the largest of its layer does.
     """
     rows = []
-    own_of = {key: max(relative(one[key], want) for one in same) for key, want in true.items() if key in found}
-    largest: dict[int | None, float] = {}  # of the gradients of a layer
-    for (quantity, layer), own in own_of.items():
-        if quantity.startswith("d "):
-            largest[layer] = max(own, largest.get(layer, 0.0))
+    own: dict[Key, tuple[float, float]] = {}  # the readable model's error, and its worst
+    largest: dict[int | None, tuple[float, float]] = {}  # of the gradients of a layer
+    for key, want in true.items():
+        if key in found:
+            own[key] = (
+                max(relative(one[key], want) for one in same),
+                max(at_worst(key[0], one[key], want) or 0.0 for one in same),
+            )
+            if key[0].startswith("d "):
+                before = largest.get(key[1], (0.0, 0.0))
+                largest[key[1]] = max(before[0], own[key][0]), max(before[1], own[key][1])
     for key, want in true.items():
         if key not in found:
             continue
@@ -105,13 +118,13 @@ def compare(
             rows.append(Row(case, kind, *key, float("inf"), None, None, 0.0, None, False, note))
             continue
         error, worst, worst_bound = relative(got, want), at_worst(key[0], got, want), None
-        own = largest[key[1]] if key[0].startswith("d ") else own_of[key]
-        bound = FACTOR * own + FLOOR[dtype]
+        may, may_at_worst = largest[key[1]] if key[0].startswith("d ") else own[key]
+        bound = FACTOR * may + FLOOR[dtype]
         passed = error <= bound
         if worst is not None:
-            worst_bound = WORST_FACTOR * max(at_worst(key[0], one[key], want) or 0.0 for one in same) + FLOOR[dtype]
+            worst_bound = WORST_FACTOR * may_at_worst + FLOOR[dtype]
             passed = passed and worst <= worst_bound
-        rows.append(Row(case, kind, *key, error, worst, own, bound, worst_bound, passed))
+        rows.append(Row(case, kind, *key, error, worst, may, bound, worst_bound, passed))
     return rows
 
 
@@ -125,7 +138,7 @@ def table(rows: Sequence[Row]) -> str:
         if key not in worst or _strain(row) > _strain(worst[key]):
             worst[key] = row
     head = (
-        f"{'kind':<11} {'quantity':<22} {'rows':>5} {'error':>8} {'readable':>8} {'bound':>8} {'worst':>8} {'bound':>8}"
+        f"{'kind':<11} {'quantity':<27} {'rows':>5} {'error':>8} {'readable':>8} {'bound':>8} {'worst':>8} {'bound':>8}"
         "  nearest to its bound in"
     )
     lines = [head]
@@ -133,7 +146,7 @@ def table(rows: Sequence[Row]) -> str:
         layer = "" if row.layer is None else f"layer {row.layer}, "
         verdict = "pass" if row.passed else f"FAIL {row.note}".rstrip()
         lines.append(
-            f"{kind:<11} {quantity:<22} {count[kind, quantity]:>5} {short(row.error)} {short(row.readable)} "
+            f"{kind:<11} {quantity:<27} {count[kind, quantity]:>5} {short(row.error)} {short(row.readable)} "
             f"{short(row.bound)} {short(row.worst)} {short(row.worst_bound)}  "
             f"{layer}{row.case.partition(', ')[2]}  {verdict}"
         )

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minimal_mamba import Address, Edit, Mamba, MambaConfig, Ops, Plan, Set, at
+from minimal_mamba import Address, Edit, Mamba, MambaConfig, MambaState, Ops, Plan, Set, at
 from minimal_mamba.block import wide
 from minimal_mamba.errors import CheckpointError, InputError
 from minimal_mamba.sites import SITES
+from minimal_mamba.tap import Tap
 
 Key = tuple[str, int | None]  # a site, or another quantity's name, and its layer
 Seen = dict[Key, Tensor]
@@ -44,6 +45,15 @@ class Implementation:
 
     def gradients(self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None) -> Seen:
         """The loss, its gradient by every parameter that takes one, and by the embedding's output ("d embed")."""
+        raise NotImplementedError
+
+    def mixers(self, inputs: Mapping[int, Tensor], memory: MambaState | None = None) -> Seen:
+        """Each layer's mixer by itself, on its input (b, l, d): what it gives, and the gradient of a drawn sum of that
+        by the input and by every parameter.
+
+        With a memory, from it: the states after the last token, which take part in the sum, and gradients by those
+        before the first.
+        """
         raise NotImplementedError
 
     def decode(self, ids: Tensor) -> Seen:
@@ -104,6 +114,23 @@ class Ours(Implementation):
         plan.results()
         return _collect(loss_of(logits, ids), dict(self.model.named_parameters()), held[0])
 
+    def mixers(self, inputs: Mapping[int, Tensor], memory: MambaState | None = None) -> Seen:
+        seen: Seen = {}
+        blank = memory is None
+        ops = self.ops if self.ops.begin is None else self.ops.begin(self.model, blank, not blank)
+        for i, x in inputs.items():
+            mixer = self.model.backbone.layers[i].mixer
+            given = {"mixer_in": _leaf(x, mixer.D.dtype)}
+            start = self.model.initial_state(len(x))
+            h, window = start.ssm_state[i], start.conv_state[i]
+            if memory is not None:
+                h, window = _leaf(memory.ssm_state[i], h.dtype), _leaf(memory.conv_state[i], window.dtype)
+                given |= {"first ssm_state": h, "first conv_state": window}
+            out, (h, window) = mixer(given["mixer_in"], (h, window), None, Tap(), ops)
+            found = {"mixer_out": out} | ({} if blank else {"last ssm_state": h, "last conv_state": window})
+            seen |= _alone(i, mixer, found, given)
+        return seen
+
     def decode(self, ids: Tensor) -> Seen:
         return self.pieces(ids, [1] * ids.shape[1])
 
@@ -129,6 +156,11 @@ class Theirs(Implementation):
     """
 
     def __init__(self, module: nn.Module, name: str):
+        if hasattr(module, "_orig_mod"):
+            raise CheckpointError(
+                f"{name} comes from torch.compile, inside of which no hook looks. Give the module that was compiled, "
+                "its _orig_mod."
+            )
         self.module, self.name = module.eval(), name
         try:
             self.backbone = module.backbone
@@ -261,6 +293,20 @@ class Theirs(Implementation):
         finally:
             self.module.eval()
 
+    def mixers(self, inputs: Mapping[int, Tensor], memory: MambaState | None = None) -> Seen:
+        if memory is not None:
+            raise InputError(f"{self.name} takes no memory from which a mixer starts.")
+        seen: Seen = {}
+        self.module.train()
+        try:
+            for i, x in inputs.items():
+                mixer: Any = self.layers[i].mixer
+                given = _leaf(x, mixer.out_proj.weight.dtype)
+                seen |= _alone(i, mixer, {"mixer_out": mixer(given)}, {"mixer_in": given})
+            return seen
+        finally:
+            self.module.eval()
+
     def decode(self, ids: Tensor) -> Seen:
         with torch.no_grad():
             return self._decode_hf(ids) if self.hf else self._decode_mamba_ssm(ids)
@@ -303,6 +349,23 @@ def _embedded(embedding: nn.Module) -> Iterator[list[Tensor]]:
         yield held
     finally:
         handle.remove()
+
+
+def _leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(dtype).clone().requires_grad_()
+
+
+def _alone(layer: int, mixer: nn.Module, found: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Seen:
+    """What a mixer gave, and the gradients of a sum of it whose weights every type has exactly."""
+    rng = torch.Generator().manual_seed(layer)
+    loss = torch.zeros((), dtype=torch.float64, device=found["mixer_out"].device)
+    for value in found.values():
+        weights = torch.randn(value.shape, generator=rng).bfloat16().double().to(value.device)
+        loss = loss + (value.double() * weights).sum()
+    by = dict(given) | {f"mixer.{name}": p for name, p in mixer.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, [*by.values()], materialize_grads=True)
+    seen: Seen = {(name, layer): value.detach() for name, value in found.items()}
+    return seen | {(f"d {name}", layer): grad for name, grad in zip(by, grads, strict=True)}
 
 
 def _collect(loss: Tensor, parameters: Mapping[str, Tensor], embedded: Tensor) -> Seen:

@@ -27,7 +27,7 @@ def model():
 def test_mamba_ssm_agrees_with_the_readable_model(model, lengths, decoding, request):
     if not decoding:
         request.getfixturevalue("plain_norms")
-    kinds = ["layers", "model", "gradients", *decoding]
+    kinds = ["mixers", "layers", "model", "gradients", *decoding]
     report = check(target("mamba_ssm", model), model, kinds=kinds, lengths=lengths, progress=False)
     assert report.passed, table(report.rows)
     named = {r.quantity for r in report.rows}
@@ -54,7 +54,7 @@ def test_a_fault_of_the_kernels_own_is_named(model, plain_norms):
     report = check(target("mamba_ssm", model), model, lengths=[513], progress=False)
     wrong = [r for r in report.rows if not r.passed]
     assert {"d mixer.conv1d.weight", "d mixer.conv1d.bias"} <= {r.quantity for r in wrong}
-    assert {r.kind for r in wrong} == {"gradients"}
+    assert {r.kind for r in wrong} == {"mixers", "gradients"}
 
 
 @pytest.mark.parametrize(("lengths", "decoding"), [([3], True), ([5, 17, 129, 512, 513], False)])

@@ -13,7 +13,7 @@ from kernels_bridge.__main__ import app
 from kernels_bridge.harness import Blind, Ours, Theirs, bisect, check, target
 from kernels_bridge.harness.check import SHORT
 from kernels_bridge.harness.draw import SMALL, draw_edits, draw_model
-from kernels_bridge.harness.rows import table
+from kernels_bridge.harness.rows import compare, table
 from minimal_mamba import Mamba, MambaConfig, Ops
 from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError
 from minimal_mamba.scan import causal_conv, selective_scan, ssm_step
@@ -213,6 +213,7 @@ def test_two_right_implementations_agree():
     assert not found.parted and found.first is None
     assert "agree in all" in str(found) and {p.stage for p in found.parts} >= {
         "layers",
+        "mixers",
         "model",
         "gradients",
         "decoding",
@@ -228,6 +229,7 @@ def test_two_right_implementations_agree():
         ("no_such_module:f", InputError, "cannot be called"),
         ("torhc", BackendUnavailable, "Did you mean 'torch'"),
         (torch.nn.Linear(2, 2), CheckpointError, "Linear"),
+        ("forks:compiled", CheckpointError, "that was compiled, its _orig_mod"),
     ],
 )
 def test_what_cannot_be_compared(b, error, text):
@@ -275,7 +277,7 @@ def test_a_check_goes_on_where_it_stopped(tmp_path, monkeypatch):
         assert kept.error == pytest.approx(new.error, rel=1e-3) and kept.passed == new.passed
         assert (kept.worst is None) == (new.worst is None)
     whole = json.loads(path.read_text())
-    assert whole["verdict"] == "pass" and whole["provenance"]["packages"]["torch"] and len(whole["cases"]) == 16
+    assert whole["verdict"] == "pass" and whole["provenance"]["packages"]["torch"] and len(whole["cases"]) == 18
     with pytest.raises(InputError, match="another weights"):
         ask(target("torch", model(seed=1)), model(seed=1), path=path)
     path.write_text("{")
@@ -352,6 +354,38 @@ def test_a_fault_of_a_block_is_found(change, kinds, quantity):
     assert check(blocked(lambda out, *_: out), model(), kinds=kinds, lengths=lengths, progress=False).passed
     report = check(blocked(change), model(), kinds=kinds, lengths=lengths, progress=False)
     assert quantity in failed(report) and report.first is None
+
+
+def test_one_channel_of_a_blocks_gradient_is_enough_in_sixteen_bits():
+    """In the gradients of the whole model it is less than rounding."""
+    good = resolve("torch")
+
+    def block(mixer, x, memory, mask, tap):
+        kept = torch.ones_like(mixer.A_log)
+        kept[3] = 0
+        whole = mixer.A_log.detach() * (1 - kept) + mixer.A_log * kept
+        with torch.nn.utils.stateless._reparametrize_module(mixer, {"A_log": whole}):
+            return mixer(x, memory, mask, Tap(), good)
+
+    weights = draw_model(SMALL, 0).to(torch.bfloat16)
+    target = Ours(weights, Ops("faulty", good.conv, good.scan, block=block))
+    found = {}
+    for kind in ("mixers", "gradients"):
+        report = check(target, weights, kinds=[kind], lengths=[17], progress=False)
+        found[kind] = {(r.quantity, r.error > r.bound) for r in report.rows if not r.passed}
+    assert found == {"mixers": {("d mixer.A_log", True)}, "gradients": set()}
+
+
+def test_one_channel_of_many_is_enough():
+    """In norm it is within the bound."""
+    true = torch.ones(400, 3, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    near, same = (true + 0.03 * torch.randn(true.shape, generator=rng) for _ in range(2))
+    lost = near.clone()
+    lost[7] = 0
+    key = ("d mixer.dt_proj.weight", 0)
+    right, wrong = (compare("", "", {key: g}, [{key: same}], {key: true}, torch.bfloat16)[0] for g in (near, lost))
+    assert right.passed and not wrong.passed and wrong.error < wrong.bound
 
 
 def test_an_edit_of_a_padded_row_that_forgets_the_padding_is_found():

@@ -160,6 +160,7 @@ def test_from_module_copies_a_live_hf_model(dtype):
     config = transformers.MambaConfig(hidden_size=12, num_hidden_layers=2, vocab_size=32, state_size=5, conv_kernel=3)
     theirs = transformers.MambaForCausalLM(config).to(dtype)
     ours = Mamba.from_module(theirs)
+    assert same(Mamba.from_module(torch.compile(theirs)), ours)
     want = {k.replace("embeddings.", "embedding."): v.clone() for k, v in theirs.state_dict().items()}
     assert ours.lm_head.weight is ours.backbone.embedding.weight
     with torch.no_grad():
