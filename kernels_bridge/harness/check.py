@@ -106,13 +106,22 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     ids = draw_ids(model.config, case.b, case.l, case.seed).to(model.device)
     positions = sorted({0, 1, case.l // 2, case.l - 2, case.l - 1} & set(range(case.l)))
 
-    def rows(ask: Callable[[Implementation], dict[Any, Tensor]]) -> list[Row]:
-        return compare(case.name, case.kind, ask(target), [ask(one) for one in same], ask(true), model.dtype)
+    def rows(*asked: Callable[[Implementation], dict[Any, Tensor]]) -> list[Row]:
+        """Of what the target gives, asked in each of these ways; the first asks for all that the others do."""
+        want, own = asked[0](true), [asked[0](one) for one in same]
+        return [r for ask in asked for r in compare(case.name, case.kind, ask(target), own, want, model.dtype)]
 
     def whole(**how: Any) -> list[Row]:
-        """Without a look inside, as users run it; only ours runs something else where no state is asked for."""
-        found = rows(lambda one: one.forward(ids, inside=False, **how))
-        return found + (rows(lambda one: one.forward(ids, inside=False, keep=False, **how)) if ours else [])
+        """Without a look inside, as users run it; only ours runs something else where states are recorded, or none is
+        asked for.
+        """
+        asked = [lambda one: one.forward(ids, inside=False, **how)]
+        if ours:
+            asked += [lambda one: one.forward(ids, inside=False, keep=False, **how)]
+        if held := target.ops.records if isinstance(target, Ours) else ():
+            each = [s for s in EACH if s in held]
+            asked.insert(0, lambda one: one.forward(ids, inside=False, at_positions=positions, each=each, **how))
+        return rows(*asked)
 
     ours = isinstance(target, Ours)
     if case.kind == "operations":
@@ -127,11 +136,7 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         feed = of_layers("resid_pre", true, ids)
         return rows(lambda one: one.forward(ids, feed=feed, at_positions=positions))
     if case.kind == "model":
-        found = whole()
-        if held := target.ops.records if isinstance(target, Ours) else ():
-            each = [s for s in EACH if s in held]
-            found += rows(lambda one: one.forward(ids, inside=False, at_positions=positions, each=each))
-        return found
+        return whole()
     if case.kind == "edits":
         edits = draw_edits(model.config, case.b, case.l, case.seed)
         found = rows(lambda one: one.forward(ids, edits=edits, at_positions=positions))
@@ -143,13 +148,11 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     if case.kind == "gradients":
         return rows(lambda one: one.gradients(ids))
     if case.kind == "decoding":
-        found = rows(lambda one: one.decode(ids[:, :DECODED]))
-        if ours and case.l > 2:
-            short = ids[:, :DECODED]
-            some = short.shape[1] // 2
-            sizes = [some, short.shape[1] - some - 1, 1]  # a prompt, more of it, a token
-            found += rows(lambda one: one.pieces(short, sizes))  # type: ignore[attr-defined]
-        return found
+        short = ids[:, :DECODED]
+        some = short.shape[1] // 2
+        sizes = [some, short.shape[1] - some - 1, 1]  # a prompt, more of it, a token
+        pieces = [lambda one: one.pieces(short, sizes)] if ours and case.l > 2 else []
+        return rows(lambda one: one.decode(short), *pieces)
     if case.kind == "padding":
         lengths = draw_lengths(case.b, case.l, case.seed)
         found = whole(lengths=lengths)

@@ -196,3 +196,9 @@ if here():
     interpret()
 else:
     collect_ignore_glob = ["*.py"]
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks of a quarter of the rows, which is enough in float32: each of them costs, whatever its length."""
+    monkeypatch.setattr(importlib.import_module("kernels_bridge.harness.check"), "TOKENS", 32)
