@@ -231,10 +231,12 @@ def gradients(
     Args:
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
         wrt: an address, or several. Rows do not see one another, so each row's gradient is that of its own metric.
+            With an edit that makes them, a `Mean` over the batch, there is no such gradient, and it is refused.
     Returns:
         Gradients, zero where the metric does not depend on the site.
     Raises:
-        MetricError, and what `run` raises; InputError also for weights, a state or edits made under inference mode.
+        MetricError, and what `run` raises; EditError for a mean over the batch; InputError also for weights, a state or
+        edits made under inference mode.
     Cost: memory of what is asked, and on `torch` no readable steps for `ssm_state`, `state_write` and all sites along
         the sequence.
     """
@@ -250,6 +252,11 @@ def differentiate(
 ) -> tuple[Gradients, list[Tensor]]:  # fmt: skip
     """`gradients`, and the gradient in the size of each layer's move."""
     moves = moves or {}
+    if mixing := [edit for edit in changes if edit.over_batch]:
+        raise EditError(
+            f"{mixing[0]}: the mean over the batch lets each row act on the others' metrics, so that no row has a "
+            "gradient of its own. Give the mean: Mean(address, mean)."
+        )
     given = [getattr(edit, "value", None) for edit in changes]
     used = {"the model": [*model.parameters()], "an edit": [v for v in given if v is not None]}
     if state is not None:

@@ -130,7 +130,10 @@ class ReceptiveField:
         """
         if not 0 < part <= 1:
             raise InputError(f"part={part}: a share above 0 and up to 1, such as 0.9.")
-        inside = self.share.cumsum(1) >= part - 1e-12
+        share = self.share.double()
+        beyond = torch.cat([share[:, 1:].flip(1).cumsum(1).flip(1), share.new_zeros(len(share), 1)], 1)
+        rounding = max(1e-12, torch.finfo(self.share.dtype).eps)
+        inside = beyond + self.before[:, None].double() <= (0.0 if part == 1 else 1 - part + rounding)
         first = inside.to(torch.int8).argmax(1).to(self.share.dtype)
         return torch.where(inside.any(1), first, torch.inf).masked_fill(self.share.isnan().any(1), torch.nan)
 

@@ -93,6 +93,11 @@ class Edit:
         """Whether what it puts in place does not depend on what is there."""
         return isinstance(self, Set | Zero) or (isinstance(self, Mean) and self.mean is not None)
 
+    @property
+    def over_batch(self) -> bool:
+        """Whether what it puts in place depends on what other rows hold there."""
+        return isinstance(self, Mean) and self.mean is None
+
     def new(self, old: Tensor, value: Tensor | None, mean: Callable[[], Tensor]) -> Tensor:
         """What replaces `old` (rows, [positions,] features), given this place's share of the value."""
         raise NotImplementedError

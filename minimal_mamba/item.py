@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .address import Address, Span
-from .edits import Apply, Edit, Mean, Project
+from .edits import Apply, Edit, Project
 from .errors import AddressError, EditError, ShapeMismatch
 from .sites import SITES
 
@@ -72,7 +72,7 @@ class Item:
         self.local, self.valid = local[:, self.cols], valid[:, self.cols]
         self.live = len(self.cols) > 0
         self.by_time = {}
-        whole_batch = isinstance(self.edit, Mean) and self.edit.mean is None
+        whole_batch = self.edit is not None and self.edit.over_batch
         if whole_batch and bool((self.valid.sum(0) < (self.pos[:, self.cols] >= 0).sum(0)).any()):
             raise EditError(
                 f"{self.edit}: the rows reach this position in different calls of the model, so that no call sees the "

@@ -40,12 +40,18 @@ class LayerTap(Tap):
         return sorted({*self._times(sites, is_probe)} - {*self._times(sites, is_edit)})
 
     def overwritten(self) -> list[int]:
-        rows: dict[int, set[int]] = {}
+        asked: dict[int, set[int]] = {}  # position -> the rows in which what was there still counts
         for item in self.plan.items.get(("ssm_state", self.layer), []):
-            if item.edit is not None and item.edit.blind and item.index is None:
-                for t, (i, _) in item.by_time.items():
-                    rows.setdefault(t, set()).update(item.rows[i][item.write[i]].tolist())
-        found = {t for t, some in rows.items() if len(some) == len(self.plan.start)}
+            if item.edit is None:
+                continue
+            for t, (i, _) in item.by_time.items():
+                left = asked.setdefault(t, {*range(len(self.plan.start))})
+                rows, changed = item.rows[i], item.rows[i][item.write[i]].tolist()
+                if item.edit.over_batch and left.intersection(rows.tolist()):
+                    left.update(changed)
+                elif item.edit.blind and item.index is None:
+                    left.difference_update(changed)
+        found = {t for t, left in asked.items() if not left}
         return sorted(found - set(self._times(("decay", "state_write"), lambda item: item.edit is not None)))
 
     def touches(self, *sites: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .address import Address, Span, resolve
 from .config import MambaConfig
-from .edits import Apply, Edit, Mean, Project, cast
+from .edits import Apply, Edit, Project, cast
 from .errors import AddressError, EditError, NotReached
 from .item import (
     Item,
@@ -103,7 +103,7 @@ class Plan(Tap):
             layers = list(_named(address, resolve, address.layer, self.config.n_layer, "layer"))
         chosen = edit.rows if edit else None
         wanted = list(range(b)) if chosen is None else _named(source, resolve, chosen, b, "row")
-        whole_batch = isinstance(edit, Mean) and edit.mean is None
+        whole_batch = edit is not None and edit.over_batch
         if whole_batch and b == 1:
             raise EditError(f"{source}: the mean over a batch of one row changes nothing. Give the mean.")
         rows = list(range(b)) if whole_batch else wanted

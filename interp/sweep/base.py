@@ -74,7 +74,7 @@ class Scanned:
     def last(self, mixer: Mixer, delta: Tensor, first: Tensor, ends: Tensor) -> Tensor:
         """How `gated` changes at the positions `ends` (k, b) alone: (k, b, e); the other arguments as of `after`.
 
-        h = exp(A sum dt) delta: products of decays as one exponential, of a sum formed forward. Of a row whose `first`
+        h = exp(A sum dt) delta: products of decays as one exponential. Of a row whose `first`
         is beyond its end nothing is meant.
         """
         row = torch.arange(first.shape[1], device=first.device)
@@ -86,7 +86,8 @@ class Scanned:
     @cached_property
     def _still(self) -> Tensor:
         """(b, l, e): the sum of dt over what follows each position."""
-        return self.dt.flip(1).cumsum(1).flip(1) - self.dt
+        rest = self.dt.flip(1).cumsum(1).flip(1)  # from each position on
+        return torch.cat([rest[:, 1:], torch.zeros_like(rest[:, :1])], 1)
 
 
 def _decay_rates(mixer: Mixer, like: Tensor) -> Tensor:

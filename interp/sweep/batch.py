@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minimal_mamba import SITES, Edit, Mean, Plan, Tap
+from minimal_mamba import SITES, Edit, Plan, Tap
 
 from ..run import Lengths, run
 from .base import Base
@@ -73,7 +73,7 @@ def _stage(site: str, layer: int | None, depth: int) -> int:
 
 def alone(cell: Cell) -> bool:
     """Whether an edit would see the rows of other cells."""
-    return any(isinstance(item.edit, Mean) and item.edit.mean is None for item in cell.plan.edits())
+    return any(item.edit is not None and item.edit.over_batch for item in cell.plan.edits())
 
 
 def run_group(
