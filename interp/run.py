@@ -14,6 +14,8 @@ from minimal_mamba.errors import EditError, InputError, MambascopeError, NotReco
 from minimal_mamba.item import Probe
 from minimal_mamba.tap import NO_TAP, Toward
 
+from .logits import countable, written
+
 Metric = Callable[[Tensor], Tensor]  # logits (b, l, v) -> (b,)
 Lengths = Tensor | Sequence[int] | None
 T = TypeVar("T", Edit, Address)
@@ -298,8 +300,15 @@ def _each(given: Iterable[T] | T, kind: type[T]) -> tuple[T, ...]:
 
 
 def apply_metric(metric: Metric, logits: Tensor) -> Tensor:
-    """Call a metric and see that it gave one number a row."""
+    """Call a metric, and see that it gave one number a row and left the logits as they were."""
+    logits = countable(logits)
+    before = written(logits)
     values = cast(object, metric(logits))
+    if written(logits) != before:
+        raise MetricError(
+            "the metric writes into the logits that it is given, which other cells and metrics share. Let it write "
+            "into a copy: logits = logits.clone()."
+        )
     if not isinstance(values, Tensor) or values.shape != (len(logits),):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise MetricError(f"a metric maps logits (b, l, v) to ({len(logits)},), one number a row; this one gave {got}.")
@@ -307,4 +316,4 @@ def apply_metric(metric: Metric, logits: Tensor) -> Tensor:
 
 
 class MetricError(MambascopeError, ValueError):
-    """A metric that does not give one number a row."""
+    """A metric that does not give one number a row, or that changes the logits."""

@@ -15,8 +15,8 @@ from minimal_mamba import Mamba, Tap
 from minimal_mamba.block import Mixer
 from minimal_mamba.scan import Ops
 
+from ..logits import Logits
 from ..run import Lengths, Metric, apply_metric
-from .logits import Logits
 
 SCANNED = ("x", "u", "dt", "B", "C", "gate")
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from minimal_mamba import SITES, Edit, Plan, Tap
 
+from ..logits import Logits
 from ..run import Lengths, run
 from .base import Base
-from .logits import Logits
 
 _NAMES = tuple(SITES)
 RECURRENCE = ("decay", "state_write", "ssm_state", "state_read")

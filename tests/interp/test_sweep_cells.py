@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, logit_diff, run, sweep
+from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, knockout_grid, logit_diff, run, sweep
+from interp.logits import Logits
+from interp.run import MetricError
 from interp.sweep import batch
-from interp.sweep.logits import Logits
 from kernels_bridge import BACKENDS
 from minimal_mamba.block import Mixer
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
@@ -169,12 +170,46 @@ def test_logits_are_made_when_a_metric_asks_for_them():
         lambda x: torch.stack([x, x]), lambda x: x + whole, lambda x: whole - x, lambda x: x.argmax(-1), torch.clone,
         lambda x: torch.einsum("blv,blv->b", x, x), lambda x: x[x > 0],
     ]  # fmt: skip
-    for count, way in enumerate(ways, 1):
-        found = way(lazy)
+    for way in ways:
+        found = way(lazy := Logits(whole[:, -1], 5, make))
         torch.testing.assert_close(found, way(whole), rtol=0, atol=0)
-        assert type(found) is torch.Tensor and len(made) >= count
-    with pytest.raises(RuntimeError):  # what torch cannot pass on raises
-        lazy.tolist()
+        assert type(found) is torch.Tensor and made == [1] and way(lazy) is not None and made == [1]
+        made.clear()
+    assert lazy.tolist() == whole.tolist()
+
+
+def masks(logits):
+    logits[..., 29:] = -torch.inf
+    return logits[:, -1].log_softmax(-1)[:, 3]
+
+
+def halves(logits):
+    return logits.div_(2)[:, -1, 3]
+
+
+def moves_the_last(logits):
+    last = logits[:, -1]
+    last -= 1
+    return last[:, 3]
+
+
+@pytest.mark.parametrize("lengths", [None, [L, L - 1, L, 3]])
+@pytest.mark.parametrize("metric", [masks, halves, moves_the_last])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_metric_that_changes_its_logits_is_refused(metric, lengths, mode):
+    """What other cells and metrics see would change with them, or nothing at all."""
+    cells, how = [[Zero(at.u(layer=0, pos=2))]], {"lengths": lengths, "progress": False}
+    ways = [
+        lambda fn: sweep(MODEL, IDS, cells, fn, **how).values[0],
+        lambda fn: knockout_grid(MODEL, IDS, fn, **how, sources=[2], layers=[0]).base,
+    ]
+    with mode():
+        for way in ways:
+            with pytest.raises(MetricError, match=r"logits = logits.clone\(\)"):
+                way(metric)
+        out = [run(MODEL, IDS, cell, lengths=lengths, last_only=lengths is not None).logits for cell in (cells[0], [])]
+        for way, logits in zip(ways, out, strict=True):
+            close(way(lambda x: metric(x.clone())), metric(logits.clone()))
 
 
 def test_a_metric_that_reads_all_logits_needs_no_further_runs(monkeypatch):
