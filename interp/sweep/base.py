@@ -13,11 +13,13 @@ from kernels_bridge import resolve
 from kernels_bridge.carry import carry
 from minimal_mamba import Mamba, Tap
 from minimal_mamba.block import Mixer
+from minimal_mamba.provenance import digest
 from minimal_mamba.scan import Ops
 
 from ..logits import Logits
 from ..run import Lengths, Metric, apply_metric
 
+PROBES = 8  # noisy runs by which a metric is known
 SCANNED = ("x", "u", "dt", "B", "C", "gate")
 
 
@@ -118,18 +120,30 @@ class Base:
             self.streams[layer + 1] = sites[layer, "resid_post" if layer >= 0 else "embed"]
         self.layers = {i: Scanned(*(sites[i, site] for site in SCANNED)) for i in range(first, self.depth)}
 
-    def logits(self, metric: Metric) -> Tensor:
-        """The metric of the base run."""
+    def logits(self, metric: Metric, noise: torch.Generator | None = None) -> Tensor:
+        """The metric of the base run; with noise, of logits that are as far from it as they are apart."""
         resid = self.streams[self.depth]
-        last = self.model.head(resid, self.sizes, last_only=True)  # (b, 1, v)
+
+        def head(last_only: bool) -> Tensor:
+            logits = self.model.head(resid, self.sizes, last_only=last_only)  # (b, 1 or l, v)
+            if noise is None:
+                return logits
+            drawn = torch.randn(logits.shape, generator=noise).to(logits)
+            return logits + logits.std() * drawn
+
         if self.padded:
-            return apply_metric(metric, last)
+            return apply_metric(metric, head(True))
 
         def whole() -> Tensor:
             self.read_before = True
-            return self.model.head(resid, self.sizes)
+            return head(False)
 
-        return apply_metric(metric, Logits(last[:, 0], self.ids.shape[1], whole))
+        return apply_metric(metric, Logits(head(True)[:, 0], self.ids.shape[1], whole))
+
+    def known_by(self, metric: Metric) -> str:
+        """What tells a metric from others: what it makes of logits that nobody chose."""
+        noise = torch.Generator().manual_seed(0)
+        return digest(*(self.logits(metric, noise) for _ in range(PROBES)))
 
     def before(
         self, starts: Tensor, later: Sequence[int] = ()

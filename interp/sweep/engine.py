@@ -81,7 +81,8 @@ def sweep(
         memory: bytes that the sweep may take beside the model, the cells and what it returns. It decides how many
             cells run together, and nothing else.
         path: a folder to save each group in, as soon as it is done; a sweep that was interrupted goes on from there,
-            to the same numbers.
+            to the same numbers. A metric is told from another by what it makes of the base run's logits and of noisy
+            copies of them, an edit's function by its code and by what it holds.
     Returns:
         Sweep, or one for each name. Each row of `values` is what `run(model, ids, edits=cell)` would give.
     Raises:
@@ -118,6 +119,7 @@ def run_cells(
             "model": model_digest(model), "ids": base.ids.tolist(),
             "lengths": None if lengths is None else base.sizes.tolist(),
             "cells": [edits_digest(cell) for cell in todo], "base": {n: digest(v) for n, v in values.items()},
+            "metrics": {n: base.known_by(fn) for n, fn in named.items()},
             "backend": base.ops.name, "torch": torch.__version__, "memory": memory,
             "groups": [[c.number for c in group] for group in groups],
         }  # fmt: skip

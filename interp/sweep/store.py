@@ -22,6 +22,7 @@ from minimal_mamba.files import write_files, write_json
 from minimal_mamba.provenance import digest, model_digest
 
 from ..run import Metric
+from .functions import known_by
 from .grid import Grid
 
 VERSION = 1
@@ -33,10 +34,10 @@ def function(fn: object) -> str:
 
 
 def edits_digest(cell: Sequence[Edit]) -> str:
-    """Of a cell's edits: kinds, places, rows, values; of a function its name."""
+    """Of a cell's edits: kinds, places, rows, values, functions."""
     parts: list[object] = []
     for edit in cell:
-        fields = {k: function(v) if callable(v) else v for k, v in edit.describe().items()}
+        fields = {k: known_by(v) if callable(v) else v for k, v in edit.describe().items()}
         parts += [type(edit).__name__, str(edit.address), edit.rows, fields, edit.value]
     return digest(*parts)
 

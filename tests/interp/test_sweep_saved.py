@@ -1,13 +1,15 @@
 """A sweep on disk: interrupted, it goes on to the same numbers; whatever is wrong with a folder raises."""
 
+import contextlib
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from helpers import tiny
 
-from interp import Scale, Zero, at, load_grid, logit_diff, patch_grid, replay, sweep
+from interp import Apply, Scale, Zero, accuracy, at, load_grid, logit_diff, patch_grid, replay, run, sweep
 from interp.sweep import batch
 from interp.sweep.parts import bands
 from minimal_mamba.errors import CheckpointError, EditError
@@ -79,6 +81,59 @@ def test_a_folder_that_is_something_else(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds other files and no sweep\.json"):
         swept(tmp_path / "other")
     assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
+
+
+HALF = 0.5
+
+
+def test_a_sweep_of_another_function_is_another(tmp_path):
+    """Of the same name: by code, by what it captured, by a global value, by a bound argument."""
+
+    def ways(k):
+        yield lambda x: k * x
+        yield partial(torch.mul, torch.tensor(k))
+        yield lambda x, k=k: (lambda y: y * k)(x)
+        yield partial(lambda a, x: torch.stack([c * x for c in a]).sum(0), [k, 1.0])
+
+    def cells(fn):
+        return [[Apply(at.u(layer=0, pos=2), fn)]]
+
+    for i, (one, two) in enumerate(zip(ways(2.0), ways(3.0), strict=True)):
+        first = swept(tmp_path / f"{i}", cells=cells(one)).values
+        again = next(fn for j, fn in enumerate(ways(2.0)) if j == i)
+        assert torch.equal(swept(tmp_path / f"{i}", cells=cells(again)).values, first)
+        with pytest.raises(CheckpointError, match="differ in cells"):
+            swept(tmp_path / f"{i}", cells=cells(two))
+    bodies = [lambda x: x * HALF, lambda x: x + HALF]
+    for fn in bodies:
+        fn.__qualname__ = "same"
+    swept(tmp_path / "body", cells=cells(bodies[0]))
+    with pytest.raises(CheckpointError, match="differ in cells"):
+        swept(tmp_path / "body", cells=cells(bodies[1]))
+    for i, value in enumerate((0.5, 0.25)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "HALF", value)
+            with pytest.raises(CheckpointError, match="differ in cells") if i else contextlib.nullcontext():
+                swept(tmp_path / "body", cells=cells(bodies[0]))
+    with pytest.raises(EditError, match=r"path= cannot tell .* it holds .* Linear"):
+        swept(tmp_path / "object", cells=cells(partial(torch.nn.Linear(24, 24).forward)))
+
+
+def test_a_sweep_of_another_metric_is_another(tmp_path):
+    """Also where both say the same of the base run."""
+    answers = run(MODEL, IDS).last_logits[:, :29].argmax(-1)
+    foil = (answers + 1) % 29
+
+    def right(logits):
+        return accuracy(logits[..., :29], answers)
+
+    def above(logits):
+        return (logit_diff(logits, answers, foil) > 0).float()
+
+    swept(tmp_path, right, CELLS[:4])
+    assert torch.equal(swept(tmp_path, right, CELLS[:4]).base, swept(None, above, CELLS[:4]).base)
+    with pytest.raises(CheckpointError, match="differ in metrics"):
+        swept(tmp_path, above, CELLS[:4])
 
 
 def test_damaged_files(tmp_path):
