@@ -17,7 +17,7 @@ from minimal_mamba.address import EVERYTHING, Span, selector
 from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
 
-from .recurrence import present
+from .recurrence import columns, present
 from .run import run
 
 Which = int | slice | Sequence[int]
@@ -150,7 +150,7 @@ def mean_of(
     several = [edits] if isinstance(edits, Edit) else list(edits)
     axis = 1 if isinstance(place.layer, Span | tuple) else 0
     over = (axis,) if by_position or isinstance(place.pos, int) else (axis, axis + 1)
-    total = count = None
+    total = count = before = None
     dtype = torch.float64
     for batch in tqdm(batches, desc=f"mean of {place}", disable=not progress):
         ids, lengths = batch if isinstance(batch, tuple) else (batch, None)
@@ -162,11 +162,14 @@ def mean_of(
         dtype = found.dtype
         sums = found.double().masked_fill(missing, 0.0).sum(over, keepdim=True)
         rows = (~missing).double().sum(over, keepdim=True)
-        if total is not None and total.shape != sums.shape:
+        now = columns(model, out, place) if by_position and not isinstance(place.pos, int) else None
+        if total is not None and (total.shape != sums.shape or now != before):
             raise InputError(
-                f"{place}: this batch has the shape {tuple(sums.shape)}, those before {tuple(total.shape)}. Name "
-                "positions that all batches have, or leave by_position out."
+                f"{place}: this batch has the shape {tuple(sums.shape)}, those before {tuple(total.shape)}"
+                + (f", and the positions {now}, before {before}" if total.shape == sums.shape else "")
+                + ". Name positions that all batches have, or leave by_position out."
             )
+        before = now
         total, count = (sums, rows) if total is None or count is None else (total + sums, count + rows)
     if total is None or count is None:
         raise InputError("batches is empty: give at least one, (b, l) ids each.")

@@ -105,6 +105,7 @@ def attribution_grid(
             f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
             "rows and positions must match."
         )
+    ids, donor_ids = (given[:, : int(sizes.max())] for given in (ids, donor_ids))  # the rest is padding in every row
     rows = chosen_layers(layers, site, model.config.n_layer)
     if any(len(row) > 1 for row in rows):
         raise InputError(f"layers={layers!r}: an attribution is of one layer; patch_grid patches several together.")

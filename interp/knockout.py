@@ -253,7 +253,8 @@ def baseline_of(
         place = at.mixer_in()
         with torch.no_grad():
             out = run(model, ids, edits, place, backend, lengths=lengths, last_only=True)
-        return out[place][:, tokens(out)].mean(1)[:, None, None]  # over the tokens, not the padding
+        found = out[place]  # (n_layer, b, the longest row's, d)
+        return found[:, tokens(out)[:, : found.shape[2]]].mean(1)[:, None, None]  # over the tokens, not the padding
     value = torch.as_tensor(given).to(model.device)
     fits = [(d,), (n_layer, d), (n_layer, b, l, d), (n_layer, 1, 1, d)]
     if tuple(value.shape) not in fits:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minimal_mamba import Address, Mamba, at
+from minimal_mamba import Address, Mamba, Plan, at
 from minimal_mamba.address import resolve, selector
 from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 from minimal_mamba.sites import ADDRESSABLE
@@ -91,28 +91,40 @@ def collect(
     """Record addresses over many rows, a batch at a time; holds what is asked for, and one batch of a forward.
 
     Returns:
-        address -> its recordings joined along the rows' axis, on the CPU.
-    Raises:
-        InputError: batches whose recordings differ in shape (a slice of positions over rows of unequal lengths).
+        address -> on the CPU, what one run of all rows would record, NaN in the cells of a slice that a row lacks.
     """
     places = [record] if isinstance(record, Address) else list(record)
     if batch < 1:
         raise InputError(f"batch={batch}: at least 1 row at a time.")
     ids, sizes = model.check(ids, lengths)
-    pieces: dict[Address, list[Tensor]] = {a: [] for a in places}
+
+    def plan(sizes: Tensor) -> Plan:
+        return Plan(model.config, (), places, torch.zeros_like(sizes), sizes)
+
+    every = plan(sizes)
+    axis = {a: int(a.layer is not None and not isinstance(a.layer, int)) for a in places}
+    found: dict[Address, Tensor] = {}
     for i in range(0, len(ids), batch):
         some = slice(i, i + batch)
-        size = sizes[some] if lengths is not None else None
-        out = run(model, ids[some], record=places, lengths=size, backend=backend, last_only=True)
+        size, here = sizes[some], plan(sizes[some])
+        out = run(
+            model, ids[some], record=places, lengths=None if lengths is None else size, backend=backend, last_only=True
+        )
         for a in places:
-            pieces[a].append(out.records[a].cpu())
-    axis = {a: int(a.layer is not None and not isinstance(a.layer, int)) for a in places}
-    try:
-        return {a: torch.cat(found, axis[a]) for a, found in pieces.items()}
-    except RuntimeError:
-        raise InputError(
-            "the rows' lengths differ, and so do their recordings; name positions, as in pos=-1."
-        ) from None
+            piece, has = out.records[a].cpu(), every.present(a)
+            lead: tuple[Any, ...] = (slice(None),) * axis[a]
+            if a not in found:
+                shape = list(piece.shape)
+                shape[axis[a]] = len(ids)
+                if not isinstance(a.pos, int):
+                    shape[axis[a] + 1] = has.shape[1]
+                found[a] = torch.full(shape, torch.nan, dtype=piece.dtype)
+            part = found[a].narrow(axis[a], i, len(size))
+            if isinstance(a.pos, int):
+                part.copy_(piece)
+            else:  # each row has the same cells of a slice, in the same order, whatever rows stand beside it
+                part[(*lead, has[some])] = piece[(*lead, here.present(a))]
+    return found
 
 
 def probe(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from einops import einsum
 from torch import Tensor
+from torch.nn import functional as F
 
 from minimal_mamba import Address, Edit, Mamba, MambaState, Plan, at
 from minimal_mamba.address import resolve, selector
@@ -72,15 +73,25 @@ def tokens(out: Run) -> Tensor:
     return (torch.arange(out.ids.shape[1]) < out.lengths[:, None]).to(out.logits.device)
 
 
+def along(found: Tensor, l: int) -> Tensor:
+    """Values (b, m, ...) of all positions that some row has, as (b, l, ...): the rest is padding in every row."""
+    return F.pad(found, [0, 0] * (found.dim() - 2) + [0, l - found.shape[1]]) if found.shape[1] < l else found
+
+
 def on_tokens(out: Run, address: Address) -> Tensor:
     """A recording along all positions of one layer, (b, l, ...), with zeros on padding; a NaN of the model stays."""
-    found = out.records[address]
+    found = along(out.records[address], out.ids.shape[1])
     return torch.where(tokens(out).reshape(*out.ids.shape, *[1] * (found.dim() - 2)), found, 0.0)
 
 
 def present(model: Mamba, out: Run, place: Address, state: MambaState | None = None) -> Tensor:
     """(b, positions) bool: which of a place's positions each row has; a recording of it is NaN at the others."""
     return Plan(model.config, (), [place], *span(out.ids, out.lengths, state)).present(place).to(out.logits.device)
+
+
+def columns(model: Mamba, out: Run, place: Address) -> list[int]:
+    """What the columns of a recording of a slice are; `Plan.columns`."""
+    return Plan(model.config, (), [place], *span(out.ids, out.lengths, None)).columns(place)
 
 
 def one_layer(model: Mamba, layer: int) -> int:

@@ -14,7 +14,7 @@ from minimal_mamba.address import EVERYTHING
 from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError
 
-from .recurrence import local, one_layer, one_position, outside, present, recurrence, recurrence_sites, tokens
+from .recurrence import along, local, one_layer, one_position, outside, present, recurrence, recurrence_sites, tokens
 from .run import Lengths, Metric, gradients, run
 
 
@@ -41,7 +41,8 @@ def mean_dt(
     Cost: one forward; dt of all layers, (layers, b, l, e).
     """
     out = run(model, ids, edits, record=[at.dt()], backend=backend, state=state, lengths=lengths, last_only=True)
-    return out[at.dt()][:, tokens(out)].mean(1)
+    dt = out[at.dt()]  # (n_layer, b, the longest row's, e)
+    return dt[:, tokens(out)[:, : dt.shape[2]]].mean(1)
 
 
 @torch.no_grad()
@@ -191,7 +192,7 @@ def gradient_field(
     if site.pos != EVERYTHING or axes != 1 or not (site.layer is None or isinstance(site.layer, int)):
         raise InputError(f"site={site}: name a site with one vector a position, of one layer, and all positions.")
     found = gradients(model, ids, metric, wrt=[site], edits=edits, lengths=lengths, state=state, backend=backend)[site]
-    norms = found.norm(dim=-1)  # (b, l)
+    norms = along(found.norm(dim=-1), ids.shape[1])  # (b, l)
     back = (sizes[:, None] - 1 - torch.arange(ids.shape[1])).to(norms.device)  # the position at each distance
     size = torch.where(back >= 0, norms.gather(1, back.clamp(min=0)), 0.0)
     return ReceptiveField(size / size.sum(1, keepdim=True), torch.zeros_like(size[:, 0]))

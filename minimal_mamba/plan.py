@@ -153,6 +153,13 @@ class Plan(Tap):
         """(b, positions) bool: which of an address's positions each row has; its recording is NaN at the others."""
         return self.of[id(source)][0].pos >= 0
 
+    def columns(self, source: Edit | Address) -> list[int]:
+        """What the columns of a slice's recording are: offsets from the rows' own ends, or counts from its start."""
+        pos, sel = self.of[id(source)][0].pos, (source.address if isinstance(source, Edit) else source).pos
+        if not (isinstance(sel, Span) and sel.start is not None and sel.start < 0):
+            return [*range(pos.shape[1])]
+        return (pos - self.origin[:, None]).where(pos >= 0, -self.origin.max() - 1).amax(0).tolist()
+
     # -- during the run -------------------------------------------------------------------------------------------
 
     def begin(self, start: Tensor, lengths: Tensor) -> None:

@@ -189,9 +189,10 @@ def edge_attribution(
     """
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise InputError(f"steps={steps!r}: an int of at least 1, or None.")
-    named = list(all_edges(model.config, ids.shape[1])) if edges is None else list(edges)
     with torch.inference_mode(False), torch.no_grad():  # what is made here is to be differentiated through
-        ids, donor_ids = check(model, ids, donor_ids, lengths, named)
+        given = [] if edges is None else list(edges)
+        ids, donor_ids = check(model, ids, donor_ids, lengths, given)
+        named = list(all_edges(model.config, ids.shape[1])) if edges is None else given
         values = Values(model, donor_ids, named, lengths, backend)
         base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
     places: dict[Group, set[int]] = {}
@@ -224,14 +225,14 @@ def edge_attribution(
 def check(
     model: Mamba, ids: Tensor, donor_ids: Tensor, lengths: Lengths, named: Sequence[Edge]
 ) -> tuple[Tensor, Tensor]:
-    """The two prompts, once they fit the model, each other and the edges."""
-    (ids, _), (donor_ids, _) = model.check(ids, lengths), model.check(donor_ids, lengths)
+    """The two prompts, once they fit the model, each other and the edges; without what is padding in every row."""
+    (ids, sizes), (donor_ids, _) = model.check(ids, lengths), model.check(donor_ids, lengths)
     if ids.shape != donor_ids.shape:
         raise InputError(
             f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
             "rows and positions must match."
         )
-    layers, l = model.config.n_layer, ids.shape[1]
+    layers, l = model.config.n_layer, int(sizes.max())
     for edge in named:
         if not isinstance(edge, Edge):
             raise EditError(f"{edge!r} is no edge; make one with Edge(sender, receiver), or list them with edges(...).")
@@ -242,7 +243,7 @@ def check(
                 f"{edge} does not exist here: there are layers 0..{layers - 1}, positions 0..{l - 1}, "
                 f"and a conv of {model.config.d_conv} taps."
             )
-    return ids, donor_ids
+    return ids[:, :l], donor_ids[:, :l]
 
 
 def _several(edges: Edges) -> tuple[Edge, ...]:

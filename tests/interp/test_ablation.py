@@ -270,6 +270,9 @@ def test_what_has_no_meaning_says_so():
         mean_of(model, [], STATE, progress=False)
     with pytest.raises(InputError, match="by_position"):
         mean_of(model, [tokens, tokens[:, :4]], STATE, by_position=True, progress=False)
+    steps = at.embed(pos=slice(-4, None, 2))  # -4 and -2 of a row of 7, -3 and -1 of one of 3
+    with pytest.raises(InputError, match=r"the positions \[-3, -1\], before \[-4, -2\]"):
+        mean_of(model, [tokens, tokens[:, :3]], steps, by_position=True, progress=False)
     place = at.ssm_state(layer=1, pos=slice(2, None))
     ragged = run(model, tokens, record=[place], lengths=[7, 4, 5])[place]
     with pytest.raises(EditError, match="padded row"):  # a row of another length lacks what it would be given

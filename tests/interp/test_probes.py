@@ -320,8 +320,6 @@ def test_collecting_is_recording(backend):
     for i, size in enumerate(lengths):
         alone = run(MODEL, ids[i : i + 1, :size], record=place)[place].detach()
         torch.testing.assert_close(padded[i : i + 1], alone, rtol=1e-12, atol=1e-13)
-    with pytest.raises(InputError, match="name positions"):
-        collect(MODEL, ids, at.u(layer=0), batch=2, lengths=[6, 6, 3, 3, 2, 2, 2])
 
 
 def test_a_grid_is_probes_of_recordings():
@@ -445,3 +443,19 @@ def test_to_remove_what_a_probe_reads_is_not_to_erase_what_it_is_of():
     assert found.score > 0.8
     assert probe(without(found.basis), y, seeds=0).score > found.chance + 0.1
     assert probe(without(found.patterns[1:]), y, seeds=0).score < found.chance + 0.03
+
+
+def test_what_is_collected_does_not_depend_on_the_batch():
+    """Also of slices that rows of unequal lengths have in part, with steps from either end."""
+    model = tiny()
+    ids = torch.randint(0, 29, (5, 6), generator=torch.Generator().manual_seed(0))
+    places = [
+        at.ssm_state(layer=[0, 2], pos=slice(-4, None, 2)), at.embed(pos=slice(-4, None, 2), d=0), at.x(layer=1),
+        at.u(layer=0, pos=slice(1, None, 2)), at.z(layer=slice(None), pos=-1), at.embed(pos=[0, -1]),
+    ]  # fmt: skip
+    for lengths in (None, [4, 4, 3, 3, 2]):
+        want = run(model, ids, record=places, lengths=lengths)
+        for batch in (1, 2, 3):
+            found = collect(model, ids, places, batch=batch, lengths=lengths)
+            for place in places:
+                torch.testing.assert_close(found[place], want[place], equal_nan=True)
