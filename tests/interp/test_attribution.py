@@ -389,3 +389,16 @@ def test_the_grid_of_states_never_holds_the_states():
     grids, whole = map(int, done.stdout.split())
     assert grids < TRAJECTORY / 4  # measured 0.14: mostly the donor's states, of one block and at the start of each
     assert whole > TRAJECTORY * 0.9  # the measure sees a trajectory where there is one
+
+
+def test_a_line_of_embeddings_and_edits_of_them():
+    """An edit behind them is done along the line; one of themselves would be done twice at the base's end."""
+    edits = Scale(at.resid_pre(layer=0), 0.5)
+    how = {"site": "embed", "metric": metric, "steps": 24, "progress": False}
+    found = attribution_grid(SMOOTH, IDS, DONOR, edits=edits, **how)
+    with torch.no_grad():
+        whole = metric(run(SMOOTH, DONOR, edits).logits) - metric(run(SMOOTH, IDS, edits).logits)
+    torch.testing.assert_close(found.effect().sum((0, 1)), whole, rtol=1e-6, atol=1e-8)
+    with pytest.raises(EditError, match="Edit resid_pre of layer 0"):
+        attribution_grid(SMOOTH, IDS, DONOR, edits=Scale(at.embed(), 0.5), **how)
+    assert attribution_grid(SMOOTH, IDS, DONOR, edits=Scale(at.embed(), 0.5), **how | {"steps": 0})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import Add, Scale, Set, Zero, accuracy, at, gradients, logit_diff, run
+from interp import Add, Mean, Scale, Set, Zero, accuracy, at, attribution_grid, gradients, logit_diff, run
 from kernels_bridge import torch_ops
 from minimal_mamba.errors import EditError, InputError, MambascopeError, NotRecorded
 from minimal_mamba.sites import ADDRESSABLE
@@ -218,3 +218,13 @@ def test_what_has_no_gradient_says_so():
         NotRecorded, match=r"no gradient of z\(layer=0, pos=:\) was asked for; there are u\(layer=1, pos=:\)"
     ):
         gradients(MODEL, IDS, spread, [place])[at.z(layer=0)]
+
+
+def test_a_mean_over_the_batch_has_no_gradient_of_one_row():
+    place = at.u(layer=0, pos=2)
+    mean = run(MODEL, IDS, record=at.u(layer=1, pos=3))[at.u(layer=1, pos=3)].mean(0)
+    with pytest.raises(EditError, match=r"no row has a gradient of its own\. Give the mean"):
+        gradients(MODEL, IDS, metric, place, Mean(at.u(layer=1, pos=3)))
+    with pytest.raises(EditError, match="Give the mean"):
+        attribution_grid(MODEL, IDS, IDS, site="u", metric=metric, edits=Mean(at.u(layer=1, pos=3)), progress=False)
+    assert gradients(MODEL, IDS, metric, place, Mean(at.u(layer=1, pos=3), mean))[place].abs().max() > 0

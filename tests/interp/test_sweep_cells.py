@@ -12,6 +12,7 @@ from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, knockout_gri
 from interp.logits import Logits
 from interp.run import MetricError
 from interp.sweep import batch
+from interp.sweep.base import SCANNED, Scanned
 from kernels_bridge import BACKENDS
 from minimal_mamba.block import Mixer
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
@@ -306,3 +307,12 @@ def test_the_last_layer_where_some_rows_are_at_their_end_before_others(backend, 
     want = by_hand(cells, last, backend=backend)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     assert (got != sweep(MODEL, IDS, [[]], last, backend=backend, progress=False).values).any(1).all()
+
+
+def test_the_time_after_a_reset_has_all_its_digits():
+    """Not the difference of two sums in which a token of a huge step is."""
+    dt = torch.rand(2, 9, 3, generator=torch.Generator().manual_seed(0)) * 0.01
+    dt[:, 4] = 7e3
+    still = Scanned(*[dt] * len(SCANNED))._still
+    exact = torch.stack([dt.double()[:, t + 1 :].sum(1) for t in range(9)], 1)
+    torch.testing.assert_close(still.double(), exact, rtol=1e-6, atol=0)

@@ -148,6 +148,15 @@ def test_even_time_and_one_decay_give_the_geometric_series(l, backend):
     assert found.width(0.8).tolist() == [next(w for w, part in enumerate(within) if part >= 0.8)] * 2
 
 
+def test_all_that_is_read_lies_within_the_run_that_began_afresh():
+    """In float32 the shares sum to 1 but for rounding."""
+    model, rng = tiny(dtype=torch.float32), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        field = receptive_field(model, torch.randint(0, 29, (4, 9), generator=rng), 1)
+        last = [int(row.nonzero().max()) for row in field.share]
+        assert field.width(1.0).tolist() == last
+
+
 def test_the_width_is_the_first_distance_that_is_enough():
     share = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.4, 0.3, 0.0, 0.0]], dtype=torch.float64)
     field = ReceptiveField(share, torch.tensor([0.0, 0.3], dtype=torch.float64))

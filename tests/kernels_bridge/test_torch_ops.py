@@ -320,3 +320,17 @@ def test_torch_errs_no_more_than_twice_the_readable_model(dtype: torch.dtype) ->
         return ((out.logits.double() - exact).norm() / exact.norm()).item()
 
     assert off("torch") <= 2 * off("reference") + 1e-7
+
+
+@pytest.mark.parametrize("backend", ["torch", "compiled"])
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [0, 2, 1], [2, 3, 1], [3, 1, 0]])
+@torch.no_grad()
+def test_a_mean_between_overwrites_of_some_rows(backend: str, order: list[int]) -> None:
+    """What is put there needs what was there, although every row is overwritten by one edit or another."""
+    ids = torch.randint(0, 29, (3, 7), generator=torch.Generator().manual_seed(0))
+    h = at.ssm_state(layer=1, pos=3)
+    kinds = [Zero(h, rows=[1]), Mean(h), Set(h, 1.0, rows=[0, 2]), Mean(h, rows=[0, 2])]
+    edits, record = [kinds[i] for i in order], [h, at.y(layer=1)]
+    want, found = (run(MODEL, ids, edits, record, backend=name) for name in ("reference", backend))
+    for a, b in zip((want.logits, *want.records.values()), (found.logits, *found.records.values()), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
