@@ -301,6 +301,8 @@ def _each(given: Iterable[T] | T, kind: type[T]) -> tuple[T, ...]:
 
 def apply_metric(metric: Metric, logits: Tensor) -> Tensor:
     """Call a metric, and see that it gave one number a row and left the logits as they were."""
+    if not callable(metric):
+        raise MetricError(f"metric={metric!r:.60} is no function of logits (b, l, v).")
     logits = countable(logits)
     before = written(logits)
     values = cast(object, metric(logits))

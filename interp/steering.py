@@ -5,6 +5,7 @@ happy = contrast(place, run(model, good, record=[place])[place], run(model, bad,
 out = generate(model, ids, 20, edits=happy.add(2.0, pos=slice(4, None)))    # from position 4 on, also what is new
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -121,8 +122,10 @@ def steering_curve(
         controls: how many random directions, drawn with seed, seed + 1, ...
     Cost: strengths * (1 + controls) forwards.
     """
-    if not len(strengths) or controls < 0:
-        raise InputError(f"strengths={list(strengths)}, controls={controls}: at least one strength, and 0 or more.")
+    if not len(strengths) or controls < 0 or not all(math.isfinite(strength) for strength in strengths):
+        raise InputError(
+            f"strengths={list(strengths)}, controls={controls}: at least one finite strength, and 0 controls or more."
+        )
     directions = [direction, *(direction.random(seed + i) for i in range(controls))]
     short, rows = lengths is not None, []
     with tqdm(total=len(directions) * len(strengths), desc="steering", disable=not progress) as bar:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,22 @@ from safetensors.torch import load, save
 
 from minimal_mamba.address import Address, Span, at
 from minimal_mamba.edits import KINDS, Apply, Edit, Rows, function_name, import_function
-from minimal_mamba.errors import CheckpointError
+from minimal_mamba.errors import CheckpointError, EditError
 from minimal_mamba.files import write_files
 from minimal_mamba.sites import ADDRESSABLE
 
 VERSION = 1
 
 
-def save_edits(edits: Sequence[Edit], folder: str | Path) -> None:
+def save_edits(edits: Edit | Iterable[Edit], folder: str | Path) -> None:
     """Write edits to a folder; a failed write leaves it as it was.
 
     Raises:
-        EditError: an `Apply` whose function cannot be imported by name.
+        EditError: an `Apply` whose function cannot be imported by name, or something that is no edit.
     """
-    folder = Path(folder)
+    edits, folder = [edits] if isinstance(edits, Edit) else list(edits), Path(folder)
+    if wrong := [edit for edit in edits if not isinstance(edit, Edit)]:
+        raise EditError(f"save_edits(edits, folder) was given {wrong[0]!r:.60} among the edits.")
     rows: list[dict[str, Any]] = []
     values = {}
     for i, edit in enumerate(edits):

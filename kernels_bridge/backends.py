@@ -135,7 +135,7 @@ def resolve(name: str = "auto", device: torch.device | str = "cpu") -> Ops:
         name = next(b for b in ("fused", "compiled", "torch") if BACKENDS[b].available(device))
     if name not in BACKENDS:
         raise BackendUnavailable(
-            f"no backend {name!r}.{nearest(name, BACKENDS)} There are auto, {', '.join(BACKENDS)}."
+            f"no backend {name!r}.{nearest(str(name), BACKENDS)} There are auto, {', '.join(BACKENDS)}."
         )
     backend = BACKENDS[name]
     if not backend.available(device):

@@ -246,7 +246,8 @@ class Mamba(nn.Module):
                     )
         if tuple(state.position.shape) != (b,):
             raise InputError(f"state.position has shape {tuple(state.position.shape)}; this run has {b} rows.")
-        _integers("state.position", state.position, "positions are integers")
+        if int(_integers("state.position", state.position, "positions are integers").min()) < 0:
+            raise InputError(f"state.position={state.position.tolist()}: the tokens that a row has seen, 0 or more.")
 
     @classmethod
     def from_pretrained(

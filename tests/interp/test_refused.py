@@ -1,11 +1,15 @@
 """What would give plausible numbers for another question is refused, and the text says what to do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from interp import (
     Apply,
+    Direction,
     HookedMamba,
+    Scale,
     Zero,
     agreement,
     at,
@@ -16,6 +20,7 @@ from interp import (
     generate,
     kl,
     knockout_grid,
+    load_edits,
     log_prob,
     logit_diff,
     patch_grid,
@@ -23,9 +28,13 @@ from interp import (
     probe,
     probe_grid,
     receptive_field,
+    run,
+    save_edits,
+    steering_curve,
     sweep,
 )
-from minimal_mamba.errors import EditError, InputError
+from interp.run import MetricError
+from minimal_mamba.errors import BackendUnavailable, EditError, InputError
 from tests.helpers import tiny
 
 MODEL = tiny()
@@ -100,3 +109,22 @@ def test_kl_of_logits_with_tokens_ruled_out():
     want = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1)))[:, [0, 1, 3, 4, 5, 6]].sum(-1)
     torch.testing.assert_close(kl(p, q), want)
     assert kl(q, p).tolist() == [torch.inf] * 3  # q gives weight to what p rules out
+
+
+def test_what_is_no_edit_metric_backend_strength_or_position(tmp_path):
+    one = Scale(at.u(layer=0), 2.0)
+    save_edits(one, tmp_path / "one")
+    assert load_edits(tmp_path / "one") == [one]
+    for given in ([at.u(layer=0)], [one, "x"]):
+        with pytest.raises(EditError, match="among the edits"):
+            save_edits(given, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(MetricError, match="no function of logits"):
+        sweep(MODEL, IDS, [one], [metric], **QUIET)
+    with pytest.raises(BackendUnavailable, match="no backend None"):
+        run(MODEL, IDS, backend=None)
+    with pytest.raises(InputError, match="finite"):
+        steering_curve(MODEL, IDS, Direction(at.resid_post(layer=0), torch.ones(12), 1.0), metric, [1.0, float("inf")])
+    state = run(MODEL, IDS, keep_state=True).state
+    with pytest.raises(InputError, match="0 or more"):
+        run(MODEL, IDS, state=replace(state, position=state.position - 9))

@@ -213,7 +213,7 @@ def test_what_has_no_meaning_says_so():
         contrast(at.u(layer=1, pos=-1, e=3), values, values)
     with pytest.raises(InputError, match="records 2 axes"):
         contrast(place, values[:, None], values)
-    with pytest.raises(InputError, match="at least one strength"):
+    with pytest.raises(InputError, match="at least one finite strength"):
         steering_curve(model, tokens, direction(place), lambda x: x[:, -1, 0], [], progress=False)
 
 
