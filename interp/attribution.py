@@ -110,7 +110,11 @@ def attribution_grid(
     if any(len(row) > 1 for row in rows):
         raise InputError(f"layers={layers!r}: an attribution is of one layer; patch_grid patches several together.")
     changes = (edits,) if isinstance(edits, Edit) else tuple(edits)
-    if steps and path == "embed" and (twice := [e for e in changes if e.address.site == "embed"]):
+    if (
+        steps
+        and path == "embed"
+        and (twice := [e for e in changes if isinstance(e, Edit) and e.address.site == "embed"])
+    ):
         raise EditError(
             f"{twice[0]} with steps={steps} and path='embed': the embeddings are those of the line from base to donor. "
             "Edit resid_pre of layer 0, which is the same stream behind it, or take steps=0."

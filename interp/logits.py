@@ -66,7 +66,7 @@ class Logits(Tensor):
 
 def countable(x: Tensor) -> Tensor:
     """The tensor, or under inference mode a copy, of which `written` can tell."""
-    if not x.is_inference():
+    if isinstance(x, Logits) or not x.is_inference():
         return x
     with torch.inference_mode(False), torch.no_grad():
         return x.clone()

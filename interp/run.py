@@ -254,7 +254,7 @@ def differentiate(
 ) -> tuple[Gradients, list[Tensor]]:  # fmt: skip
     """`gradients`, and the gradient in the size of each layer's move."""
     moves = moves or {}
-    if mixing := [edit for edit in changes if edit.over_batch]:
+    if mixing := [edit for edit in changes if isinstance(edit, Edit) and edit.over_batch]:
         raise EditError(
             f"{mixing[0]}: the mean over the batch lets each row act on the others' metrics, so that no row has a "
             "gradient of its own. Give the mean: Mean(address, mean)."

@@ -1,10 +1,14 @@
-"""Modules as a user would hand them to the harness: right ones, and forks with one fault each."""
+"""Modules as a user would hand them to the harness: right ones, and forks with one fault each; and how it is asked."""
 
 import torch
 
+from kernels_bridge import resolve
+from kernels_bridge.harness import Ours, check
 from kernels_bridge.harness.draw import draw_model
 from kernels_bridge.harness.targets import transformers_model
-from minimal_mamba import MambaConfig
+from minimal_mamba import MambaConfig, Ops
+from minimal_mamba.scan import selective_scan
+from minimal_mamba.tap import NO_TAP
 
 CONFIG = MambaConfig(d_model=12, n_layer=2, vocab_size=29, d_state=5, d_conv=3, dt_rank=4, pad_vocab_size_multiple=1)
 
@@ -55,3 +59,21 @@ def nothing():
 
 def compiled():
     return torch.compile(plain())
+
+
+def faulty(**ops):
+    """`torch`, with one operation exchanged for a faulty one."""
+    good = resolve("torch")
+    return Ours(model(), Ops("faulty", ops.get("conv", good.conv), ops.get("scan", good.scan)))
+
+
+def failed(report):
+    return {r.quantity for r in report.rows if not r.passed}
+
+
+def ask(implementation, weights=None, **how):
+    return check(implementation, weights or model(), lengths=[5, 17], progress=False, **how)
+
+
+def swapped(u, dt, A, B, C, h, *, tap=NO_TAP):
+    return selective_scan(u, dt, A, C, B, h, tap=tap)

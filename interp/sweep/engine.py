@@ -81,8 +81,8 @@ def sweep(
         memory: bytes that the sweep may take beside the model, the cells and what it returns. It decides how many
             cells run together, and nothing else.
         path: a folder to save each group in, as soon as it is done; a sweep that was interrupted goes on from there,
-            to the same numbers. A metric is told from another by what it makes of the base run's logits and of noisy
-            copies of them, an edit's function by its code and by what it holds.
+            to the same numbers. Metrics and the functions of edits are told from others by their code and what they
+            hold, and metrics by what they make of noisy copies of the base run's logits.
     Returns:
         Sweep, or one for each name. Each row of `values` is what `run(model, ids, edits=cell)` would give.
     Raises:

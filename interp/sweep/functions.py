@@ -8,60 +8,102 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from minimal_mamba.edits import function_name
 from minimal_mamba.errors import EditError
 from minimal_mamba.provenance import digest
 
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, type(None), type(...))
+PLAIN = (
+    bool, int, float, complex, str, bytes, range, slice, type(None), type(...), np.dtype, torch.dtype, torch.device,
+    torch.Size,
+)  # fmt: skip
 
 
 def known_by(fn: Callable[..., Any]) -> str:
     """A digest of a function's code and of all that it holds: captured and global values, defaults, bound arguments.
 
-    What the functions that it calls do is not looked into, but where it holds them itself.
+    So too of the functions that it holds or that stand beside it in its module; of others their names.
 
     Raises:
         EditError: it holds something else, such as an object, by whose state two functions could differ unseen.
     """
-    return digest(*_parts(fn, f"{fn!r:.80}", ()))
+    return digest(*_Known(f"{fn!r:.80}").parts(fn))
 
 
-def _parts(value: Any, whose: str, within: tuple[int, ...]) -> list[object]:
-    if id(value) in within:  # a function that calls itself
-        return ["itself"]
-    within = (*within, id(value))
-    if isinstance(value, (Tensor, *PLAIN)):
-        return [type(value).__name__, value]
-    if isinstance(value, np.ndarray | np.generic):
-        return ["array", torch.as_tensor(value)]
-    if isinstance(value, list | tuple):
-        return [type(value).__name__, len(value), *(x for v in value for x in _parts(v, whose, within))]
-    if isinstance(value, dict):
-        return [len(value), *(x for item in value.items() for v in item for x in _parts(v, whose, within))]
-    if isinstance(value, partial):
-        return ["partial", *_parts((value.func, value.args, value.keywords), whose, within)]
-    if isinstance(value, types.FunctionType):
-        return _function(value, whose, within)
-    if isinstance(value, types.ModuleType):
-        return [value.__name__]
-    if isinstance(value, type | types.BuiltinFunctionType | np.ufunc) or type(value).__name__ == "method_descriptor":
-        owner = getattr(value, "__self__", None)
-        if owner is None or isinstance(owner, types.ModuleType | type):
-            return [getattr(value, "__module__", None), getattr(value, "__qualname__", value.__name__)]
-    raise EditError(
-        f"path= cannot tell {whose} from another function of that name: it holds {value!r:.60}, a "
-        f"{type(value).__name__}. Let it hold numbers, tensors and functions only, or give no path."
-    )
+class _Known:
+    """The parts of one function, each function within it once."""
 
+    def __init__(self, whose: str):
+        self.whose, self.seen = whose, set[int]()
 
-def _function(fn: types.FunctionType, whose: str, within: tuple[int, ...]) -> list[object]:
-    code = fn.__code__
-    held = [cell.cell_contents for cell in fn.__closure__ or ()]
-    used = {name: fn.__globals__[name] for name in _names(code) if name in fn.__globals__}
-    seen = {k: v.__qualname__ if isinstance(v, types.FunctionType) else v for k, v in used.items()}
-    parts = [fn.__module__, fn.__qualname__, *_code(code)]
-    return parts + _parts((held, seen, fn.__defaults__, fn.__kwdefaults__), whose, within)
+    def parts(self, value: Any, held: bool = True) -> list[object]:
+        """Of any value; `held`: by the function itself, not by a helper that it calls."""
+        kind = type(value).__name__
+        if isinstance(value, PLAIN):
+            return [kind, value]
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            return [kind, value.detach().resolve_conj().resolve_neg()]
+        if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+            return [kind, value.dtype, value.shape, np.ascontiguousarray(value).tobytes()]
+        if isinstance(value, list | tuple):
+            return [kind, len(value), *(x for v in value for x in self.parts(v, held))]
+        if isinstance(value, set | frozenset):
+            return [kind, sorted(digest(*self.parts(v, held)) for v in value)]
+        if isinstance(value, dict):
+            return [kind, len(value), *(x for item in value.items() for v in item for x in self.parts(v, held))]
+        if isinstance(value, partial):
+            return [kind, *self.parts((value.func, value.args, value.keywords), held)]
+        if isinstance(value, types.FunctionType):
+            return self.function(value, held)
+        if isinstance(value, types.MethodType):
+            return [kind, *self.parts((value.__func__, value.__self__), held)]
+        if isinstance(value, nn.Module):
+            state = value.state_dict()
+            return [kind, repr(value), *(x for name in sorted(state) for x in (name, *self.parts(state[name])))]
+        if isinstance(value, types.ModuleType):
+            return [value.__name__]
+        if isinstance(value, type) or type(value).__name__ == "method_descriptor":
+            return [getattr(value, "__module__", None), value.__qualname__]
+        try:
+            return [function_name(value)] if callable(value) else self.unknown(value, held)
+        except EditError:
+            owner = getattr(value, "__self__", None)  # of a builtin the module that it is in
+            if isinstance(value, types.BuiltinFunctionType) and (owner is None or isinstance(owner, type | type(dis))):
+                return [getattr(value, "__module__", None), value.__qualname__]
+            return self.unknown(value, held)
+
+    def unknown(self, value: Any, held: bool) -> list[object]:
+        if not held:
+            return [f"{type(value).__module__}.{type(value).__qualname__}"]
+        raise EditError(
+            f"path= cannot tell {self.whose} from another function of that name: it holds {value!r:.60}, a "
+            f"{type(value).__name__}. Let it hold numbers, tensors, modules and functions only, or give no path."
+        )
+
+    def function(self, fn: types.FunctionType, held: bool) -> list[object]:
+        if fn.__code__.co_name == "decorate_context" and hasattr(fn, "__wrapped__"):  # torch.no_grad and its like
+            return ["decorated", *self.parts(fn.__wrapped__, held)]
+        if id(fn) in self.seen:
+            return [fn.__qualname__]
+        self.seen.add(id(fn))
+        parts: list[object] = [fn.__module__, fn.__qualname__, *_code(fn.__code__, fn.__doc__)]
+        for cell in fn.__closure__ or ():
+            try:
+                inside = cell.cell_contents
+            except ValueError:  # nothing is in it yet
+                parts.append("empty")
+            else:
+                parts += self.parts(inside, held)
+        for name in _names(fn.__code__):
+            value = fn.__globals__.get(name)
+            if not isinstance(value, types.FunctionType):
+                parts += [name, *self.parts(value, held)]
+            elif value.__module__ in (fn.__module__, "__main__") or value.__name__ == "<lambda>":
+                parts += [name, *self.function(value, held=False)]
+            else:
+                parts += [name, value.__module__, value.__qualname__]
+        return parts + self.parts((fn.__defaults__, fn.__kwdefaults__), held)
 
 
 def _names(code: types.CodeType) -> list[str]:
@@ -70,10 +112,11 @@ def _names(code: types.CodeType) -> list[str]:
     return [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"] + inner
 
 
-def _code(code: types.CodeType) -> list[object]:
-    """Without names of files and numbers of lines."""
+def _code(code: types.CodeType, doc: str | None = None) -> list[object]:
+    """Without what it says of itself, names of files and numbers of lines."""
     consts = [
         _code(c) if isinstance(c, types.CodeType) else sorted(map(repr, c)) if isinstance(c, frozenset) else c
         for c in code.co_consts
+        if doc is None or c != doc
     ]
     return [code.co_code, code.co_names, code.co_varnames, code.co_freevars, consts]

@@ -125,6 +125,9 @@ def test_what_is_no_edit_metric_backend_strength_or_position(tmp_path):
         run(MODEL, IDS, backend=None)
     with pytest.raises(InputError, match="finite"):
         steering_curve(MODEL, IDS, Direction(at.resid_post(layer=0), torch.ones(12), 1.0), metric, [1.0, float("inf")])
+    for way in ({}, {"steps": 2}):
+        with pytest.raises((EditError, InputError), match="'x'"):
+            attribution_grid(MODEL, IDS, DONOR, site="u", metric=metric, edits=["x"], **way, **QUIET)
     state = run(MODEL, IDS, keep_state=True).state
     with pytest.raises(InputError, match="0 or more"):
         run(MODEL, IDS, state=replace(state, position=state.position - 9))

@@ -14,6 +14,7 @@ from interp.run import MetricError
 from interp.sweep import batch
 from interp.sweep.base import SCANNED, Scanned
 from kernels_bridge import BACKENDS
+from minimal_mamba import Mamba
 from minimal_mamba.block import Mixer
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
 from minimal_mamba.sites import ADDRESSABLE
@@ -211,6 +212,23 @@ def test_a_metric_that_changes_its_logits_is_refused(metric, lengths, mode):
         out = [run(MODEL, IDS, cell, lengths=lengths, last_only=lengths is not None).logits for cell in (cells[0], [])]
         for way, logits in zip(ways, out, strict=True):
             close(way(lambda x: metric(x.clone())), metric(logits.clone()))
+
+
+def test_a_metric_of_the_last_logits_makes_no_others(monkeypatch):
+    """Neither of a cell nor of the base run, in a sweep and in a grid of knockouts."""
+    heads, head = [], Mamba.head
+
+    def counted(self, resid, *more, **named):
+        last_only = more[2] if len(more) > 2 else named.get("last_only", False)
+        heads.append(resid.shape[1] > 1 and not last_only)
+        return head(self, resid, *more, **named)
+
+    monkeypatch.setattr(Mamba, "head", counted)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            sweep(MODEL, IDS, [[Zero(at.ssm_state(layer=0, pos=3))]], score, progress=False)
+            knockout_grid(MODEL, IDS, score, sources=[2], layers=[0], progress=False)
+    assert heads and not any(heads)
 
 
 def test_a_metric_that_reads_all_logits_needs_no_further_runs(monkeypatch):

@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import math
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny
 
 from interp import Apply, Scale, Zero, accuracy, at, load_grid, logit_diff, patch_grid, replay, run, sweep
 from interp.sweep import batch
+from interp.sweep.functions import known_by
 from interp.sweep.parts import bands
 from minimal_mamba.errors import CheckpointError, EditError
 
@@ -36,17 +39,18 @@ def swept(path=None, metric=score, cells=CELLS, **kwargs):
 def test_an_interrupted_sweep_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     want = swept()
     assert len(want.groups) > 5
-    calls = 0
+    run_group, calls = batch.Batch.run, []
 
-    def breaks(logits):
-        nonlocal calls
-        calls += 1
-        if calls > 60:
+    def breaks(self):
+        calls.append(1)
+        if len(calls) > 2:
             raise KeyboardInterrupt
-        return score(logits)
+        return run_group(self)
 
-    with pytest.raises(KeyboardInterrupt):
-        swept(tmp_path / "s", breaks)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch.Batch, "run", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            swept(tmp_path / "s")
     kept = sorted(f.name for f in (tmp_path / "s").glob("group-*"))
     assert 0 < len(kept) < len(want.groups)
     ran = []
@@ -115,8 +119,59 @@ def test_a_sweep_of_another_function_is_another(tmp_path):
             patch.setitem(globals(), "HALF", value)
             with pytest.raises(CheckpointError, match="differ in cells") if i else contextlib.nullcontext():
                 swept(tmp_path / "body", cells=cells(bodies[0]))
-    with pytest.raises(EditError, match=r"path= cannot tell .* it holds .* Linear"):
-        swept(tmp_path / "object", cells=cells(partial(torch.nn.Linear(24, 24).forward)))
+    with pytest.raises(EditError, match=r"path= cannot tell .* it holds .* Held"):
+        swept(tmp_path / "object", cells=cells(Held()))
+
+
+class Held:
+    def __call__(self, x):
+        return 2 * x
+
+
+def helper(x):
+    return 2 * x
+
+
+def other(x):
+    return 3 * x
+
+
+def uses_helper(x):
+    return helper(x)
+
+
+def test_what_a_function_is_known_by(monkeypatch):
+    """All that can change what it does, as far as it can be seen; and nothing else."""
+
+    def never_asked(x):
+        return unset if x is None else x
+
+    def captures(value):
+        return lambda x: (value, x)[1]
+
+    before = known_by(uses_helper)
+    monkeypatch.setitem(globals(), "helper", other)
+    assert known_by(uses_helper) != before
+    one, two = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    assert known_by(one.forward) == known_by(one.forward) != known_by(two.forward)
+    assert known_by(torch.no_grad()(captures(1.0))) != known_by(torch.no_grad()(captures(2.0)))
+    values = [
+        np.arange(3)[::-1], np.arange(3), np.array(["a"]), {1, 2}, frozenset("ab"), range(3), np.dtype("int8"), np.sum,
+        torch.relu, torch.nn.functional.relu, torch.ones(2, dtype=torch.cfloat).conj(), {"a": [1, (2.0, None)]}, one,
+        two, Held, np.float64(1), torch.float32, math.sqrt, lambda x: x, lambda x: -x,
+    ]  # fmt: skip
+    found = [known_by(captures(value)) for value in values]
+    assert len(set(found)) == len(values) and found == [known_by(captures(value)) for value in values]
+    assert known_by(never_asked) == known_by(never_asked)
+    for value in (Held(), np.array([Held()]), torch.eye(2).to_sparse(), torch.empty(2, device="meta")):
+        with pytest.raises(EditError, match="cannot tell"):
+            known_by(captures(value))
+    unset = 0
+    assert never_asked(unset) == 0
+
+
+def is_token(k, logits):
+    return (logits[:, -1] > 1e6)[:, k].float()
 
 
 def test_a_sweep_of_another_metric_is_another(tmp_path):
@@ -130,10 +185,15 @@ def test_a_sweep_of_another_metric_is_another(tmp_path):
     def above(logits):
         return (logit_diff(logits, answers, foil) > 0).float()
 
-    swept(tmp_path, right, CELLS[:4])
-    assert torch.equal(swept(tmp_path, right, CELLS[:4]).base, swept(None, above, CELLS[:4]).base)
+    for k in (3, 5):  # tokens that are never the likeliest one
+        metric = partial(is_token, k)
+        with pytest.raises(CheckpointError, match="differ in metrics") if k == 5 else contextlib.nullcontext():
+            swept(tmp_path / "token", metric, CELLS[:4])
+    folder = tmp_path / "right"
+    swept(folder, right, CELLS[:4])
+    assert torch.equal(swept(folder, right, CELLS[:4]).base, swept(None, above, CELLS[:4]).base)
     with pytest.raises(CheckpointError, match="differ in metrics"):
-        swept(tmp_path, above, CELLS[:4])
+        swept(folder, above, CELLS[:4])
 
 
 def test_damaged_files(tmp_path):
