@@ -31,7 +31,7 @@ from minimal_mamba.address import resolve, selector
 from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 
 from .cutter import Cutter, LayerCuts, layer_cuts
-from .recurrence import tokens
+from .recurrence import of_tokens
 from .run import Lengths, Run, _each, run, span
 
 ROUTES = ("scan", "conv", "selection", "all")
@@ -253,8 +253,7 @@ def baseline_of(
         place = at.mixer_in()
         with torch.no_grad():
             out = run(model, ids, edits, place, backend, lengths=lengths, last_only=True)
-        found = out[place]  # (n_layer, b, the longest row's, d)
-        return found[:, tokens(out)[:, : found.shape[2]]].mean(1)[:, None, None]  # over the tokens, not the padding
+        return of_tokens(out, place).mean(1)[:, None, None]
     value = torch.as_tensor(given).to(model.device)
     fits = [(d,), (n_layer, d), (n_layer, b, l, d), (n_layer, 1, 1, d)]
     if tuple(value.shape) not in fits:

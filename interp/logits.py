@@ -53,15 +53,18 @@ class Logits(Tensor):
     ) -> Any:
         if func in FORM:
             return super().__torch_function__(func, types, args, kwargs)
-        args, kwargs = tree_map_only(Logits, lambda logits: logits.whole(), (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
+        return _of_the_whole(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map_only(Logits, lambda logits: logits.whole(), (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
+        return _of_the_whole(func, args, kwargs)
+
+
+def _of_the_whole(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
+    args, kwargs = tree_map_only(Logits, lambda logits: logits.whole(), (args, dict(kwargs or {})))
+    return func(*args, **kwargs)
 
 
 def countable(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 from minimal_mamba.sites import ADDRESSABLE
 
 from .probe_fit import How, Space, commonest, decide, fit, interval, like, patterns, score
+from .recurrence import present
 from .run import Lengths, run
 
 
@@ -97,19 +98,13 @@ def collect(
     if batch < 1:
         raise InputError(f"batch={batch}: at least 1 row at a time.")
     ids, sizes = model.check(ids, lengths)
-
-    def plan(sizes: Tensor) -> Plan:
-        return Plan(model.config, (), places, torch.zeros_like(sizes), sizes)
-
-    every = plan(sizes)
+    every = Plan(model.config, (), places, torch.zeros_like(sizes), sizes)
     axis = {a: int(a.layer is not None and not isinstance(a.layer, int)) for a in places}
     found: dict[Address, Tensor] = {}
     for i in range(0, len(ids), batch):
         some = slice(i, i + batch)
-        size, here = sizes[some], plan(sizes[some])
-        out = run(
-            model, ids[some], record=places, lengths=None if lengths is None else size, backend=backend, last_only=True
-        )
+        size = None if lengths is None else sizes[some]
+        out = run(model, ids[some], record=places, lengths=size, backend=backend, last_only=True)
         for a in places:
             piece, has = out.records[a].cpu(), every.present(a)
             lead: tuple[Any, ...] = (slice(None),) * axis[a]
@@ -119,11 +114,11 @@ def collect(
                 if not isinstance(a.pos, int):
                     shape[axis[a] + 1] = has.shape[1]
                 found[a] = torch.full(shape, torch.nan, dtype=piece.dtype)
-            part = found[a].narrow(axis[a], i, len(size))
+            part = found[a].narrow(axis[a], i, len(out.ids))
             if isinstance(a.pos, int):
                 part.copy_(piece)
             else:  # each row has the same cells of a slice, in the same order, whatever rows stand beside it
-                part[(*lead, has[some])] = piece[(*lead, here.present(a))]
+                part[(*lead, has[some])] = piece[(*lead, present(model, out, a).cpu())]
     return found
 
 

@@ -73,6 +73,12 @@ def tokens(out: Run) -> Tensor:
     return (torch.arange(out.ids.shape[1]) < out.lengths[:, None]).to(out.logits.device)
 
 
+def of_tokens(out: Run, address: Address) -> Tensor:
+    """A recording along all positions of several layers, (layers, tokens of all rows, ...): no padding."""
+    found = out.records[address]  # (layers, b, the longest row's, ...)
+    return found[:, tokens(out)[:, : found.shape[2]]]
+
+
 def along(found: Tensor, l: int) -> Tensor:
     """Values (b, m, ...) of all positions that some row has, as (b, l, ...): the rest is padding in every row."""
     return F.pad(found, [0, 0] * (found.dim() - 2) + [0, l - found.shape[1]]) if found.shape[1] < l else found

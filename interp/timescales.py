@@ -14,7 +14,18 @@ from minimal_mamba.address import EVERYTHING
 from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError
 
-from .recurrence import along, local, one_layer, one_position, outside, present, recurrence, recurrence_sites, tokens
+from .recurrence import (
+    along,
+    local,
+    of_tokens,
+    one_layer,
+    one_position,
+    outside,
+    present,
+    recurrence,
+    recurrence_sites,
+    tokens,
+)
 from .run import Lengths, Metric, gradients, run
 
 
@@ -41,8 +52,7 @@ def mean_dt(
     Cost: one forward; dt of all layers, (layers, b, l, e).
     """
     out = run(model, ids, edits, record=[at.dt()], backend=backend, state=state, lengths=lengths, last_only=True)
-    dt = out[at.dt()]  # (n_layer, b, the longest row's, e)
-    return dt[:, tokens(out)[:, : dt.shape[2]]].mean(1)
+    return of_tokens(out, at.dt()).mean(1)
 
 
 @torch.no_grad()

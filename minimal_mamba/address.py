@@ -25,6 +25,11 @@ class Span:
         ends = f"{'' if self.start is None else self.start}:{'' if self.stop is None else self.stop}"
         return ends if self.step is None else f"{ends}:{self.step}"
 
+    @property
+    def from_end(self) -> bool:
+        """Whether it starts at an offset from the end."""
+        return self.start is not None and self.start < 0
+
     def indices(self, size: int) -> list[int]:
         """The indices that the slice selects of an axis of this size."""
         return list(range(size)[slice(self.start, self.stop, self.step)])

@@ -133,7 +133,7 @@ def positions(
     starts with a negative number, else one count from the first position that the row has of it.
     """
     sel, found = address.pos, dict[tuple[object, ...], dict[int, int]]()  # rows that are alike are looked at once
-    from_end = isinstance(sel, Span) and sel.start is not None and sel.start < 0
+    from_end = isinstance(sel, Span) and sel.from_end
     bounds = [*zip(start.tolist(), stop.tolist(), ends.tolist(), strict=True)]
     kinds = [(*bounds[row], needed) for row, needed in zip(rows, write.tolist(), strict=True)]
     for row, kind in zip(rows, kinds, strict=True):

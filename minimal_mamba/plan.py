@@ -156,7 +156,7 @@ class Plan(Tap):
     def columns(self, source: Edit | Address) -> list[int]:
         """What the columns of a slice's recording are: offsets from the rows' own ends, or counts from its start."""
         pos, sel = self.of[id(source)][0].pos, (source.address if isinstance(source, Edit) else source).pos
-        if not (isinstance(sel, Span) and sel.start is not None and sel.start < 0):
+        if not (isinstance(sel, Span) and sel.from_end):
             return [*range(pos.shape[1])]
         return (pos - self.origin[:, None]).where(pos >= 0, -self.origin.max() - 1).amax(0).tolist()
 

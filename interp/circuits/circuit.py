@@ -235,9 +235,8 @@ def faithfulness(
     if batch < 1:
         raise InputError(f"batch={batch}: at least 1 row at a time.")
     several = [circuits] if isinstance(circuits, Circuit) else list(circuits)
-    given = [] if graph is None else list(dict.fromkeys(graph))
-    ids, donor_ids = check(model, ids, donor_ids, lengths, given)
-    chosen = list(dict.fromkeys(all_edges(model.config, ids.shape[1]))) if graph is None else given
+    ids, donor_ids, chosen = check(model, ids, donor_ids, lengths, graph)
+    chosen = list(dict.fromkeys(chosen))
     for circuit in several:
         if wrong := set(circuit.edges) - set(chosen):
             raise InputError(f"{sorted(wrong, key=order)[0]} of a circuit is no edge of the graph that it is run in.")

@@ -108,8 +108,8 @@ def path_patch(
     if batch < 1:
         raise InputError(f"batch={batch}: at least 1 row at a time.")
     named: list[Edges] = [tuple(e) if isinstance(e, Sequence) else e for e in edges]
-    ids, donor_ids = check(model, ids, donor_ids, lengths, [e for one in named for e in _several(one)])
-    values = Values(model, donor_ids, {e for one in named for e in _several(one)}, lengths, backend)
+    ids, donor_ids, single = check(model, ids, donor_ids, lengths, [e for one in named for e in _several(one)])
+    values = Values(model, donor_ids, set(single), lengths, backend)
     base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
     found: dict[int, Tensor] = {}
     with tqdm(total=len(named), desc="path patch", disable=not progress) as bar:
@@ -190,9 +190,7 @@ def edge_attribution(
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise InputError(f"steps={steps!r}: an int of at least 1, or None.")
     with torch.inference_mode(False), torch.no_grad():  # what is made here is to be differentiated through
-        given = [] if edges is None else list(edges)
-        ids, donor_ids = check(model, ids, donor_ids, lengths, given)
-        named = list(all_edges(model.config, ids.shape[1])) if edges is None else given
+        ids, donor_ids, named = check(model, ids, donor_ids, lengths, edges)
         values = Values(model, donor_ids, named, lengths, backend)
         base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
     places: dict[Group, set[int]] = {}
@@ -223,9 +221,9 @@ def edge_attribution(
 
 
 def check(
-    model: Mamba, ids: Tensor, donor_ids: Tensor, lengths: Lengths, named: Sequence[Edge]
-) -> tuple[Tensor, Tensor]:
-    """The two prompts, once they fit the model, each other and the edges; without what is padding in every row."""
+    model: Mamba, ids: Tensor, donor_ids: Tensor, lengths: Lengths, edges: Iterable[Edge] | None
+) -> tuple[Tensor, Tensor, list[Edge]]:
+    """The two prompts, without what is padding in every row, and the edges, all there are if None, once all fit."""
     (ids, sizes), (donor_ids, _) = model.check(ids, lengths), model.check(donor_ids, lengths)
     if ids.shape != donor_ids.shape:
         raise InputError(
@@ -233,6 +231,7 @@ def check(
             "rows and positions must match."
         )
     layers, l = model.config.n_layer, int(sizes.max())
+    named = list(all_edges(model.config, l) if edges is None else edges)
     for edge in named:
         if not isinstance(edge, Edge):
             raise EditError(f"{edge!r} is no edge; make one with Edge(sender, receiver), or list them with edges(...).")
@@ -243,7 +242,7 @@ def check(
                 f"{edge} does not exist here: there are layers 0..{layers - 1}, positions 0..{l - 1}, "
                 f"and a conv of {model.config.d_conv} taps."
             )
-    return ids[:, :l], donor_ids[:, :l]
+    return ids[:, :l], donor_ids[:, :l], named
 
 
 def _several(edges: Edges) -> tuple[Edge, ...]:

@@ -113,8 +113,8 @@ def bisect(
     one, two = (_implementation(m, x, model) for m, x in zip(modules, (a, b), strict=True))
     true = reference(model)
     ids = draw_ids(model.config, batch, length, seed).to(model.device)
-    feed = of_layers("resid_pre", true, ids)
-    inputs = {i: value.to(model.dtype) for i, value in of_layers("mixer_in", true, ids).items()}
+    seen = true.forward(ids)
+    feed, inputs = of_layers("resid_pre", seen), of_layers("mixer_in", seen, model.dtype)
     everywhere = list(range(length))
     parts: list[Part] = []
 

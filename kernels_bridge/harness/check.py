@@ -20,7 +20,7 @@ from .draw import draw_edits, draw_ids, draw_lengths, draw_state
 from .operations import operations
 from .rows import Row, by_position, compare, from_columns, to_columns
 from .targets import reference, roundings
-from .watch import EACH, ORDER, WHOLE, Implementation, Ours
+from .watch import EACH, ORDER, WHOLE, Implementation, Ours, Seen
 
 LENGTHS = (1, 2, 3, 4, 5, 17, 127, 128, 129, 255, 372, 1023, 1134, 2047, 2048, 2049, 4097)
 SHORT = (1, 2, 3, 4, 5, 17, 63, 129)  # on a CPU
@@ -128,12 +128,12 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         assert isinstance(target, Ours)
         return operations(case.name, target.ops, true, model, ids, positions)
     if case.kind == "mixers":
-        inputs = {i: value.to(model.dtype) for i, value in of_layers("mixer_in", true, ids).items()}
+        inputs = of_layers("mixer_in", true.forward(ids), model.dtype)
         found = rows(lambda one: one.mixers(inputs))
         memory = draw_state(model, case.b, case.seed)
         return found + (rows(lambda one: one.mixers(inputs, memory)) if ours else [])
     if case.kind == "layers":
-        feed = of_layers("resid_pre", true, ids)
+        feed = of_layers("resid_pre", true.forward(ids))
         return rows(lambda one: one.forward(ids, feed=feed, at_positions=positions))
     if case.kind == "model":
         return whole()
@@ -163,10 +163,9 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     raise InputError(f"no kind of case {case.kind!r}; there are {', '.join(KINDS)}.")
 
 
-def of_layers(site: str, true: Ours, ids: Tensor) -> dict[int, Tensor]:
-    """The reference's values of a site, by layer."""
-    seen = true.forward(ids)
-    return {i: seen[site, i] for i in range(true.config.n_layer)}
+def of_layers(site: str, seen: Seen, dtype: torch.dtype | None = None) -> dict[int, Tensor]:
+    """The values of a site by layer, rounded to a type if one is given."""
+    return {i: value.to(dtype or value.dtype) for (name, i), value in seen.items() if name == site and i is not None}
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def localise(target: Implementation, model: Mamba, ids: Tensor) -> First | None:
     In long rows the states are asked for at one position only, the first at which another site parts.
     """
     true = reference(model)
-    feed, l = of_layers("resid_pre", true, ids), ids.shape[1]
+    feed, l = of_layers("resid_pre", true.forward(ids)), ids.shape[1]
     everyone = (target, true, *roundings(model))
 
     def part(positions: Sequence[int]) -> First | None:

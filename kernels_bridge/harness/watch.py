@@ -90,9 +90,7 @@ class Ours(Implementation):
             for i in layers:
                 for site in each:
                     places[site, i] = getattr(at, site)(layer=i, pos=list(at_positions))
-        b, l = ids.shape
-        sizes = torch.full((b,), l) if lengths is None else torch.tensor(list(lengths))
-        plan = Plan(self.config, [*fed, *edits], places.values(), torch.zeros(b, dtype=torch.long), sizes)
+        plan = Plan(self.config, [*fed, *edits], places.values(), *_span(ids, lengths))
         with torch.no_grad():
             out = self.model(ids, lengths=lengths, keep_state=keep, tap=plan, ops=self.ops)
         found = plan.results()
@@ -106,9 +104,7 @@ class Ours(Implementation):
         return seen
 
     def gradients(self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None) -> Seen:
-        b, l = ids.shape
-        sizes = torch.full((b,), l) if lengths is None else torch.tensor(list(lengths))
-        plan = Plan(self.config, edits, (), torch.zeros(b, dtype=torch.long), sizes)
+        plan = Plan(self.config, edits, (), *_span(ids, lengths))
         with _embedded(self.model.backbone.embedding) as held:
             logits = self.model(ids, lengths=lengths, tap=plan, ops=self.ops).logits
         plan.results()
@@ -349,6 +345,12 @@ def _embedded(embedding: nn.Module) -> Iterator[list[Tensor]]:
         yield held
     finally:
         handle.remove()
+
+
+def _span(ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """(b,) each row's first position, and one past its last."""
+    b, l = ids.shape
+    return torch.zeros(b, dtype=torch.long), torch.full((b,), l) if lengths is None else torch.tensor(list(lengths))
 
 
 def _leaf(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -188,3 +188,19 @@ def test_one_channel_of_many_is_enough():
     key = ("d mixer.dt_proj.weight", 0)
     right, wrong = (compare("", "", {key: g}, [{key: same}], {key: true}, torch.bfloat16)[0] for g in (near, lost))
     assert right.passed and not wrong.passed and wrong.error < wrong.bound
+
+
+def test_a_position_is_not_held_to_what_a_parameter_may_err():
+    """A token that the embedding hardly gives a gradient may be off in it by all of its size."""
+    rng = torch.Generator().manual_seed(0)
+    true = {
+        ("d embed", None): torch.ones(2, 200, 3).double(),
+        ("d backbone.embedding.weight", None): torch.ones(9, 3).double(),
+    }
+    same = {key: x + 0.01 * torch.randn(x.shape, generator=rng) for key, x in true.items()}
+    same["d backbone.embedding.weight", None][4] = 0
+    found = {key: x.clone() for key, x in same.items()}
+    found["d embed", None][1, 7] = 0
+    rows = {r.quantity: r for r in compare("", "", found, [same], true, torch.bfloat16)}
+    assert rows["d backbone.embedding.weight"].passed
+    assert rows["d embed"].error < rows["d embed"].bound and not rows["d embed"].passed
