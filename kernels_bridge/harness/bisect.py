@@ -101,7 +101,7 @@ def bisect(
         CheckpointError: modules whose weights differ, or that are no Mamba.
         InputError: names without weights, or what cannot be imported.
     Cost: two forwards, a backward of the whole and one of every mixer, and `length` decoding steps of each, and of the
-        readable model in two types.
+        readable model in float64 and, rounded in a few ways, in the own type.
     """
     modules = [imported(x) if isinstance(x, str) and ":" in x else x for x in (a, b)]
     live = [m for m in modules if isinstance(m, nn.Module)]

@@ -102,14 +102,24 @@ def cases(kinds: Sequence[str], lengths: Sequence[int], b: int, seed: int) -> li
 
 def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     """Compare target, readable and reference on one case."""
-    true, same = reference(model), roundings(model, case.seed)
+    true = reference(model)
     ids = draw_ids(model.config, case.b, case.l, case.seed).to(model.device)
     positions = sorted({0, 1, case.l // 2, case.l - 2, case.l - 1} & set(range(case.l)))
 
     def rows(*asked: Callable[[Implementation], dict[Any, Tensor]]) -> list[Row]:
-        """Of what the target gives, asked in each of these ways; the first asks for all that the others do."""
-        want, own = asked[0](true), [asked[0](one) for one in same]
-        return [r for ask in asked for r in compare(case.name, case.kind, ask(target), own, want, model.dtype)]
+        """Of what the target gives, asked in each of these ways; the first asks for all that the others do.
+
+        Another rounding of the readable model can only widen a bound: it is asked for where a row has failed.
+        """
+        want, got = asked[0](true), [ask(target) for ask in asked]
+        own: list[Seen] = []
+        found: list[Row] = []
+        for one in roundings(model, case.seed):
+            own.append(asked[0](one))
+            found = [r for g in got for r in compare(case.name, case.kind, g, own, want, model.dtype)]
+            if all(r.passed for r in found):
+                break
+        return found
 
     def whole(**how: Any) -> list[Row]:
         """Without a look inside, as users run it; only ours runs something else where states are recorded, or none is

@@ -12,7 +12,7 @@ from minimal_mamba.errors import InputError, MambascopeError
 from .bisect import bisect as bisect_two
 from .check import KINDS, exact_products, precision
 from .check import check as check_target
-from .draw import LARGE, SMALL, draw_model
+from .draw import SIZES, draw_model
 from .rows import table
 from .targets import NAMES
 from .targets import target as make
@@ -22,7 +22,11 @@ Weights = Annotated[Path | None, typer.Option("--model", help="a checkpoint fold
 Device = Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one, if not given")]
 Type = Annotated[str, typer.Option(help=f"one of {', '.join(DTYPES)}")]
 Size = Annotated[
-    str, typer.Option(help="of drawn weights: small (2 layers, d_model 64) or 130m (24 layers, d_model 768)")
+    str,
+    typer.Option(
+        help="of drawn weights: small (2 layers, d_model 64), odd (every choice other than small's: biases, LayerNorm, "
+        "untied head, sizes without a power of two) or 130m (24 layers, d_model 768)"
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="of drawn weights, tokens and edits")]
 
@@ -37,9 +41,9 @@ def _device(name: str) -> torch.device:
 def _weights(path: Path | None, size: str, seed: int, dtype: str, device: str) -> Mamba:
     if dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} is none of {', '.join(DTYPES)}.")
-    if size not in ("small", "130m"):
-        raise InputError(f"--size {size} is neither small nor 130m.")
-    model = Mamba.from_pretrained(path) if path else draw_model(SMALL if size == "small" else LARGE, seed)
+    if size not in SIZES:
+        raise InputError(f"--size {size} is none of {', '.join(SIZES)}.")
+    model = Mamba.from_pretrained(path) if path else draw_model(SIZES[size], seed)
     return model.to(_device(device), DTYPES[dtype])
 
 

@@ -12,7 +12,12 @@ from minimal_mamba.sites import SITES
 from ..lively import lively
 
 SMALL = MambaConfig(d_model=64, n_layer=2, vocab_size=96, d_state=16, d_conv=4, pad_vocab_size_multiple=1)
+ODD = MambaConfig(  # every choice other than SMALL's, and sizes that no vector load fits
+    d_model=52, n_layer=2, vocab_size=61, d_state=11, d_conv=3, expand=1.5, dt_rank=7, conv_bias=False, bias=True,
+    rms_norm=False, residual_in_fp32=False, tie_embeddings=False,
+)  # fmt: skip
 LARGE = MambaConfig(d_model=768, n_layer=24, vocab_size=50277)  # mamba-130m
+SIZES = {"small": SMALL, "odd": ODD, "130m": LARGE}
 
 
 def draw_model(config: MambaConfig, seed: int) -> Mamba:

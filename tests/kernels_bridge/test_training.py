@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
-from torch.nn import functional as F
 
 from kernels_bridge import resolve
 from minimal_mamba import Mamba
@@ -33,28 +32,106 @@ def rows(n=48, seed=0):
     return found
 
 
-def curve(out, *, backend="torch", dtype=torch.float64, resume=None, **how):
-    """The loss of every step, and the trained model."""
+def trainer(out, *, model=None, backend="torch", dtype=torch.float64, data=None, eval_data=None, **how):
     options = {
         "max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1,
         "report_to": "none", "disable_tqdm": True,
         "use_cpu": True, "save_strategy": "no", "seed": 0, "lr_scheduler_type": "constant",
     }  # fmt: skip
     args = transformers.TrainingArguments(str(out), **options | how)
-    trainer = MambaTrainer(tiny(dtype=dtype, seed=3), args, train_dataset=rows(), backend=backend)
-    trainer.train(resume_from_checkpoint=resume)
-    return [h["loss"] for h in trainer.state.log_history if "loss" in h], trainer.learner.model
+    model = tiny(dtype=dtype, seed=3) if model is None else model
+    return MambaTrainer(model, args, train_dataset=data or rows(), eval_dataset=eval_data, backend=backend)
+
+
+def curve(out, *, resume=None, **how):
+    """The loss of every step, and the trained model."""
+    made = trainer(out, **how)
+    made.train(resume_from_checkpoint=resume)
+    return [h["loss"] for h in made.state.log_history if "loss" in h], made.learner.model
+
+
+def mean_loss(model, data):
+    """-log p of every token after the first of its row, each row by itself, over their number."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in data:
+            ids = torch.tensor([row["input_ids"]])
+            p = model(ids).logits[0, :-1].log_softmax(-1)
+            total -= float(p[torch.arange(len(p)), ids[0, 1:]].sum())
+            count += len(p)
+    return total / count
 
 
 def test_the_loss_is_the_mean_over_labelled_tokens():
     model, batch = tiny(), pad(rows(5))
-    found = Learner(model, resolve("torch"))(**batch)["loss"]
-    total, count = 0.0, 0
-    for row in rows(5):
-        ids = torch.tensor([row["input_ids"]])
-        logits = model(ids).logits[0, :-1]
-        total, count = total + F.cross_entropy(logits, ids[0, 1:], reduction="sum"), count + len(ids[0]) - 1
-    torch.testing.assert_close(found, total / count, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        found = Learner(model, resolve("torch"))(**batch)["loss"]
+    assert float(found) == pytest.approx(mean_loss(model, rows(5)), rel=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4)])
+def test_trainers_loss_and_gradient_are_of_that_mean(tmp_path, sizes):
+    """Not of as many labels as ids: nothing comes before a row's first token, nor is padding a token."""
+    data = [*rows(8)[:6], *({"input_ids": [3, 4, 5, 0, 0], "attention_mask": [1, 1, 1, 0, 0]},) * 2]
+    model = tiny(seed=3)
+    truth = mean_loss(model, [*data[:6], *({"input_ids": [3, 4, 5]},) * 2])
+    grads = torch.autograd.grad(Learner(model, resolve("torch"))(**pad(data))["loss"], [*model.parameters()])
+    norm = float(torch.stack([g.norm() for g in grads]).norm())
+    made = trainer(
+        tmp_path, model=model, data=data, eval_data=data, max_steps=1, learning_rate=0.0, max_grad_norm=1e9,
+        per_device_train_batch_size=sizes[0], gradient_accumulation_steps=sizes[1], per_device_eval_batch_size=8,
+    )  # fmt: skip
+    made.train()
+    log = made.state.log_history[0]
+    assert log["loss"] == pytest.approx(truth, rel=1e-4) and log["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert made.evaluate()["eval_loss"] == pytest.approx(truth, rel=1e-5)
+
+
+@torch.no_grad()
+def test_padding_has_no_labels():
+    model = tiny()
+    learner = Learner(model, resolve("torch"))
+    ids = torch.tensor([[3, 4, 5, 0, 0], [6, 7, 8, 9, 1]])
+    found = learner(ids, labels=ids, attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1.0] * 5]))["loss"]
+    truth = mean_loss(model, [{"input_ids": [3, 4, 5]}, {"input_ids": [6, 7, 8, 9, 1]}])
+    assert float(found) == pytest.approx(truth, rel=1e-12)
+    assert float(learner(ids, labels=torch.full_like(ids, -100))["loss"]) == 0
+    assert float(learner(ids[:, :1], labels=ids[:, :1])["loss"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, r"labels of shape \(2,\)"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 1]}, "attention_mask of shape"),
+        ({"input_ids": [1, 2, 3], "label": [1, 2, 3]}, "Did you mean 'labels'"),
+        ({"input_ids": [[1, 2, 3]]}, "give ints"),
+        ({"input_idx": [1, 2, 3]}, "Did you mean 'input_ids'"),
+        ({"labels": [1, 2, 3]}, "has no 'input_ids'"),
+    ],
+)
+def test_rows_that_cannot_be_collated(row, text):
+    with pytest.raises(InputError, match=text):
+        pad([{"input_ids": [4, 5]}, row])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoints_are_read_as_any_other_and_the_best_comes_back(tmp_path, tied):
+    model = tiny(seed=3, tie_embeddings=tied)
+    made = trainer(
+        tmp_path, model=model, eval_data=rows(8, seed=1), max_steps=4, learning_rate=0.5, save_strategy="steps",
+        save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", per_device_eval_batch_size=8,
+    )  # fmt: skip
+    made.train()
+    losses = [h["eval_loss"] for h in made.state.log_history if "eval_loss" in h]
+    best = Mamba.from_pretrained(made.state.best_model_checkpoint)
+    assert min(losses) < max(losses) and made.state.best_model_checkpoint.endswith(f"-{1 + losses.index(min(losses))}")
+    assert mean_loss(best, rows(8, seed=1)) == pytest.approx(min(losses), rel=1e-5)
+    made.save_model(str(tmp_path / "last"))
+    last = Mamba.from_pretrained(tmp_path / "last")
+    for name, tensor in made.learner.model.state_dict().items():
+        assert torch.equal(tensor, best.state_dict()[name]) and torch.equal(tensor, last.state_dict()[name]), name
 
 
 def test_labels_that_are_ignored_and_padding_give_no_gradient():
@@ -144,3 +221,16 @@ def test_what_cannot_be_trained(tmp_path):
     other = Learner(Mamba(tiny(n_layer=1).config), resolve("torch"))
     with pytest.raises(CheckpointError, match="other tensors"):
         other.load(tmp_path / "a" / "checkpoint-1")
+    wider = Learner(Mamba(tiny(d_state=7).config), resolve("torch"))
+    with pytest.raises(CheckpointError, match=r"A_log, .* 6 in all"):
+        wider.load(tmp_path / "a" / "checkpoint-1")
+    for name, value in (("label_smoothing_factor", 0.1), ("gradient_checkpointing", True), ("neftune_noise_alpha", 5)):
+        asked = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        setattr(asked, name, value)
+        with pytest.raises(InputError, match=name):
+            MambaTrainer(tiny(), asked, train_dataset=rows())
+    with pytest.raises(InputError, match="a Learner has its operations"):
+        MambaTrainer(Learner(tiny(), resolve("torch")), args, train_dataset=rows(), backend="reference")
+    ids = batch["input_ids"]
+    with pytest.raises(InputError, match=r"labels .* for input_ids"):
+        Learner(tiny(), resolve("torch"))(ids, labels=ids[:, :2])

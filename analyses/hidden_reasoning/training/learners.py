@@ -40,10 +40,10 @@ class TaskLearner(Learner):
         return {"loss": found, "answer_logits": logits[rows, answer.long().argmax(1)]}
 
     def weights(self) -> dict[str, Tensor]:
-        """Every tensor once; a tied head is the embedding."""
+        """The model's tensors by its own names, each once; a tied head is the embedding."""
         if isinstance(self.model, Mamba):
             return super().weights()
-        return {name: t for name, t in self.state_dict().items() if name != "model.lm_head.weight"}
+        return {name: t for name, t in self.model.state_dict().items() if name != "lm_head.weight"}
 
 
 def build(settings: Settings, tokenizer: Tokenizer) -> nn.Module:
