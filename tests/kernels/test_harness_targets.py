@@ -13,7 +13,7 @@ from kernels_bridge.fused import load
 from kernels_bridge.fused.ops import make
 from kernels_bridge.harness import Ours, bisect, check, target
 from kernels_bridge.harness.check import KINDS
-from kernels_bridge.harness.draw import SMALL, draw_model
+from kernels_bridge.harness.draw import ODD, SMALL, draw_model
 from kernels_bridge.harness.rows import table
 from kernels_bridge.harness.targets import mamba_ssm_model
 
@@ -60,8 +60,11 @@ def test_a_fault_of_the_kernels_own_is_named(model, plain_norms):
     assert {r.kind for r in wrong} == {"mixers", "gradients"}
 
 
-@pytest.mark.parametrize(("lengths", "decoding"), [([3], True), ([5, 17, 129, 513], False)])
-def test_the_fused_backend_passes_under_edits(model, lengths, decoding):
+@pytest.mark.parametrize(
+    ("lengths", "decoding", "odd"), [([3], True, False), ([129, 513], False, False), ([5, 17], False, True)]
+)
+def test_the_fused_backend_passes_under_edits(model, lengths, decoding, odd):
+    model = draw_model(ODD, 0).float() if odd else model
     norm = {} if decoding else {"layer_norm_fn": layer_norm_fn}
     ops = make(lambda: dataclasses.replace(load(), device="cpu", **norm), "fused[on a CPU]")
     kinds = [kind for kind in KINDS if decoding or kind != "decoding"]

@@ -13,7 +13,8 @@ from torch import Tensor
 from interp import Scale, Set, at, attribution_grid, generate, run
 from kernels_bridge import resolve, torch_scan
 from kernels_bridge.harness import check, target
-from kernels_bridge.harness.draw import SMALL, draw_model
+from kernels_bridge.harness.draw import SIZES, draw_model
+from kernels_bridge.harness.rows import table
 from minimal_mamba.scan import READABLE
 from minimal_mamba.sites import ADDRESSABLE
 
@@ -312,11 +313,19 @@ def test_attribution_agrees(site: str, keep: str | None, edited: bool) -> None:
     near(one, two, 1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_it_passes_the_check(dtype: torch.dtype) -> None:
-    weights = draw_model(SMALL, 0).to(dtype)
-    report = check(target("compiled", weights), weights, lengths=[37], progress=False)
-    assert report.passed and report.first is None
+@pytest.mark.parametrize(
+    ("size", "dtype", "lengths"),
+    [
+        ("small", torch.float32, [37]),
+        ("small", torch.float64, [37]),
+        ("small", torch.bfloat16, [37]),
+        ("odd", torch.float32, [1, 2, 5, 17]),  # whose gradients one rounding of the readable model hardly errs in
+    ],
+)
+def test_it_passes_the_check(size: str, dtype: torch.dtype, lengths: list[int]) -> None:
+    weights = draw_model(SIZES[size], 0).to(dtype)
+    report = check(target("compiled", weights), weights, lengths=lengths, progress=False)
+    assert report.passed and report.first is None, table(report.rows)
 
 
 def test_a_run_says_so() -> None:

@@ -35,6 +35,32 @@ def test_the_torch_backend_passes(dtype):
     assert report.unseen == []
 
 
+def test_another_rounding_is_asked_for_where_one_has_failed(monkeypatch):
+    """It can only widen a bound, so a verdict is what all of them would give."""
+    module, made = importlib.import_module("kernels_bridge.harness.check"), []
+    real = module.roundings
+
+    def counted(*how):
+        for one in real(*how):
+            made.append(one)
+            yield one
+
+    monkeypatch.setattr(module, "roundings", counted)
+    weights = draw_model(SMALL, 0).float()
+    assert ask(target("torch", weights), weights, kinds=["model", "gradients"]).passed
+    asked = len(made)
+    made.clear()
+    bad = Ours(weights, Ops("mine", resolve("torch").conv, swapped))
+    assert not ask(bad, weights, kinds=["model", "gradients"]).passed
+    assert len(made) > 4 * asked - 1
+
+    *_, moved = real(weights)
+    other = Ours(weights, moved.ops, "the readable model, of weights moved by a last place")
+    monkeypatch.setattr(other, "forward", moved.forward)
+    monkeypatch.setattr(other, "gradients", moved.gradients)
+    assert ask(other, weights, kinds=["model", "gradients"]).passed
+
+
 def test_transformers_passes_but_for_its_padding():
     """The state goes on over pad tokens there (transformers #48256); the logits of real tokens are right."""
     weights = model()
