@@ -17,7 +17,7 @@ from minimal_mamba.errors import MambascopeError
 from minimal_mamba.files import write_text
 
 from .errors import TaskError, TrainingError
-from .experiments.accuracy import Score, packed, score
+from .experiments.accuracy import NoneHeldOut, Score, packed, score
 from .experiments.results import Results, fingerprint
 from .organism import load_folder, load_settings, organism_folder, write_organism
 from .task import MASKED, Task, Tokenizer
@@ -117,7 +117,8 @@ def evaluate(
         if settings.architecture == "transformer":
             max_length = min(max_length, settings.positions)
         numbers = {"prompts": prompts, "seed": seed}
-        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, **numbers}
+        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, "modulus": settings.modulus,
+               **numbers}  # fmt: skip
         kept = Results(path, "evaluate", key, command=_command("evaluate", name, max_length=max_length, **numbers))
         ask = partial(score, organism.to(device), task=settings.task, tokenizer=words, written=True)
         typer.echo(f"exact final answers on at most {prompts} prompts a length; chance is {1 / settings.modulus:.0%}")
@@ -126,8 +127,11 @@ def evaluate(
             best = _shortcuts(settings.task, max_length) if what == "concealed" else {}
             for length in range(1, max_length + 1):
                 one = partial(ask, concealed=what == "concealed")
-                found = kept.part(f"{what}, length {length}", partial(_asdict, one, length, prompts, seed))
-                typer.echo(line(length, Score(**found), best.get(length)))
+                try:
+                    found = kept.part(f"{what}, length {length}", partial(_asdict, one, length, prompts, seed))
+                    typer.echo(line(length, Score(**found), best.get(length)))
+                except NoneHeldOut as error:
+                    typer.echo(f"  {length:2d}  {error}")
 
 
 @app.command()
@@ -140,7 +144,8 @@ def shortcuts(
     out: Out = None,
 ) -> None:
     """Compute exactly what the best function of less than the whole prompt can reach, by length."""
-    with _plain_errors(), _results("shortcuts", Path(f"{task}-{acts}"), out, quick) as (path, _, _name):
+    rules = acts if modulus == Task.modulus else f"{acts}-{modulus}"
+    with _plain_errors(), _results("shortcuts", Path(f"{task}-{rules}"), out, quick) as (path, _, _name):
         chosen = Task(modulus, acts=acts, name=task)
         max_length = min(max_length, 6) if quick else max_length
         key = {"task": task, "acts": acts, "modulus": modulus, "max_length": max_length}
@@ -178,7 +183,7 @@ def patch(
                 f"{num_steps} operations one of 1..{num_steps - 2} may differ."
             )
         numbers = {"num_steps": num_steps, "differ": differ, "pairs": n, "prompts": prompts, "seed": seed}
-        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, **numbers}
+        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, "quick": quick, **numbers}
         kept = Results(path, "patch", key, command=_command("patch", name, **numbers))
         given: dict[str, Any] = {"num_steps": num_steps, "differ": differ - 1, "n": n, "seed": seed, "hand_n": prompts}
         everything(kept, organism, settings.task, quick=quick, **given)
@@ -203,7 +208,7 @@ def probe(
         num_steps, prompts = (2, 60) if quick else (num_steps, prompts)
         organism, settings = _mamba(folder, "masked", "doublethink")
         numbers = {"num_steps": num_steps, "prompts": prompts, "seed": seed}
-        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, **numbers}
+        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, "quick": quick, **numbers}
         kept = Results(path, "probe", key, command=_command("probe", name, **numbers))
         probing(kept, organism, settings.task, num_steps=num_steps, n=prompts, seed=seed, layers=[0] if quick else None)
         _written(path, out, quick)
@@ -253,11 +258,13 @@ def figures(
 
 @app.command()
 def demo(
-    model: Annotated[Path | None, typer.Option(help="Folder of an organism. [default: the one that ships]")] = None,
+    model: Model = None,
     out: Annotated[Path, typer.Option(help="Folder for the figures and results.json.")] = Path("runs/demo"),
     n: Annotated[int, typer.Option("--pairs", min=2, help="Pairs of prompts.")] = 100,
-    num_steps: Annotated[int, typer.Option(help="Operations of a prompt.")] = 6,
-    differ: Annotated[int, typer.Option(min=1, help="The operation in which a pair differs, from 1.")] = 2,
+    num_steps: Annotated[int, typer.Option(min=2, help="Operations of a prompt.")] = 6,
+    differ: Annotated[
+        int, typer.Option(min=1, help="The operation in which a pair differs, from 1; not the last.")
+    ] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the pairs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="20 pairs of 3 operations.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; for a model this small more gain little.")] = 1,
@@ -268,9 +275,12 @@ def demo(
 
         _set_up("cpu", threads)
         n, num_steps = (min(n, 20), min(num_steps, 3)) if quick else (n, num_steps)
-        if differ > num_steps:
-            raise TaskError(f"--differ {differ}: a prompt of {num_steps} operations has operations 1..{num_steps}.")
-        organism, settings = _mamba(organism_folder("masked") if model is None else model, "masked")
+        if differ >= num_steps:
+            raise TaskError(
+                f"--differ {differ}: of a prompt of {num_steps} operations one of 1..{num_steps - 1} may differ, so "
+                "that words follow in which the value is carried."
+            )
+        organism, settings = _mamba(_model_folder(model), "masked")
         if settings.task != MASKED:
             raise TaskError(
                 f"{model} was trained on other rules; the demo asks arithmetic modulo 5, from 0, all words."
@@ -311,8 +321,11 @@ def _evaluate(
     found, best = {}, _shortcuts(task, max(lengths))
     typer.echo(f"exact final answers on at most {prompts} prompts a length; chance is {1 / task.modulus:.0%}")
     for length in lengths:
-        found[length] = score(model, length, prompts, seed, task=task, tokenizer=tokenizer, written=True)
-        typer.echo(line(length, found[length], best.get(length)))
+        try:
+            found[length] = score(model, length, prompts, seed, task=task, tokenizer=tokenizer, written=True)
+            typer.echo(line(length, found[length], best.get(length)))
+        except NoneHeldOut as error:
+            typer.echo(f"  {length:2d}  {error}")
     return found
 
 
@@ -350,15 +363,19 @@ def _written(path: Path, out: Path | None, quick: bool) -> None:
 @contextmanager
 def _results(kind: str, model: Path | None, out: Path | None, quick: bool) -> Iterator[tuple[Path, Path, str]]:
     """The results file of a command, the model's folder, and the name that the file has of it."""
-    given = model or Path("masked")
-    ships = kind not in ("shortcuts", "curves") and not given.is_dir()
-    folder = organism_folder(str(given)) if ships else given
+    folder = model or Path("masked") if kind in ("shortcuts", "curves") else _model_folder(model)
     name = folder.parent.name if folder.name == "organism" else folder.name
     if out is None and quick:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch) / f"{kind}.json", folder, name
     else:
         yield out or Path("runs") / f"{kind}-{name}.json", folder, name
+
+
+def _model_folder(model: Path | None) -> Path:
+    """A folder as it is given, or that of a model that ships, by its name."""
+    given = model or Path("masked")
+    return given if given.is_dir() else organism_folder(str(given))
 
 
 def _set_up(device: str, threads: int | None) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ..pages import placed
-from .drawing.probes import CARRIED, carried, layers_of
+from .drawing.probes import layers_of
 from .drawing.trainings import GROUPS, LOSSES, scores
-from .experiments.accuracy import Score
+from .experiments.accuracy import Score, wilson
 from .experiments.curves import DEPTHS
-from .experiments.results import Read, ResultsError, read
+from .experiments.results import Read, ResultsError, read, together
 from .organism import MODELS
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,9 +25,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def percent(found: Score) -> str:
-    """A share and its 95 % interval."""
+    """A share and its 95 % interval; alone where every prompt was asked."""
     low, high = found.interval()
-    return f"{found.share:.1%} ({low:.1%} .. {high:.1%})"
+    return f"{found.share:.1%}" if found.every else f"{found.share:.1%} ({low:.1%} .. {high:.1%})"
+
+
+def few(share: float, n: int) -> str:
+    """A small share of n, and the upper end of its 95 % interval."""
+    return f"{share:.1%} of {n} (up to {wilson(round(share * n), n)[1]:.1%})"
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,11 @@ class Results:
     folder: Path
 
     def __getitem__(self, name: str) -> Read:
-        parts: Read = read(self.folder / f"{name}.json", name.split("-")[0])["parts"]
-        return parts
+        return self.whole(name)["parts"]
+
+    def whole(self, name: str) -> Read:
+        """A file, its key too."""
+        return read(self.folder / f"{name}.json", name.split("-")[0])
 
 
 def models(results: Results) -> str:
@@ -82,6 +90,7 @@ def shortcuts(results: Results) -> str:
         for name, said in (
             ("multiset", "which operations, in any order"),
             ("last 4", "the last 4 operations"),
+            ("last 4, and multiset before", "the last 4 operations, and which come before"),
             ("last 1", "the last operation"),
             ("length", "the length alone"),
         )
@@ -131,7 +140,7 @@ def _operations(found: Read) -> list[int]:
 def _ends(found: Read, site: str, positions: list[int]) -> str:
     """Least and most share of the row of all layers."""
     row = np.array(found[site]["share"])[-1, positions]
-    low, high = (f"{abs(x):.2f}" for x in (row.min().round(2), row.max()))
+    low, high = (f"{x.round(2) + 0.0:.2f}" for x in (row.min(), row.max()))  # no minus before a zero
     return low if low == high else f"{low} to {high}"
 
 
@@ -148,7 +157,8 @@ def _without(found: Read) -> dict[str, dict[str, Score]]:
 
 
 def _control(found: Read, *sites: str) -> str:
-    return f"{max(np.array(found[f'control: {site}']['flip']).max() for site in sites):.1%}"
+    flips = max(np.array(found[f"control: {site}"]["flip"]).max() for site in sites)
+    return few(flips, found["control: pairs"]["pairs"])
 
 
 def _first_read(probes: Read, site: str) -> str:
@@ -163,6 +173,18 @@ def _best(probes: Read, site: str, label: str, step: int) -> float:
     return max(probes[f"{site}, layer {i}"][label]["score"][step] or 0 for i in layers_of(probes, site))
 
 
+def _means(rows: list[Read]) -> tuple[int, int, str]:
+    """The step at which fewest answers follow a value whose mean memory is put in, how many, and of how many."""
+    worst = min(rows, key=lambda r: r["mean"]["right"])
+    low, high = worst["mean"]["interval"]
+    return worst["step"], worst["mean"]["right"], f"{worst['mean']['of']} ({low:.1%} .. {high:.1%})"
+
+
+def _untrained(probes: Read, site: str, label: str, step: int) -> float:
+    """The same in a model that was never trained."""
+    return max(probes[f"{site}, layer {i}"][label]["random"][step] or 0 for i in layers_of(probes, site))
+
+
 def _handed(rows: list[Read]) -> tuple[Read, str]:
     """The step at which the running value does worst, and how."""
     worst = min(rows, key=lambda r: r["running value"]["alone"] / r["running value"]["of"])
@@ -173,35 +195,42 @@ def _handed(rows: list[Read]) -> tuple[Read, str]:
 
 def where(results: Results) -> str:
     """Where the running value is, in the model `masked`."""
+    differ = results.whole("patch-masked")["key"]["differ"]
     found, probes = results["patch-masked"], results["probe-masked"]
     pairs, between = found["value: pairs"], _between(found)
     sets, last = found["windows: recurrent_state"], found["value: ssm_state"]["share"][-1][-1]
     three = np.array(sets["share"])[[i for i, r in enumerate(sets["layers"]) if np.size(r) == 3]].max(0)
-    rows = [r for r in found["handover"]["recurrent_state"] if r["word"] == "after"]
+    rows = [r for r in found["handover"]["conv_state"] if r["word"] == "after"]
     worst, value = _handed(rows)
+    step, right, of = _means(found["handover"]["conv_state"])
     others = [sum(r[name]["alone"] for r in rows) for name in ("done", "partial sum", "base")]
     none = _without(found)
     needed = {s: np.array(found[f"needed: {s}"]["right"]) for s in ("ssm_state", "conv_state")}
     erased = [probes[f"erase value, layer {i}"] for i in layers_of(probes, "resid_post")]
-    goes, stays = ([e[kind]["answer"] for e in erased] for kind in ("space", "control"))
+    goes = [e["space"]["answer"] for e in erased]
+    stays = [control["answer"] for e in erased for control in e["controls"]]
     steps = len(probes["steps"])
     ssm = [_best(probes, "ssm_state", "value", j) for j in range(steps)]
     return _bullets(
         f"**Full hand-over.** In {pairs['pairs']} pairs of prompts of {found['handover']['num_steps']} operations "
-        f"that differ in the second ({pairs['gap_nats']:.1f} nats apart), the donor's conv state of all layers moves "
-        f"the answer {_ends(found, 'value: conv_state', between)} of the way at every word from the differing one's "
-        f"echo to the last but one; the SSM state of all layers {_ends(found, 'value: ssm_state', between)}. At the "
-        f"last word, where the donor's next conv state comes too late, it is {last:.2f}.",
-        "**Control.** Where the other operation leads to the same value, patching any site at any place changes "
-        f"{_control(found, 'ssm_state', 'conv_state', 'recurrent_state', 'resid_post')} of the answers.",
+        f"that differ in operation {differ} ({pairs['gap_nats']:.1f} nats apart), the donor's conv state of all layers "
+        f"moves the answer {_ends(found, 'value: conv_state', between)} of the way at every word from the differing "
+        f"one's echo to the last but one; the SSM state of all layers {_ends(found, 'value: ssm_state', between)}. At "
+        f"the last word, where the donor's next conv state comes too late, it is {last:.2f}.",
+        "**Control.** Where the other operation leads to the same value, patching any site at any place changes the "
+        f"answer in {_control(found, 'ssm_state', 'conv_state', 'recurrent_state', 'resid_post')}.",
         "**Layer by layer.** The layer whose conv state alone moves the answer most, and how far: "
         f"{_peaks(found, 'value: conv_state')}. Near the end it is spread: three neighbouring layers' whole memory "
         f"moves the answer {three[0]:.2f} of the way after operation 2, and {three[-1]:.2f} before the last.",
-        "**What is handed over.** Between unrelated prompts, the whole memory carries the *running value*. Where no "
-        "other account foretells the same answer, it is what the base's remaining operations make of the donor's "
-        f"value in {value} at the worst step, {worst['step']}; the donor's final answer, the partial sum that the "
-        f"operations so far will have added to the final value, or the base's own answer in {sum(others)} cases at "
-        "all steps.",
+        "**What is handed over.** Between unrelated prompts, the conv states of all layers carry the *running value*, "
+        "while the SSM states stay the base's. Where no other account foretells the same answer, it is what the base's "
+        f"remaining operations make of the donor's value in {value} at the worst step, {worst['step']}; the donor's "
+        "final answer, the partial sum that the operations so far will have added to the final value, or the base's "
+        f"own answer in {sum(others)} cases at all steps.",
+        "**And nothing else.** A memory that kept the operations for later would hand a value over just so. So the "
+        "conv states of all prompts that have come to some value by any operations are averaged, and the *mean* is put "
+        f"in for the value of another prompt: {right} of {of} answers are what the remaining operations make of it, at "
+        f"the worst word, step {step}.",
         "**Necessity.** With no token reading any SSM state, in all layers at once (y = D u), "
         f"{percent(none['SSM state']['answers'])} of {none['SSM state']['answers'].prompts} answers stay right, the "
         f"text before them given; with every conv state at its mean {percent(none['conv state']['answers'])}. A mean "
@@ -212,29 +241,35 @@ def where(results: Results) -> str:
         f"the SSM state unread {none['SSM state']['echo'].share:.1%} of the echoed operations are right (one in "
         f"seven would be by chance), of the whole model {none['nothing']['echo'].share:.1%}.",
         "**Probes mislead.** From the SSM state, of which the answers need nothing, a linear probe reads the "
-        f"running value at every step, at the worst {min(ssm):.1%} of it; and, {steps - 1} operations into {steps}, "
-        f"the product of the multipliers to come at {_best(probes, 'ssm_state', 'rest', steps - 2):.0%}. From the "
+        f"running value at every step, at the worst {min(ssm):.1%} of it (untrained model "
+        f"{_untrained(probes, 'ssm_state', 'value', ssm.index(min(ssm))):.0%}); and, {steps - 1} operations into "
+        f"{steps}, the product of the multipliers to come at {_best(probes, 'ssm_state', 'rest', steps - 2):.0%}, but "
+        f"so it does in an untrained model at {_untrained(probes, 'ssm_state', 'rest', steps - 2):.0%}. From the "
         f"residual stream it reads the value of operations 1, 2, .. from layer {_first_read(probes, 'resid_post')} "
         "on, and two operations before the end the final answer at "
         f"{_best(probes, 'resid_post', 'answer', steps - 3):.0%}, which is chance.",
         f"**Erasure.** The {erased[0]['dimensions']} dimensions in which the value's class means differ, projected "
         f"out of the residual stream after layer 0, 1, .., leave {', '.join(f'{x:.0%}' for x in goes)} of the "
-        f"answers right; a random space of as many dimensions {min(stays):.0%}.",
+        f"answers right; spaces of as many dimensions, made in the same way of shuffled labels, {min(stays):.0%} to "
+        f"{max(stays):.0%}, in the mean {np.mean(stays):.0%}.",
     )
 
 
 def shifted(results: Results) -> str:
-    """Hand-overs from one step to another, by the operations that the value would have met at the end."""
-    found = results["patch-masked"]["handover"]
-    n = found["num_steps"]
-    by: dict[int, list[int]] = {}
-    for r in found["shifted"]:
-        count = by.setdefault(r["from"] + n - r["to"], [0, 0, 0])
-        for i, name in enumerate(("right", "said", "of")):
-            count[i] += r[name]
-    rows = [[str(k), f"{right / of:.1%}", f"{said / of:.1%}"] for k, (right, said, of) in sorted(by.items())]
-    head = ["donor's operations + those to come", "donor's value the likeliest", "any value the likeliest word"]
-    return table(head, rows)
+    """Hand-overs from one step to another, by the steps between them and the operations of the prompts."""
+    found = {int(k.split()[1]): v for k, v in results["patch-masked"].items() if k.startswith("shifted, ")}
+    most = max(found) - 2
+    rows = []
+    for shift in range(-most, most + 1):
+        row = [f"{shift:+d}" if shift else "0"]
+        for name in ("right", "said"):
+            for cells in found.values():
+                shares = [r[name] / r["of"] for r in cells if r["from"] - r["to"] == shift]
+                low, high = (f"{100 * f(shares):.0f}" for f in (min, max)) if shares else ("-", "-")
+                row.append(low if low == high else f"{low} .. {high}")
+        rows.append(row)
+    heads = [f"{what}, {n}" for what in ("donor's value %", "a value said %") for n in found]
+    return table(["donor's step - base's", *heads], rows)
 
 
 def overt(results: Results) -> str:
@@ -247,21 +282,22 @@ def overt(results: Results) -> str:
     best = np.array(shown["share"])[:-1].argmax(0)
     words = [pairs["words"][p] for p in shown["positions"]]
     after = sorted({int(layer) for layer, word in zip(best, words, strict=True) if word == "[v]"})
-    groups = found["channels: conv_state, 1 after"], found["channels: conv_state, 2 after"]
-    counted = [[int(k.sum()) for k in carried(g)] for g in groups]
+    groups = [found[f"channels: conv_state, {words} after"] for words in (1, 2)]
+    sums = [[np.nansum(group[name]) for name in ("hidden", "overt")] for group in groups]
+    size = np.size(groups[0]["hidden"])
     none = _without(found)
     return _bullets(
         f"In {pairs['pairs']} pairs whose hidden value differs and whose text shows the same, the conv state of all "
         f"layers moves the answer {_ends(found, 'value: conv_state', between)} of the way, the SSM state "
         f"{_ends(found, 'value: ssm_state', between)}.",
-        f"Patching the hidden value, in any layer and at any word, changes at most {back:.1%} of the next overt "
-        f"values; patching the overt value {cross:.1%} of the final answers.",
+        "Patching the hidden value, in any layer and at any word, changes the next overt value in at most "
+        f"{few(back, pairs['pairs'])}; patching the overt value the final answer in {few(cross, pairs['pairs'])}.",
         "The hidden value climbs as in `masked`: the conv state that does most alone is that of layer "
         f"{_peaks(found, 'value: conv_state')}. The overt value is read again from the text: after each written one "
         f"the conv state that moves the next most is that of layer {' or '.join(map(str, after))}, at every step.",
-        f"Of {counted[0][3]} groups of ten channels of the conv states, one word on, {counted[0][0]} carry more than "
-        f"{CARRIED:.1%} of the hidden value, {counted[0][1]} of the overt one, {counted[0][2]} of both; two words on "
-        f"{counted[1][0]}, {counted[1][1]} and {counted[1][2]}.",
+        f"Whether they share channels is open: what {size} groups of channels of the conv states do one at a time adds "
+        f"up to {sums[0][0]:.2f} (hidden) and {sums[0][1]:.2f} (overt) one word on, {sums[1][0]:.2f} and "
+        f"{sums[1][1]:.2f} two words on, where all of them together do nearly all of it.",
         f"With no token reading any SSM state {percent(none['SSM state']['answers'])} of the final answers stay "
         f"right, and {none['SSM state']['echo'].share:.1%} of the echoed operations.",
     )
@@ -273,13 +309,16 @@ def alone(results: Results) -> str:
     none = _without(found)
     rows = [r for r in found["handover"]["ssm_state"] if r["word"] == "after"]
     worst, value = _handed(rows)
+    step, right, of = _means(found["handover"]["ssm_state"])
     return _bullets(
         "The SSM state of all layers, which is all of its memory, moves the answer "
         f"{_ends(found, 'value: ssm_state', _between(found))} of the way in pairs of "
-        f"{found['handover']['num_steps']} operations; same-value pairs change "
-        f"{_control(found, 'ssm_state', 'resid_post')} of the answers; unread, it leaves "
+        f"{found['handover']['num_steps']} operations; pairs of the same value change the answer in "
+        f"{_control(found, 'ssm_state', 'resid_post')}; unread, it leaves "
         f"{percent(none['SSM state']['answers'])} right.",
-        f"Between unrelated prompts it carries the running value in {value} at the worst step, {worst['step']}.",
+        f"Between unrelated prompts it carries the running value in {value} at the worst step, {worst['step']}; the "
+        "mean state of all prompts that have come to a value carries it in "
+        f"{right} of {of}, at the worst word, step {step}.",
         f"The layer that moves the answer most, alone: {_peaks(found, 'value: ssm_state')}.",
         "A probe reads the value of operations 1, 2, .. from the SSM state of layer "
         f"{_first_read(probes, 'ssm_state')} on (in nine of ten held-out prompts).",
@@ -303,6 +342,7 @@ def page(text: str, folder: Path = RESULTS) -> str:
         ResultsError: results that are not there, or not whole. PageError: a page without the marks.
     """
     results = Results(folder)
+    together({path.stem: results.whole(path.stem) for path in sorted(folder.glob("*.json"))})
     for name, make in BLOCKS.items():
         try:
             text = placed(text, name, make(results))

@@ -9,6 +9,7 @@ import torch
 from analyses.hidden_reasoning import DOUBLETHINK, MASKED, Task, draw
 from analyses.hidden_reasoning.experiments import accuracy, channels, handover, patching, probing
 from analyses.hidden_reasoning.experiments.results import VERSION, Results, ResultsError, fingerprint, plain, read
+from analyses.hidden_reasoning.organism import load_organism
 from analyses.hidden_reasoning.task import held_out, pairs
 from interp import Set, at, run
 from interp import accuracy as right
@@ -143,13 +144,25 @@ def test_a_hand_over_is_the_edit_that_it_says(model):
     expected = handover._count(
         np.array(said), handover.accounts(base.operations.numpy(), donor.operations.numpy(), 2, MASKED)
     )
-    assert {k: v for k, v in row.items() if k not in ("step", "word")} == expected
+    assert {k: v for k, v in row.items() if k not in ("step", "word", "mean")} == expected
     whole = {r["step"]: r for r in found["recurrent_state"] if r["word"] == "after"}
-    for r in found["shifted"]:
+    cells = handover.shifted(model, MASKED, num_steps=3, n=6, seed=0)
+    for r in cells:
         assert r["of"] == 6
         if r["from"] == r["to"]:  # the same hand-over, counted where no other account foretells the same
             assert whole[r["to"]]["running value"]["alone"] <= r["right"]
-    assert {(r["from"], r["to"]) for r in found["shifted"]} == {(i, j) for i in (1, 2) for j in (1, 2)}
+    assert {(r["from"], r["to"]) for r in cells} == {(i, j) for i in (1, 2) for j in (1, 2)}
+
+
+def test_the_mean_memory_of_a_value_is_one_for_all_who_have_come_to_it():
+    """In the model that ships: the answers follow it in the conv states and in nothing else."""
+    organism = load_organism("masked")[0]
+    found = handover.handover(organism, MASKED, num_steps=3, n=60, seed=1)
+    for site, least, most in (("conv_state", 60, 60), ("ssm_state", 0, 12)):
+        for r in found[site]:
+            assert least <= r["mean"]["right"] <= most and r["mean"]["of"] == 60, (site, r)
+    untrained = handover.handover(Mamba(organism.config).eval(), MASKED, num_steps=3, n=60, seed=1)
+    assert max(r["mean"]["right"] for r in untrained["conv_state"]) < 40
 
 
 # -- patching ---------------------------------------------------------------------------------------------------------
@@ -268,8 +281,9 @@ def test_erasing_takes_what_is_read_and_a_random_space_does_not():
     found = probing.erase(made.eval(), task, 3, 200, 0, "overt", 0)
     assert found["dimensions"] == 4
     assert found["nothing"]["overt"] > 0.9
-    assert found["control"]["overt"] > 0.8
-    assert found["space"]["overt"] < 0.5
+    assert len(found["controls"]) == probing.CONTROLS
+    assert all(0 < control["variance"] < 1 for control in found["controls"])
+    assert found["space"]["overt"] < 0.3 < 0.5 < np.mean([control["overt"] for control in found["controls"]])
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..experiments.results import ResultsError, read
+from ..experiments.results import ResultsError, read, together
 from . import maps, probes, trainings
 from .style import figure_file
 from .summary import summary
@@ -33,13 +33,16 @@ def draw_all(results: Path, out: Path, kinds: Sequence[str] = ("png", "pdf")) ->
     """Draw each figure whose results are there, in each kind of file; without the ending.
 
     Raises:
-        ResultsError: no results at all, or of another version; nothing is drawn then.
+        ResultsError: no results at all, of another version, or of models or rules that are not the same; nothing is
+            drawn then.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     paths = {need: results / f"{need}.json" for needs, _ in FIGURES.values() for need in needs}
-    found = {need: read(path, need.split("-")[0])["parts"] for need, path in paths.items() if path.is_file()}
+    whole = {need: read(path, need.split("-")[0]) for need, path in paths.items() if path.is_file()}
+    together(whole)
+    found = {need: made["parts"] for need, made in whole.items()}
     made = []
     for name, (needs, draw) in FIGURES.items():
         if not all(need in found for need in needs):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..experiments.results import Read
-from .style import BLUE, GREEN, NAMES, ORANGE, PAGE, RED, legend_below
+from .style import BLUE, GREEN, NAMES, ORANGE, PAGE, RED, SKY, legend_below
 
 QUIET = ("[_]", "[v]")  # words between the operations, whose columns stand without a label
 
@@ -77,8 +77,10 @@ def control(new: Any, patch_masked: Read) -> None:
     axes[0, 0].figure.colorbar(image, ax=axes, label="answers that change", shrink=0.6)
 
 
-ACCOUNTS = {"running value": (BLUE, "o"), "partial sum": (ORANGE, "^"), "done": (RED, "s"), "base": ("0.45", "x")}
+ACCOUNTS = {"running value": (BLUE, "o"), "mean": (SKY, "D"), "partial sum": (ORANGE, "^"), "done": (RED, "s"),
+            "base": ("0.45", "x")}  # fmt: skip
 SAID = {
+    "mean": "a value, of its mean memory",
     "running value": "running value",
     "partial sum": "partial sum",
     "done": "donor's answer",
@@ -87,28 +89,29 @@ SAID = {
 
 
 def account_curves(ax: Any, found: Read, site: str, title: str) -> None:
-    """How often the answer is what each account foretells, where it stands alone, by step."""
+    """How often the answer is what each account foretells, where it stands alone, by step; and what follows a mean."""
     rows = [r for r in found[site] if r["word"] == "after"]
-    x = [r["step"] for r in rows]
-    for name, (colour, mark) in ACCOUNTS.items():
-        share = [r[name]["alone"] / r[name]["of"] for r in rows]
-        error = [[s - r[name]["interval"][0] for s, r in zip(share, rows, strict=True)],
-                 [r[name]["interval"][1] - s for s, r in zip(share, rows, strict=True)]]  # fmt: skip
-        ax.errorbar(x, share, yerr=np.abs(error), color=colour, marker=mark, ms=2.8, elinewidth=0.7, label=SAID[name])
+    x = np.array([r["step"] for r in rows])
+    for i, (name, (colour, mark)) in enumerate(ACCOUNTS.items()):
+        right, line = ("right", "--") if name == "mean" else ("alone", "-")
+        share = np.array([r[name][right] / r[name]["of"] for r in rows])
+        ends = np.array([r[name]["interval"] for r in rows]).T
+        ax.errorbar(x + 0.09 * (i - 2), share, yerr=np.abs(ends - share), color=colour, marker=mark, ms=2.8, ls=line,
+                    elinewidth=0.7, label=SAID[name])  # fmt: skip
     ax.set(title=title, xlabel="operations before it", ylim=(-0.03, 1.05), xticks=x)
 
 
 def handover(new: Any, patch_masked: Read) -> None:
-    """What the answers follow when the memory of another prompt is handed over, at the same step and at another."""
+    """What the answers follow when a memory of another prompt is handed over, at the same step and at another."""
     axes = new(1, 4, figsize=(PAGE, 2.1), width_ratios=[1, 1, 1, 1.25])
     found = patch_masked["handover"]
-    titles = ("whole memory put in", "SSM state put in", "conv state put in")
-    for ax, site, title in zip(axes, ("recurrent_state", "ssm_state", "conv_state"), titles, strict=False):
+    titles = ("conv state put in", "SSM state put in", "both: a spliced text")
+    for ax, site, title in zip(axes, ("conv_state", "ssm_state", "recurrent_state"), titles, strict=False):
         account_curves(ax, found, site, title)
         ax.sharey(axes[0])
     axes[0].set_ylabel("answers as foretold")
-    legend_below(axes[0], 4)
-    shifted_map(axes[3], found["shifted"])
+    legend_below(axes[0], 5)
+    shifted_map(axes[3], patch_masked[f"shifted, {found['num_steps']} operations"])
 
 
 def shifted_map(ax: Any, rows: Sequence[Read]) -> None:
@@ -118,7 +121,7 @@ def shifted_map(ax: Any, rows: Sequence[Read]) -> None:
     for r in rows:
         share[r["from"] - 1, r["to"] - 1] = r["right"] / r["of"]
     image = ax.imshow(share, origin="lower", cmap="Greys", vmin=0, vmax=1)
-    ax.set(title="from another step", xlabel="base's step", ylabel="donor's step")
+    ax.set(title="both, from another step", xlabel="base's step", ylabel="donor's step")
     ax.set_xticks(range(n), range(1, n + 1))
     ax.set_yticks(range(n), range(1, n + 1))
     ax.figure.colorbar(image, ax=ax, label="donor's value taken up", shrink=0.9)

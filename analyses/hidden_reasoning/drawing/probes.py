@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from ..experiments.accuracy import wilson
 from ..experiments.results import Read
 from .maps import share_map
 from .style import BLUE, GREEN, NAMES, ORANGE, PAGE, PINK, RED, SKY, legend_below
@@ -38,7 +39,7 @@ def probes(new: Any, probe_masked: Read) -> None:
 
 
 def best_curves(ax: Any, parts: Read, site: str, layers: list[int], value: dict[str, Any]) -> None:
-    """Each label at the layer that reads it best at a step, with its interval; the best controls in grey."""
+    """Each label at the layer that reads it best at a step, with its interval; and the best of its own controls."""
     steps = parts["steps"]
     for name in value:
         label, colour, mark = LABELS[name]
@@ -49,10 +50,11 @@ def best_curves(ax: Any, parts: Read, site: str, layers: list[int], value: dict[
         ends = [np.array([a[k][j] for a, j in zip(at, some, strict=True)]) for k in ("low", "high")]
         ax.errorbar([steps[j] for j in some], y, yerr=[y - ends[0], ends[1] - y], color=colour, marker=mark,
                     ms=2.8, elinewidth=0.7, label=label)  # fmt: skip
-    shuffled = np.array([parts[f"{site}, layer {i}"]["value"]["shuffled"] for i in layers], dtype=float)
-    fresh = np.array([parts[f"{site}, layer {i}"]["value"]["random"] for i in layers], dtype=float)
-    ax.plot(steps, np.nanmax(shuffled, 0), color="0.5", lw=0.9, ls="--", label="value, labels shuffled")
-    ax.plot(steps, np.nanmax(fresh, 0), color="0.5", lw=0.9, ls=":", label="value, untrained model")
+        for control, line in (("shuffled", "--"), ("random", ":")):
+            found = np.array([parts[f"{site}, layer {i}"][name][control] for i in layers], dtype=float)[:, some]
+            ax.plot([steps[j] for j in some], np.nanmax(found, 0), color=colour, lw=0.7, ls=line)
+    ax.plot([], [], color="0.3", lw=0.7, ls="--", label="of each: labels shuffled")
+    ax.plot([], [], color="0.3", lw=0.7, ls=":", label="of each: untrained model")
     ax.plot(steps, parts["alone"], color="black", lw=0.7, ls="-.", label="value, from the last word")
     ax.set(title=f"{NAMES[site]}, best layer", ylim=(0, 1.05), xticks=steps, ylabel="held-out accuracy")
 
@@ -68,11 +70,13 @@ def erased(new: Any, probe_masked: Read, probe_doublethink: Read) -> None:
         found = [parts[f"erase {name}, layer {i}"] for i in layers]
         for what, label, colour, mark in (("answer", "final answer", BLUE, "o"), ("overt", "overt values", SKY, "^")):
             if what in found[0]["space"]:
-                for kind, line, more in (("space", "-", ""), ("control", ":", ", random space")):
-                    y = np.array([f[kind][what] for f in found])
-                    error = 2 * np.sqrt(y * (1 - y) / found[0]["prompts"])
-                    ax.errorbar(layers, y, yerr=error, color=colour, marker=mark, ms=2.5, ls=line, elinewidth=0.7,
-                                label=f"{label}{more}")  # fmt: skip
+                y = np.array([f["space"][what] for f in found])
+                ends = np.array([wilson(round(s * f["prompts"]), f["prompts"]) for s, f in zip(y, found, strict=True)])
+                ax.errorbar(layers, y, yerr=np.abs(ends.T - y), color=colour, marker=mark, ms=2.5, elinewidth=0.7,
+                            label=label)  # fmt: skip
+                each = np.array([[control[what] for control in f["controls"]] for f in found])
+                ax.errorbar(layers, each.mean(1), yerr=np.abs([each.min(1), each.max(1)] - each.mean(1)), color=colour,
+                            ls=":", elinewidth=0.7, label=f"{label}, labels shuffled")  # fmt: skip
         ax.axhline(0.2, color="black", lw=0.5)
         ax.set(title=title, xlabel="layer after which it is erased", ylim=(0, 1.05))
     axes[0].set_ylabel("right")
@@ -98,15 +102,6 @@ def doublethink(new: Any, patch_doublethink: Read) -> None:
     axes[0, 0].figure.colorbar(image, ax=axes, label="moved (0 base, 1 donor)", shrink=0.6)
 
 
-CARRIED = 0.002  # of the way from base to donor: what a group of channels carries
-
-
-def carried(part: Read) -> tuple[Any, Any, Any, Any]:
-    """Of groups of channels, which carry the hidden value, the overt one, both; and which there are. Bool arrays."""
-    hidden, overt = (np.abs(part[name]) > CARRIED for name in ("hidden", "overt"))
-    return hidden, overt, hidden & overt, np.ones_like(hidden)
-
-
 def channels(new: Any, patch_doublethink: Read) -> None:
     """Each group of channels of the conv states: how much of the hidden and of the overt value it carries."""
     axes = new(1, 2, figsize=(PAGE, 2.3), sharey=True)
@@ -115,8 +110,6 @@ def channels(new: Any, patch_doublethink: Read) -> None:
         hidden, overt = np.abs(part["hidden"]), np.abs(part["overt"])
         layer = np.repeat(np.arange(len(hidden)), hidden.shape[1])
         points = ax.scatter(overt.flatten(), hidden.flatten(), c=layer, s=8, cmap="viridis", linewidths=0)
-        for line in (ax.axhline, ax.axvline):
-            line(CARRIED, color="0.6", lw=0.5, ls="--")
         ax.set(xscale="log", yscale="log", title=f"conv state, {words} word{'s' * (words > 1)} after the operation")
         ax.set(xlabel="overt value: |share| of the next overt value")
     axes[0].set_ylabel("hidden value: |share| of the answer")

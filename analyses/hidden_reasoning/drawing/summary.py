@@ -24,6 +24,6 @@ def summary(new: Any, evaluate_masked: Read, evaluate_transformer: Read, shortcu
     image = share_map(where, patch_masked["value: recurrent_state"], words, "c  memory of one layer, or of all, put in")
     where.set(ylabel="layer", xlabel="word after which the donor's memory is put in")
     where.figure.colorbar(image, ax=where, label="answer moved")
-    account_curves(holds, patch_masked["handover"], "recurrent_state", "d  after the memory of another prompt")
+    account_curves(holds, patch_masked["handover"], "conv_state", "d  after the conv state of another prompt")
     holds.set_ylabel("answers as foretold")
     holds.legend(loc="center left")

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import TaskError
 from ..organism import logits_of
 from ..task import MASKED, Batch, Task, Tokenizer, compose, draw, held_out
 from ..task.layout import HELD_OUT_FROM, rows_of
+from ..task.rules import Ints
 
 STREAM = 2  # keeps the seeds of evaluation apart from those of training
 ROWS = 500  # in one forward
@@ -25,12 +27,14 @@ class Score:
         prompts: how many. right: exact final answers, the text before it given.
         written: rows whose whole reasoning, written by the model alone, is right to the last token; None: not asked.
         seen: whether training may have shown these prompts, which are too few to keep any apart.
+        every: whether these are all the prompts that there are to ask: then the share is no estimate.
     """
 
     prompts: int
     right: int
     written: int | None
     seen: bool
+    every: bool = False
 
     @property
     def share(self) -> float:
@@ -38,8 +42,8 @@ class Score:
         return self.right / self.prompts
 
     def interval(self) -> tuple[float, float]:
-        """Ends of the 95 % interval of the share."""
-        return wilson(self.right, self.prompts)
+        """Ends of the 95 % interval of the share; where every prompt was asked, the share twice."""
+        return (self.share, self.share) if self.every else wilson(self.right, self.prompts)
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -57,17 +61,34 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def fresh(
     num_steps: int, n: int, seed: int, task: Task = MASKED, tokenizer: Tokenizer | None = None, concealed: bool = True
 ) -> Batch:
-    """At most n prompts, drawn from those held out; of a short length, each at most once."""
+    """At most n prompts, drawn from those held out; of a short length, each at most once.
+
+    Raises:
+        NoneHeldOut: of so few prompts none is.
+    """
     rows_of(num_steps, n)
-    k = len(task.operations)
-    if k**num_steps > LISTED:
+    if (every := listed(num_steps, task)) is None:
         key = [STREAM, seed, num_steps]
         return draw(num_steps, n, key, concealed=concealed, prompts="held out", task=task, tokenizer=tokenizer)
-    every = np.array(list(product(range(k), repeat=num_steps)))
-    if num_steps >= HELD_OUT_FROM:
-        every = every[held_out(every, np.full(len(every), num_steps))]
+    if not len(every):
+        raise NoneHeldOut(
+            f"of the {len(task.operations) ** num_steps} prompts of {num_steps} operations none was held out."
+        )
     order = np.random.default_rng([STREAM, seed, num_steps]).permutation(len(every))[:n]
     return compose(every[order], num_steps, concealed=concealed, task=task, tokenizer=tokenizer)
+
+
+class NoneHeldOut(TaskError):
+    """A length of which training may have seen every prompt."""
+
+
+def listed(num_steps: int, task: Task) -> Ints | None:
+    """(n, s) all prompts that may be asked, held out where a length has any to spare; None where they are too many."""
+    k = len(task.operations)
+    if k**num_steps > LISTED:
+        return None
+    every = np.array(list(product(range(k), repeat=num_steps)))
+    return every if num_steps < HELD_OUT_FROM else every[held_out(every, np.full(len(every), num_steps))]
 
 
 @torch.no_grad()
@@ -89,7 +110,7 @@ def score(
         written: also let the model write all that follows the prompt. concealed: of `masked`; False: the text before
             the answer, where it is given, shows every value.
     Raises:
-        TaskError: fewer than one step or prompt.
+        TaskError: fewer than one step or prompt. NoneHeldOut: no prompt of this length was held out.
     """
     batch = fresh(num_steps, n, seed, task, tokenizer, concealed)
     device = next(model.parameters()).device
@@ -104,7 +125,9 @@ def score(
         if written and task.name != "direct":
             whole += int(_write(model, ids, int(batch.prompt_length[0])).eq(ids).all(1).sum())
     asked = written and task.name != "direct"
-    return Score(len(batch.ids), right, whole if asked else None, num_steps < HELD_OUT_FROM)
+    there = listed(num_steps, task)
+    every = there is not None and len(there) == len(batch.ids)
+    return Score(len(batch.ids), right, whole if asked else None, num_steps < HELD_OUT_FROM, every)
 
 
 def _write(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:

@@ -105,6 +105,9 @@ def summary(model: Mamba, found: Memories) -> dict[str, Any]:
     }
 
 
+KNOWS = 0.9  # right answers without which nothing is said of where a value is
+
+
 def sentences(numbers: dict[str, Any]) -> list[str]:
     """What the sweep shows, in three sentences."""
 
@@ -113,16 +116,26 @@ def sentences(numbers: dict[str, Any]) -> list[str]:
 
     right, gap, most, least = (numbers[k] for k in ("answered_right", "gap_nats", "state_most", "conv_least"))
     climb = ", ".join(f"{c['layer']} after '{c['word']}' ({share(c)})" for c in numbers["strongest"])
-    return [
+    knows = min(right.values()) >= KNOWS
+    opening = (
         f"In {numbers['pairs']} pairs of hidden prompts of {numbers['num_steps']} steps that differ only in operation "
         f"{numbers['differing_step']} (the model answers {right['base']:.1%} and {right['donor']:.1%} of them right, "
-        f"{gap:.1f} nats apart), the memory of all layers carries the value that no word shows: handed over anywhere "
-        f"from the differing word's echo to the last word but one, SSM state and conv state together move the answer "
-        f"{numbers['whole_memory_least']:.2f} of the way to the donor's (0 is the base run, 1 the donor).",
-        f"Of the two, the conv state of all layers alone moves it {share(least)} where it does least (after "
-        f"'{least['word']}', position {least['position']}), the SSM state of all layers alone {share(most)} where it "
-        f"does most (after '{most['word']}', position {most['position']}; ± 2 standard errors).",
+        f"{gap:.1f} nats apart), "
+    )
+    alone = (
+        f"the conv state of all layers alone moves the answer {share(least)} of the way to the donor's where it does "
+        f"least (after '{least['word']}', position {least['position']}), the SSM state of all layers alone "
+        f"{share(most)} where it does most (after '{most['word']}', position {most['position']}; 0 is the base run, 1 "
+        "the donor, ± 2 standard errors)"
+    )
+    return [
+        f"{opening}{alone}: so the value that no word shows is carried by the "
+        f"{'conv' if least['share'] > abs(most['share']) else 'SSM'} states."
+        if knows
+        else f"{opening}which is too few to say where it keeps a value; of what it answers, {alone}.",
         f"The layer in which the conv state alone does most is layer {climb}.",
+        "A check of the toolkit: both memories of all layers together are the donor's run from there on, whatever the "
+        f"model, and move the answer {numbers['whole_memory_least']:.2f} of the way.",
     ]
 
 

@@ -1,16 +1,22 @@
 """What a hand-over carries: the running value, or something that was worked out from the prompt.
 
-Two prompts of the same length are drawn apart. At some word of the reasoning, the whole memory of the donor's run, of
-every layer, takes the place of the base's, and the base's words go on. Three accounts of what the memory holds foretell
-the answer:
+Two prompts of the same length are drawn apart. At some word of the reasoning, a memory of the donor's run, of every
+layer, takes the place of the base's, and the base's words go on. Three accounts of what the memory holds foretell the
+answer:
 
     running value   what the base's remaining operations make of the donor's value at that word
     done            the donor's own final answer: worked out from the prompt, or what remains is read from there
     partial sum     of arithmetic: each step adds its shift times the product of the multipliers after it, known from
                     the prompt; the donor's sum so far, and the base's later terms
 
-Handed over from another step of the donor's than the base has come to, a value that is kept in the same form at every
-step would be taken up too ("shifted"); one whose form depends on the step would not.
+The whole memory put in is the run on a spliced text, the donor's words and then the base's: a model that remembers the
+operations, and works the value out at the end, would answer the same. One memory alone put in is no such run. And what
+a memory holds of the operations goes where it is averaged over many prompts that led to one value: the *mean* memory of
+a value, put in, leaves right what needs the value alone.
+
+Handed over from another step of the donor's than the base has come to, which splices a text that leaves operations out
+or repeats some, a value that is kept in the same form at every step would be taken up too ("shifted"); one whose form
+depends on the step would not.
 
 The base's own answer means that nothing was carried. Two accounts agree by chance in one prompt of `modulus`, so each
 is counted where it stands alone among the four.
@@ -20,11 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from interp import Set, at, run
+from interp import Address, Set, at, run
 from minimal_mamba import Mamba
 
-from ..task import OPERATIONS, Task, draw
+from ..task import OPERATIONS, Batch, Task, draw
 from ..task.rules import Ints
 from .accuracy import wilson
 
@@ -68,35 +75,54 @@ def handover(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> 
     Returns:
         by site (the whole memory, its SSM states, its conv states, of all layers) and by step 1 to num_steps - 1, at
         the word that names the operation and at the one after it: of each account how often the answer is as foretold,
-        "alone", and of how many prompts, "of", where no other account foretells the same; with 95 % intervals; and of
-        all prompts "none", the answers that no account foretells.
-        "shifted": of hand-overs of the whole memory from the donor's step to the base's, in how many the running value
-        is the likeliest of the values; and in how many the answer is a value at all, "said": a model that counts may
-        wait for more operations.
-    Cost: (num_steps - 1) (num_steps + 5) forwards of n rows.
+        "alone", and of how many prompts, "of", where no other account foretells the same; with 95 % intervals; of all
+        prompts "none", the answers that no account foretells; and "mean", how many answers follow a value whose mean
+        memory is put in, a value drawn for each prompt that is not its own.
+    Cost: 9 (num_steps - 1) forwards of n rows.
     """
-    base, donor = (draw(num_steps, n, [STREAM, seed, i], task=task) for i in range(2))
-    end = int(base.answer_at[0]) + 1
-    ids, others = base.ids[:, :end], donor.ids[:, :end]
-    first = num_steps + (3 if task.name == "masked" else 1)  # the first operation's echo
+    base, donor, ids, others, first = _drawn(task, num_steps, n, seed)
+    operations, rng = base.operations.numpy(), np.random.default_rng([STREAM, seed, 2])
     names = {int(k): v for v, k in enumerate(task.value_ids)}
     found: dict[str, Any] = {"num_steps": num_steps, "prompts": n, "steps": list(range(1, num_steps))}
+
+    def answers(place: Address, memory: Tensor) -> Ints:
+        said = run(model, ids, edits=[Set(place, memory)], last_only=True).last_logits.argmax(-1)
+        return np.array([names.get(int(k), -1) for k in said])
+
     for site in SITES:
         rows = []
         for step in range(1, num_steps):
-            foretold = accounts(base.operations.numpy(), donor.operations.numpy(), step, task)
+            foretold = accounts(operations, donor.operations.numpy(), step, task)
+            values, own = (task.values(x.operations.numpy())[:, step - 1] for x in (donor, base))
+            there = np.unique(values)
             for word in ("operation", "after"):
                 pos = first + 2 * (step - 1) + (word == "after")
                 place = getattr(at, site)(layer=slice(None), pos=pos)
-                given = run(model, others, record=[place], last_only=True)[place]
-                out = run(model, ids, edits=[Set(place, given)], last_only=True)
-                said = np.array([names.get(int(k), -1) for k in out.last_logits.argmax(-1)])
-                rows.append({"step": step, "word": word, **_count(said, foretold)})
+                given = run(model, others, record=[place], last_only=True)[place]  # (layers, b, ...)
+                row = {"step": step, "word": word, **_count(answers(place, given), foretold)}
+                chosen = np.array([rng.choice(there[there != v] if len(there) > 1 else there) for v in own])
+                means = torch.stack([given[:, values == v].mean(1) for v in there], 1)
+                said = answers(place, means[:, np.searchsorted(there, chosen)])
+                right = int((said == go_on(chosen, operations, step, task)).sum())
+                rows.append(row | {"mean": {"right": right, "of": n, "interval": wilson(right, n)}})
         found[site] = rows
-    found["shifted"] = []
+    return found
+
+
+@torch.no_grad()
+def shifted(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> list[dict[str, int]]:
+    """Hand the whole memory over from the donor's step, "from", to the base's, "to".
+
+    Returns:
+        "right", in how many of n the donor's value is the likeliest of the values, as the base's remaining operations
+        make it; "said", in how many the answer is a value at all: a model that counts may wait for more operations.
+        All from the same n prompts.
+    Cost: num_steps² forwards of n rows.
+    """
+    base, donor, ids, others, first = _drawn(task, num_steps, n, seed)
     places = [at.recurrent_state(layer=slice(None), pos=first + 2 * i + 1) for i in range(num_steps - 1)]
     memories = [run(model, others, record=[place], last_only=True)[place] for place in places]
-    values = task.values(donor.operations.numpy())
+    values, found = task.values(donor.operations.numpy()), []
     for i in range(num_steps - 1):
         for j, place in enumerate(places):
             out = run(model, ids, edits=[Set(place, memories[i])], last_only=True)
@@ -104,8 +130,15 @@ def handover(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> 
             likeliest = out.last_logits[:, task.value_ids].argmax(-1).numpy()
             value = go_on(values[:, i], base.operations.numpy(), j + 1, task)
             taken = int((likeliest == value).sum())
-            found["shifted"].append({"from": i + 1, "to": j + 1, "said": values_said, "right": taken, "of": n})
+            found.append({"from": i + 1, "to": j + 1, "said": values_said, "right": taken, "of": n})
     return found
+
+
+def _drawn(task: Task, num_steps: int, n: int, seed: int) -> tuple[Batch, Batch, Tensor, Tensor, int]:
+    """Base and donor, what they read before the answer, and the position of the first operation's echo."""
+    base, donor = (draw(num_steps, n, [STREAM, seed, i], task=task) for i in range(2))
+    end = int(base.answer_at[0]) + 1
+    return base, donor, base.ids[:, :end], donor.ids[:, :end], num_steps + (3 if task.name == "masked" else 1)
 
 
 def _count(said: Ints, foretold: dict[str, Ints]) -> dict[str, Any]:

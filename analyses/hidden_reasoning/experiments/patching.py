@@ -20,7 +20,7 @@ from minimal_mamba import Mamba
 from ..task import Pairs, Task, pairs
 from .accuracy import Score, fresh
 from .channels import channels
-from .handover import handover
+from .handover import handover, shifted
 from .probing import places
 from .results import Results
 
@@ -173,6 +173,9 @@ def patch(
         channels(results, model, task, both, num_steps)
     if task.name == "masked":
         results.part("handover", partial(handover, model, task, num_steps=num_steps, n=hand_n, seed=seed))
+        for length in [num_steps] if quick else [max(2, num_steps - 2), num_steps, num_steps + 2]:
+            again = partial(shifted, model, task, num_steps=length, n=hand_n, seed=seed)
+            results.part(f"shifted, {length} operations", again)
 
 
 @torch.no_grad()

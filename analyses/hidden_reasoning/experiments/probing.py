@@ -28,6 +28,7 @@ from .results import Results
 STREAM = 5  # keeps the seeds of these prompts apart from all others
 SITES = ("resid_post", "ssm_state")
 FOLDS = 4
+CONTROLS = 5  # spaces of shuffled labels that are erased
 
 
 def labels(task: Task, batch: Batch) -> dict[str, Tensor]:
@@ -104,11 +105,12 @@ def erase(model: Mamba, task: Task, num_steps: int, n: int, seed: int, name: str
 
     That is the space in which the classes' means differ, on other prompts, over all words of the reasoning that name an
     operation: where the means agree no linear probe can tell the classes apart (Belrose et al. 2023, arXiv:2306.03819,
-    theorem 3.1), which is not so of the space that a probe's weights span. The control is a random space of as many
-    dimensions.
+    theorem 3.1), which is not so of the space that a probe's weights span. The controls are spaces of as many
+    dimensions made in the same way from shuffled labels: where the stream varies most, and without the label. A space
+    drawn evenly from all directions would hold next to nothing of the stream.
     Returns:
-        the share of right final answers, and of `doublethink` of right overt values, with nothing, the space and the
-        control taken out.
+        the share of right final answers, and of `doublethink` of right overt values, with nothing, the space and each
+        of `CONTROLS` controls taken out; and how much of the stream's variance each takes.
     """
     fit, test = (draw(num_steps, n, [STREAM, seed, i], task=task) for i in (1, 2))
     where = places(task, num_steps)
@@ -117,19 +119,31 @@ def erase(model: Mamba, task: Task, num_steps: int, n: int, seed: int, name: str
     recorded = collect(model, fit.ids[:, :end], place, batch=256)
     features = torch.cat([recorded[a] for a in place])
     classes = labels(task, fit)[name].T.flatten()
-    means = torch.stack([features[classes == c].mean(0) for c in classes.unique()])
-    basis = torch.linalg.svd((means - means.mean(0)).double(), full_matrices=False)[2][: len(means) - 1]
-    drawn = torch.randn(basis.shape, generator=torch.Generator().manual_seed(seed), dtype=basis.dtype)
+    rng = torch.Generator().manual_seed(seed)
+    basis = between(features, classes)
+    controls = [between(features, classes[torch.randperm(len(classes), generator=rng)]) for _ in range(CONTROLS)]
     everywhere = at.resid_post(layer=layer, pos=slice(where[0], None))
     ids, targets = test.ids[:, :end], test.targets[:, :end]
-    found: dict[str, Any] = {}
-    for what, space in (("nothing", None), ("space", basis), ("control", drawn)):
+    spread = (features - features.mean(0)).double()
+
+    def without(space: Tensor | None) -> dict[str, float]:
         guess = run(model, ids, edits=[] if space is None else [Project(everywhere, space.float())]).logits.argmax(-1)
         right = guess == targets
-        found[what] = {"answer": right[:, -1].double().mean().item()}
+        made = {"answer": right[:, -1].double().mean().item()}
         if task.name == "doublethink":
-            found[what]["overt"] = right[:, where].double().mean().item()
+            made["overt"] = right[:, where].double().mean().item()
+        if space is not None:
+            made["variance"] = float((spread @ space.T).square().sum() / spread.square().sum())
+        return made
+
+    found = {"nothing": without(None), "space": without(basis), "controls": [without(c) for c in controls]}
     return found | {"dimensions": len(basis), "prompts": n}
+
+
+def between(features: Tensor, classes: Tensor) -> Tensor:
+    """The space in which the means of classes differ: (classes - 1, d), orthonormal, in float64."""
+    means = torch.stack([features[classes == c].mean(0) for c in classes.unique()])
+    return torch.linalg.svd((means - means.mean(0)).double(), full_matrices=False)[2][: len(means) - 1]
 
 
 def probing(

@@ -66,6 +66,8 @@ def read(path: Path, kind: str) -> Read:
     try:
         made: Read = json.loads(path.read_text())
         found = made["kind"], made["version"]
+        if not all(isinstance(made[name], dict) for name in ("key", "parts")):
+            raise TypeError
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ResultsError(f"{path} is no results file of this study; delete it and make it again.") from None
     if found != (kind, VERSION):
@@ -74,6 +76,27 @@ def read(path: Path, kind: str) -> Read:
             f"Delete it and run `python -m analyses.hidden_reasoning {kind}` again."
         )
     return made
+
+
+def together(found: Mapping[str, Read]) -> None:
+    """Raise ResultsError where results that are drawn together are not of the same model, or of other rules.
+
+    Args:
+        found: by name, `<kind>-<model>`.
+    """
+    seen: dict[tuple[str, str], tuple[str, Any]] = {}
+    for name, made in found.items():
+        kind, _, about = name.partition("-")
+        for what in ("model", "modulus"):
+            if what not in made["key"]:
+                continue
+            group = (what, about if what == "model" else "")
+            first, value = seen.setdefault(group, (name, made["key"][what]))
+            if value != made["key"][what]:
+                raise ResultsError(
+                    f"{first} and {name} are of another {what} ({value} and {made['key'][what]}): make one of them "
+                    f"again, `python -m analyses.hidden_reasoning {kind}`."
+                )
 
 
 def plain(value: Any) -> Any:

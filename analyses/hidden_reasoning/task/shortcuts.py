@@ -32,7 +32,8 @@ LISTED = 2_000_000  # multisets of operations, the most that are listed
 def bounds(task: Task, lengths: Iterable[int]) -> dict[str, dict[int, float]]:
     """The best accuracy that each shortcut allows: name -> length -> 0..1.
 
-    The names: "length" (nothing but it), "last k", "multiset" (which operations, in any order), and of each proper
+    The names: "length" (nothing but it), "last k", "multiset" (which operations, in any order); where the operations
+    are permutations "last 4, and multiset before", of the last four in order what they do is known; and of each proper
     quotient of what the operations generate "quotient of size m", such as the product of the multipliers, m = 4 modulo
     5. Where the operations are no permutations the product alone is taken, "product of multipliers"; of `doublethink`
     also "overt", the overt value.
@@ -50,6 +51,8 @@ def bounds(task: Task, lengths: Iterable[int]) -> dict[str, dict[int, float]]:
         for k in LAST:
             found.setdefault(f"last {k}", {})[n] = last(task, n, k)
         found.setdefault("multiset", {})[n] = unordered[n - 1]
+        if task.invertible:
+            found.setdefault(f"last {LAST[-1]}, and multiset before", {})[n] = ([1.0] * LAST[-1] + unordered)[n - 1]
         for name, label in quotients(task).items():
             found.setdefault(name, {})[n] = known(task, n, label)
         if task.name == "doublethink":

@@ -79,11 +79,14 @@ def _train(
     if checkpoint is not None and _done(checkpoint, old, settings):
         learner.load(checkpoint)
         return model.eval()
-    write_json(out / "settings.json", dataclasses.asdict(settings))
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        trainer = _Trainer(learner, settings, tokenizer, out, device, stop_at, quiet)
+        try:
+            trainer = _Trainer(learner, settings, tokenizer, out, device, stop_at, quiet)
+        except ValueError as error:  # of the arguments that are Trainer's own, such as where to report to
+            raise TrainingError(str(error)) from None
+        write_json(out / "settings.json", dataclasses.asdict(settings))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         transformers.logging.set_verbosity(verbosity)
