@@ -80,15 +80,24 @@ class Space:
 def fit(z: Tensor, y: Tensor, group: Tensor, how: How) -> tuple[Tensor, Tensor]:
     """Weights (classes or 1, k) and bias; the penalty is the one with the least held-out loss within these rows."""
     solve, penalties = (_logistic, PENALTIES[::2]) if how.kind == "logistic" else (_ridge, PENALTIES)
-    names = group.unique()
-    inner = min(INNER, len(names))
-    part = torch.searchsorted(names, group) % inner
+    part = _parts(y, group, how)
+    inner = int(part.max()) + 1
     loss = torch.zeros(len(penalties), dtype=torch.float64)
     for i in range(inner if inner > 1 else 0):
         train, test = part != i, part == i
         for j, (w, b) in enumerate(solve(z[train], y[train], how, penalties)):
             loss[j] += _loss(z[test] @ w.T + b, y[test], how)
     return solve(z, y, how, [penalties[int(loss.argmin())]])[0]
+
+
+def _parts(y: Tensor, group: Tensor, how: How) -> Tensor:
+    """(rows,) the inner fold of each row, by group: drawn, because designs come in cycles; each class is in each."""
+    names, group = group.unique(return_inverse=True)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
+    if how.classes:
+        label = y.new_zeros(len(names)).scatter_reduce(0, group, y, "amin", include_self=False)
+        order = order[label[order].argsort(stable=True)]
+    return (order.argsort() % min(INNER, len(names)))[group]
 
 
 def _targets(y: Tensor, how: How) -> Tensor:

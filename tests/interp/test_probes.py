@@ -191,6 +191,21 @@ def test_the_penalty_is_chosen_by_what_it_gives_on_rows_held_out():
     assert size(0.0) > 0.95 and size(30.0) < 0.5 * 30 / math.sqrt(60)  # heavy where there is only noise
 
 
+@pytest.mark.parametrize(
+    ("kind", "cycle"),
+    [("ridge", [0, 1, 2]), ("ridge", [0.0, 1.0, 2.0]), ("logistic", [0, 1, 2]), ("logistic", [0, 0, 1])],
+)
+def test_the_order_of_the_rows_does_not_choose_the_penalty(kind, cycle):
+    """Conditions in cycles of as many rows as there are inner folds: each fold would hold what the others lack."""
+    n, f = 150, 10
+    y = torch.tensor(cycle).repeat(n // 3)
+    x = rows(n, f)
+    x[:, :3] += 3 * torch.nn.functional.one_hot(y.long(), 3)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(5))
+    cycles, mixed = (probe(x[i], y[i], kind=kind, seeds=0).weights.norm() for i in (torch.arange(n), order))
+    assert 0.9 < cycles / mixed < 1.1
+
+
 @pytest.mark.parametrize(("n", "f"), [(50, 200), (400, 20)])
 def test_the_noise_has_the_mean_and_the_covariance_of_the_features(n, f):
     x = rows(n, f) @ rows(f, f, seed=1) / f**0.5 + 5
