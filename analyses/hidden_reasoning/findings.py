@@ -211,6 +211,7 @@ def where(results: Results) -> str:
     stays = [control["answer"] for e in erased for control in e["controls"]]
     steps = len(probes["steps"])
     ssm = [_best(probes, "ssm_state", "value", j) for j in range(steps)]
+    fresh = [_untrained(probes, "ssm_state", "value", j) for j in range(steps)]
     return _bullets(
         f"**Full hand-over.** In {pairs['pairs']} pairs of prompts of {found['handover']['num_steps']} operations "
         f"that differ in operation {differ} ({pairs['gap_nats']:.1f} nats apart), the donor's conv state of all layers "
@@ -227,9 +228,9 @@ def where(results: Results) -> str:
         f"remaining operations make of the donor's value in {value} at the worst step, {worst['step']}; the donor's "
         "final answer, the partial sum that the operations so far will have added to the final value, or the base's "
         f"own answer in {sum(others)} cases at all steps.",
-        "**And nothing else.** A memory that kept the operations for later would hand a value over just so. So the "
-        "conv states of all prompts that have come to some value by any operations are averaged, and the *mean* is put "
-        f"in for the value of another prompt: {right} of {of} answers are what the remaining operations make of it, at "
+        "**Nothing else is needed.** A memory that kept the operations for later would hand a value over just so. So "
+        "the conv states of all prompts that have come to some value by any operations are averaged, and the *mean* is "
+        f"put in for the value of another prompt: {right} of {of} answers are what the remaining operations make of it, at "
         f"the worst word, step {step}.",
         "**Necessity.** With no token reading any SSM state, in all layers at once (y = D u), "
         f"{percent(none['SSM state']['answers'])} of {none['SSM state']['answers'].prompts} answers stay right, the "
@@ -241,15 +242,15 @@ def where(results: Results) -> str:
         f"the SSM state unread {none['SSM state']['echo'].share:.1%} of the echoed operations are right (one in "
         f"seven would be by chance), of the whole model {none['nothing']['echo'].share:.1%}.",
         "**Probes mislead.** From the SSM state, of which the answers need nothing, a linear probe reads the "
-        f"running value at every step, at the worst {min(ssm):.1%} of it (untrained model "
-        f"{_untrained(probes, 'ssm_state', 'value', ssm.index(min(ssm))):.0%}); and, {steps - 1} operations into "
-        f"{steps}, the product of the multipliers to come at {_best(probes, 'ssm_state', 'rest', steps - 2):.0%}, but "
-        f"so it does in an untrained model at {_untrained(probes, 'ssm_state', 'rest', steps - 2):.0%}. From the "
+        f"running value at every step, at the worst {min(ssm):.1%} of it (of an untrained model {_listed(fresh)}); "
+        f"and, {steps - 1} operations into {steps}, the product of the multipliers to come at "
+        f"{_best(probes, 'ssm_state', 'rest', steps - 2):.0%}, which is the last operation, still in the state: of an "
+        f"untrained model at {_untrained(probes, 'ssm_state', 'rest', steps - 2):.0%}. From the "
         f"residual stream it reads the value of operations 1, 2, .. from layer {_first_read(probes, 'resid_post')} "
         "on, and two operations before the end the final answer at "
         f"{_best(probes, 'resid_post', 'answer', steps - 3):.0%}, which is chance.",
         f"**Erasure.** The {erased[0]['dimensions']} dimensions in which the value's class means differ, projected "
-        f"out of the residual stream after layer 0, 1, .., leave {', '.join(f'{x:.0%}' for x in goes)} of the "
+        f"out of the residual stream after layer 0, 1, .., leave {_listed(goes)} of the "
         f"answers right; spaces of as many dimensions, made in the same way of shuffled labels, {min(stays):.0%} to "
         f"{max(stays):.0%}, in the mean {np.mean(stays):.0%}.",
     )
@@ -323,6 +324,10 @@ def alone(results: Results) -> str:
         "A probe reads the value of operations 1, 2, .. from the SSM state of layer "
         f"{_first_read(probes, 'ssm_state')} on (in nine of ten held-out prompts).",
     )
+
+
+def _listed(shares: list[float]) -> str:
+    return ", ".join(f"{x:.0%}" for x in shares)
 
 
 def _bullets(*lines: str) -> str:

@@ -17,7 +17,7 @@ def summary(new: Any, evaluate_masked: Read, evaluate_transformer: Read, shortcu
     score_curve(can, evaluate_transformer, "transformer, same size", RED, "s")
     best_bound(can, shortcuts_masked_arithmetic["bounds"])
     accuracy_axes(can, "a  answers without a written step", 12)
-    can.legend(loc="center", bbox_to_anchor=(0.55, 0.6))
+    can.legend(loc="center", bbox_to_anchor=(0.6, 0.72), handlelength=1.3)
     depth_curve(takes, curves_all)
     takes.set_title("b  solved after 1,500 steps of training")
     words = patch_masked["value: pairs"]["words"]
