@@ -230,8 +230,8 @@ def where(results: Results) -> str:
         f"own answer in {sum(others)} cases at all steps.",
         "**Nothing else is needed.** A memory that kept the operations for later would hand a value over just so. So "
         "the conv states of all prompts that have come to some value by any operations are averaged, and the *mean* is "
-        f"put in for the value of another prompt: {right} of {of} answers are what the remaining operations make of it, at "
-        f"the worst word, step {step}.",
+        f"put in for the value of another prompt: {right} of {of} answers are what the remaining operations make of "
+        f"it, at the worst word, step {step}.",
         "**Necessity.** With no token reading any SSM state, in all layers at once (y = D u), "
         f"{percent(none['SSM state']['answers'])} of {none['SSM state']['answers'].prompts} answers stay right, the "
         f"text before them given; with every conv state at its mean {percent(none['conv state']['answers'])}. A mean "

@@ -14,7 +14,7 @@ def summary(new: Any, evaluate_masked: Read, evaluate_transformer: Read, shortcu
     axes = new(2, 2, figsize=(PAGE, 4.4))
     (can, takes), (where, holds) = axes
     score_curve(can, evaluate_masked, "Mamba", BLUE, "o")
-    score_curve(can, evaluate_transformer, "transformer, same size", RED, "s")
+    score_curve(can, evaluate_transformer, "transformer", RED, "s")
     best_bound(can, shortcuts_masked_arithmetic["bounds"])
     accuracy_axes(can, "a  answers without a written step", 12)
     can.legend(loc="center", bbox_to_anchor=(0.6, 0.72), handlelength=1.3)
