@@ -105,8 +105,11 @@ class Compiled:
                 self.times.setdefault(_layer(point), []).append(_time(point))
             elif point.address is not None:
                 found.append(point.address)
-            elif point.kind in DERIVED and (point.kind, point.layer) not in self.values:
-                found += [getattr(at, site)(layer=point.layer) for site in DERIVED[point.kind].needs]
+            elif point.kind in DERIVED:
+                rule = DERIVED[point.kind]
+                found += [
+                    getattr(at, site)(layer=point.layer) for site in ((rule.target,) if rule.whole else rule.needs)
+                ]
         self.times = {layer: sorted(set(times)) for layer, times in self.times.items()}
         return list(dict.fromkeys(found + [at.ssm_state(layer=i, pos=times) for i, times in self.times.items()]))
 
@@ -124,9 +127,12 @@ class Compiled:
         if point.kind == START:
             start = self.starts.get(layer)
             return self.model.initial_state(len(self.ids)).ssm_state[layer] if start is None else start
+        rule = DERIVED[point.kind]
+        if rule.whole:
+            return rule.whole(records[getattr(at, rule.target)(layer=layer)])
         if (point.kind, layer) in self.values:
             return self.values[point.kind, layer]
-        return DERIVED[point.kind].read(module, lambda site: records[getattr(at, site)(layer=layer)])
+        return rule.read(module, lambda site: records[getattr(at, site)(layer=layer)])
 
 
 def _time(point: Point) -> int:

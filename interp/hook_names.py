@@ -71,12 +71,15 @@ class Derived:
     Args:
         read: (the layer, its sites) -> the value that the hook is given. write: (..., the hook's value) -> the target,
             (b, l, ...), also where the target exists one position at a time.
+        whole: the target -> the value, where the target holds all of it. Such a name is cached from its target, which
+            another name's hook may have written too.
     """
 
     needs: tuple[str, ...]
     target: str
     read: Callable[[Layer, Seen], Tensor]
     write: Callable[[Layer, Seen, Tensor], Tensor]
+    whole: Callable[[Tensor], Tensor] | None = None
 
 
 def _delta_2(layer: Layer, seen: Seen) -> Tensor:
@@ -122,6 +125,7 @@ DERIVED = {
             (seen("dt") * seen("u"))[..., None] * seen("B").to(seen("dt").dtype)[:, :, None], "b l e n -> b e l n"
         ),
         lambda layer, seen, v: rearrange(v, "b e l n -> b l e n"),
+        lambda write: rearrange(write, "b l e n -> b e l n"),
     ),
     "mixer.hook_ssm_state": Derived(("state_read", "C"), "y", _trajectory, _read_out),  # (b, e, l, n); y only
 }
