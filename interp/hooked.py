@@ -138,7 +138,8 @@ class HookedMamba:
         Args:
             input: (b, l) or (l,) token ids, or text if there is a tokenizer.
             fwd_hooks: (name, or predicate of names, and fn(value, hook=)), in order. fn returns what replaces the
-                value, or None, after which the value stands as fn left it, changed in place or not.
+                value, or None, after which the value stands as fn left it, changed in place or not. A predicate is
+                asked about MambaLens' names but hook_A, a parameter; about the others if it matches none of those.
             return_type: "logits" (b, l, v); "loss", the mean next-token cross-entropy in nats, or (b, l-1) with
                 `loss_per_token`; "both"; or None.
             fast_ssm, fast_conv, warn_disabled_hooks: accepted and without effect; every hook fires on every backend.
@@ -273,6 +274,14 @@ class HookedMamba:
             return found
         return [chosen] if isinstance(chosen, str) else list(chosen)
 
+    def _hooked(self, chosen: Names, length: int) -> list[str]:
+        """The names that a hook is for. (hook_A is no activation, and hook_B_bar and hook_ssm_write are one place.)"""
+        if callable(chosen):
+            usual = [n for n in self._chosen(None, length) if not n.endswith(f".{A}") and chosen(n)]
+            if usual:
+                return usual
+        return self._chosen(chosen, length)
+
     def _run(
         self, input: str | Tensor | Sequence[Any], fwd_hooks: Hooks, bwd_hooks: Hooks, names: Sequence[str],
         prepend_bos: bool | None, return_type: str | None, per_token: bool,
@@ -283,7 +292,7 @@ class HookedMamba:
         ids = self._ids(input, prepend_bos)
         find_here = partial(find, config=self.model.config, length=ids.shape[1])
         given = [hook for hooks, _ in self._within for hook in hooks] + list(fwd_hooks)
-        points = [(find_here(n), fn) for chosen, fn in given for n in self._chosen(chosen, ids.shape[1])]
+        points = [(find_here(n), fn) for chosen, fn in given for n in self._hooked(chosen, ids.shape[1])]
         made = Compiled(self.model, points, ids)
         wanted = [find_here(name) for name in names]
         out = run(self.model, ids, made.edits, made.record(wanted), backend=self.backend, state=made.state)

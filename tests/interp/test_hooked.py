@@ -299,6 +299,25 @@ def test_hooks_see_their_name_and_may_return_nothing():
         HookPoint("hook_embed").layer()
 
 
+@torch.no_grad()
+def test_a_predicate_hooks_one_name_a_value():
+    """MambaLens' names without the parameter; TransformerLens' where it matches nothing else."""
+    hooked = HookedMamba(MODEL_)
+
+    def fired(predicate):
+        seen = []
+        hooked.run_with_hooks(IDS, fwd_hooks=[(predicate, lambda v, hook: seen.append(hook.name))])
+        return sorted(seen)
+
+    usual = sorted(n for n in NAMES if ".mixer." not in n and not n.endswith("hook_A"))
+    assert fired(lambda n: True) == usual
+    assert fired(lambda n: n.startswith("blocks.0")) == [n for n in usual if n.startswith("blocks.0")]
+    assert fired(lambda n: "mixer" in n) == sorted(n for n in NAMES if ".mixer." in n)
+    assert fired(lambda n: n.endswith("1.mixer.hook_ssm_write")) == ["blocks.1.mixer.hook_ssm_write"]
+    with pytest.raises(EditError, match="is a parameter"):
+        fired(lambda n: n.endswith("hook_A"))
+
+
 def test_hooks_run_in_the_order_given():
     add, double = (lambda v, hook: v + 1), (lambda v, hook: v * 2)
     for name in ("blocks.0.hook_y", "blocks.0.hook_B_bar", "blocks.0.hook_h_start"):
