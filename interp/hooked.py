@@ -293,11 +293,11 @@ class HookedMamba:
         find_here = partial(find, config=self.model.config, length=ids.shape[1])
         given = [hook for hooks, _ in self._within for hook in hooks] + list(fwd_hooks)
         points = [(find_here(n), fn) for chosen, fn in given for n in self._hooked(chosen, ids.shape[1])]
+        for _, count in self._within:  # also of a run that a hook stops
+            count[0] += 1
         made = Compiled(self.model, points, ids)
         wanted = [find_here(name) for name in names]
         out = run(self.model, ids, made.edits, made.record(wanted), backend=self.backend, state=made.state)
-        for _, count in self._within:
-            count[0] += 1
         kept = {p.name: made.value(p, out.records).detach() for p in wanted}
         if return_type == "logits":
             return out.logits, kept

@@ -399,6 +399,13 @@ def test_hooks_for_a_while():
     with pytest.raises(NotReached, match="no hook fired"), model.hooks(fwd_hooks=hooks):
         pass
 
+    def stop(value, hook):
+        raise ZeroDivisionError
+
+    for name in ("blocks.0.hook_y", "blocks.0.hook_h_start"):
+        with model.hooks(fwd_hooks=[(name, stop)]), pytest.raises(ZeroDivisionError):
+            model(IDS)  # a hook may end a run that its caller needs no further
+
 
 def test_nothing_is_registered_on_the_model():
     before = {k: v.clone() for k, v in MODEL_.state_dict().items()}
