@@ -12,6 +12,7 @@ batches are rows of one length (`run(..., lengths=)` takes padded ones). Gradien
 hooks. Every name and example of MambaLens' README is in `tests/interp/test_hooked.py`, against its forward restated.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,21 +46,25 @@ GONE = {
 
 
 class Cache(Mapping[str, Tensor]):
-    """What `run_with_cache` kept: `cache["blocks.3.hook_h.7"]`, `cache["resid_pre", 3]`, `cache["h.7", -1]`; copies."""
+    """What `run_with_cache` kept: `cache["blocks.3.hook_h.7"]`, `cache["resid_pre", 3]`, `cache["h.7", -1]`; copies.
+
+    A value answers to each of its names, whichever it was asked for by.
+    """
 
     def __init__(self, values: Mapping[str, Tensor], n_layer: int):
         self._values, self._n_layer = dict(values), n_layer
+        self._by_canonical = {_canonical(name): value for name, value in self._values.items()}
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
         name = key
         if not isinstance(key, str):
             what, layer = key
             name = f"blocks.{layer + self._n_layer if layer < 0 else layer}.hook_{what.removeprefix('hook_')}"
-        found = next((k for k in (name, f"hook_{name}", _canonical(str(name))) if k in self._values), None)
+        found = next((k for k in (_canonical(str(name)), f"hook_{name}") if k in self._by_canonical), None)
         if found is None:
             hint = nearest(str(name), self._values)
             raise NotRecorded(f"{key!r} is not in this cache of {len(self)} values.{hint} names_filter chose them.")
-        return self._values[found].clone()
+        return self._by_canonical[found].clone()
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -275,7 +280,7 @@ class HookedMamba:
         return [chosen] if isinstance(chosen, str) else list(chosen)
 
     def _hooked(self, chosen: Names, length: int) -> list[str]:
-        """The names that a hook is for. (hook_A is no activation, and hook_B_bar and hook_ssm_write are one place.)"""
+        """The names that a hook is for; a predicate must not name a parameter, nor one place twice, unasked."""
         if callable(chosen):
             usual = [n for n in self._chosen(None, length) if not n.endswith(f".{A}") and chosen(n)]
             if usual:
@@ -311,9 +316,8 @@ class HookedMamba:
 
 
 def _canonical(name: str) -> str:
-    head, _, tail = name.partition(".hook_") if ".mixer." not in name else name.partition(".mixer.")
-    kind = f"mixer.{tail}" if ".mixer." in name else f"hook_{tail}"
-    return f"{head}.{ALIASES.get(kind, kind)}"
+    match = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
+    return f"{match[1]}.{ALIASES.get(match[2], match[2])}" if match else name
 
 
 def _no_backward(hooks: Hooks) -> None:

@@ -335,7 +335,9 @@ def test_aliases_are_the_same_hook(alias):
         _, cache = hooked.run_with_cache(IDS)
         by_name = hooked.run_with_cache(IDS, names_filter=f"blocks.1.{alias}")[1]
     assert list(by_name) == [f"blocks.1.{alias}"]
-    close(by_name[f"blocks.1.{alias}"], cache[f"blocks.1.{alias}"])
+    for name in (alias, ALIASES[alias], *(a for a in ALIASES if ALIASES[a] == ALIASES[alias])):
+        assert f"blocks.1.{name}" in by_name and f"blocks.0.{name}" not in by_name
+        close(by_name[f"blocks.1.{name}"], cache[f"blocks.1.{alias}"])
     assert torch.equal(cache[f"blocks.1.{alias}"], cache[f"blocks.1.{ALIASES[alias]}"])
 
 
