@@ -1,7 +1,7 @@
 """From hooks to edits: the hooks of one run as `Apply` edits, and after the run the values of names."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,16 @@ HookFn = Callable[..., Tensor | None]  # fn(value, hook=HookPoint) -> what repla
 
 @dataclass(frozen=True)
 class HookPoint:
-    """What a hook function is given beside the value."""
+    """What a hook function is given beside the value.
+
+    Args:
+        name: as the hook was given it.
+        ctx: what hooks keep for one another: one dict a hooked value, for all its hooks of one run, also under aliases.
+            (TransformerLens' lives until `clear_contexts`; here nothing outlives its run.)
+    """
 
     name: str
+    ctx: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def layer(self) -> int:
         """The layer of its name; InputError where it has none."""
@@ -40,8 +47,10 @@ class Compiled:
         direct: list[Edit] = []
         self.starts: dict[int, Tensor] = {}
         self.times: dict[int, list[int]] = {}  # positions of the states that are to be kept, by layer
+        shared: dict[tuple[str, int | None], dict[str, Any]] = {}
         for point, fn in points:
-            hooked = partial(_call, fn, HookPoint(point.name))
+            ctx = shared.setdefault((point.kind, point.layer), {})
+            hooked = partial(_call, fn, HookPoint(point.name, ctx))
             if point.address is not None:
                 direct.append(Apply(point.address, hooked))
             elif point.kind == A:

@@ -318,6 +318,34 @@ def test_a_predicate_hooks_one_name_a_value():
         fired(lambda n: n.endswith("hook_A"))
 
 
+@torch.no_grad()
+def test_hooks_of_one_value_share_a_context_for_one_run():
+    hooked, met = HookedMamba(MODEL_), []
+
+    def keep(value, hook):
+        assert not hook.ctx  # neither of another name nor of a run before
+        hook.ctx["before"] = value.clone()
+        return value * 2
+
+    def undo(value, hook):
+        met.append(hook.name)
+        return hook.ctx["before"]
+
+    names = [("hook_resid_post", "hook_out"), ("hook_B_bar",) * 2, ("hook_h_start",) * 2, ("hook_h.3",) * 2]
+    hooks = [
+        (f"blocks.{i}.{name}", fn)
+        for i in (0, 1)
+        for pair in names
+        for name, fn in zip(pair, (keep, undo), strict=True)
+    ]
+    with hooked.hooks(fwd_hooks=hooks):
+        close(hooked(IDS), peer())
+        close(hooked(IDS), peer())
+    assert sorted(met) == sorted(2 * [name for name, fn in hooks if fn is undo])
+    point = HookPoint("blocks.0.hook_y")
+    assert point == HookPoint("blocks.0.hook_y", {"other": 1}) and hash(point) and repr(point).endswith("hook_y')")
+
+
 def test_hooks_run_in_the_order_given():
     add, double = (lambda v, hook: v + 1), (lambda v, hook: v * 2)
     for name in ("blocks.0.hook_y", "blocks.0.hook_B_bar", "blocks.0.hook_h_start"):
