@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -56,13 +56,17 @@ class Cache(Mapping[str, Tensor]):
         self._by_canonical = {_canonical(name): value for name, value in self._values.items()}
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
-        name = key
-        if not isinstance(key, str):
-            what, layer = key
-            name = f"blocks.{layer + self._n_layer if layer < 0 else layer}.hook_{what.removeprefix('hook_')}"
-        found = next((k for k in (_canonical(str(name)), f"hook_{name}") if k in self._by_canonical), None)
+        match key:
+            case str():
+                name = key
+            case (str(what), SupportsIndex() as layer):
+                layer = int(layer)
+                name = f"blocks.{layer + self._n_layer if layer < 0 else layer}.hook_{what.removeprefix('hook_')}"
+            case _:
+                raise NotRecorded(f"{key!r:.80} is no key of a cache: a hook's name, or (name, layer), as in ('y', 0).")
+        found = next((k for k in (_canonical(name), f"hook_{name}") if k in self._by_canonical), None)
         if found is None:
-            hint = nearest(str(name), self._values)
+            hint = nearest(name, self._values)
             raise NotRecorded(f"{key!r} is not in this cache of {len(self)} values.{hint} names_filter chose them.")
         return self._by_canonical[found].clone()
 
@@ -151,6 +155,7 @@ class HookedMamba:
         Raises:
             UnknownSiteError, AddressError: a name that this run does not have. NotReached: a predicate that matches
                 no name, or a hook that did not fire. EditError: a hook on a parameter, or that returns another shape.
+            InputError: hooks that are no list of pairs; ids that the model cannot run.
         Cost: one forward; as `run` under the same edits.
         """
         logits, _ = self._run(input, fwd_hooks, bwd_hooks, [], prepend_bos, return_type, loss_per_token)
@@ -203,7 +208,7 @@ class HookedMamba:
             NotReached: the block ended and nothing had been run in it.
         """
         _no_backward(bwd_hooks)
-        entry: tuple[Hooks, list[int]] = (list(fwd_hooks), [0])
+        entry: tuple[Hooks, list[int]] = (_pairs(fwd_hooks), [0])
         self._within.append(entry)
         try:
             yield self
@@ -239,14 +244,13 @@ class HookedMamba:
             raise InputError(f"{text!r} is {len(ids)} tokens, not one.")
         return ids[0]
 
-    def to_str_tokens(self, input: str | Tensor | Sequence[int], prepend_bos: bool | None = None) -> list[str]:
-        """The text of each token of one row."""
-        ids = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else torch.as_tensor(input).squeeze(0)
-        return [self._tokenizer().decode([int(i)]) for i in ids]
+    def to_str_tokens(self, input: str | Tensor | Sequence[Any], prepend_bos: bool | None = None) -> list[str]:
+        """The text of each token of one row, given as its ids or as text."""
+        return [self._tokenizer().decode([i]) for i in self._row(input, prepend_bos)]
 
-    def to_string(self, tokens: Tensor | Sequence[int]) -> str:
-        """The text of one row of token ids."""
-        return str(self._tokenizer().decode(torch.as_tensor(tokens).squeeze(0).tolist()))
+    def to_string(self, tokens: Tensor | Sequence[Any]) -> str:
+        """The text of one row of token ids, (l,) or (1, l)."""
+        return str(self._tokenizer().decode(self._row(tokens)))
 
     # -- from hooks to edits --------------------------------------------------------------------------------------
 
@@ -260,10 +264,23 @@ class HookedMamba:
         plain = {"add_special_tokens": False} if hasattr(tokenizer, "bos_token_id") else {}
         return list(tokenizer.encode(text, **plain))
 
+    def _tokens(self, input: str | Tensor | Sequence[Any], prepend_bos: bool | None) -> Tensor:
+        if isinstance(input, str) or (isinstance(input, Sequence) and len(input) and isinstance(input[0], str)):
+            return self.to_tokens(input, prepend_bos)
+        try:
+            return torch.as_tensor(input)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{input!r:.80} is neither text nor a rectangular array of token ids ({error}).") from None
+
     def _ids(self, input: str | Tensor | Sequence[Any], prepend_bos: bool | None) -> Tensor:
-        texts = isinstance(input, str) or (isinstance(input, Sequence) and len(input) and isinstance(input[0], str))
-        ids = self.to_tokens(input, prepend_bos) if texts else torch.as_tensor(input)  # type: ignore[arg-type]
+        ids = self._tokens(input, prepend_bos)
         return self.model.check(ids[None] if ids.dim() == 1 else ids)[0]
+
+    def _row(self, input: str | Tensor | Sequence[Any], prepend_bos: bool | None = None) -> list[int]:
+        ids = self._tokens(input, prepend_bos)
+        if ids.dim() > 2 or (ids.dim() == 2 and len(ids) != 1):
+            raise InputError(f"these tokens have shape {tuple(ids.shape)}; give one row of them, tokens[i].")
+        return [int(i) for i in ids.flatten()]
 
     def _chosen(self, chosen: Names | Iterable[str] | None, length: int) -> list[str]:
         names = all_names(self.model.config, length)
@@ -296,7 +313,7 @@ class HookedMamba:
             raise InputError(f"return_type={return_type!r}: 'logits', 'loss', 'both' or None.")
         ids = self._ids(input, prepend_bos)
         find_here = partial(find, config=self.model.config, length=ids.shape[1])
-        given = [hook for hooks, _ in self._within for hook in hooks] + list(fwd_hooks)
+        given = [hook for hooks, _ in self._within for hook in hooks] + _pairs(fwd_hooks)
         points = [(find_here(n), fn) for chosen, fn in given for n in self._hooked(chosen, ids.shape[1])]
         for _, count in self._within:  # also of a run that a hook stops
             count[0] += 1
@@ -318,6 +335,19 @@ class HookedMamba:
 def _canonical(name: str) -> str:
     match = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
     return f"{match[1]}.{ALIASES.get(match[2], match[2])}" if match else name
+
+
+def _pairs(hooks: Hooks) -> list[tuple[Names, HookFn]]:
+    """The hooks as a list; InputError for what is no pair of a name or predicate, and a function."""
+    given = list(hooks) if isinstance(hooks, Iterable) else [hooks]
+    for hook in given:
+        pair = hook if isinstance(hook, tuple | list) else ()
+        if len(pair) != 2 or not (isinstance(pair[0], str) or callable(pair[0])) or not callable(pair[1]):
+            raise InputError(
+                f"fwd_hooks holds {hook!r:.80}; give a list of pairs, [(name, fn), ...]: a hook's name or a predicate, "
+                "and a function fn(value, hook=)."
+            )
+    return given
 
 
 def _no_backward(hooks: Hooks) -> None:

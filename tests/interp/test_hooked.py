@@ -514,6 +514,45 @@ def test_what_has_no_meaning_raises():
         _ = hooked.blocks
 
 
+NO_HOOKS = [
+    ("blocks.0.hook_y", bend), [("blocks.0.hook_y", None)], [("blocks.0.hook_y", bend, bend)], ["blocks.0.hook_y"],
+    [(3, bend)], {"blocks.0.hook_y": bend}, bend, None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", NO_HOOKS)
+def test_what_is_no_list_of_hooks_raises(wrong):
+    hooked = HookedMamba(MODEL_)
+    for call in (hooked.run_with_hooks, hooked.run_with_cache):
+        with pytest.raises(InputError, match=r"fwd_hooks holds .*give a list of pairs, \[\(name, fn\), \.\.\.\]"):
+            call(IDS, fwd_hooks=wrong)
+    with pytest.raises(InputError, match="fwd_hooks holds"), hooked.hooks(fwd_hooks=wrong):
+        pass
+    with torch.no_grad():
+        once = (hook for hook in [("blocks.0.hook_y", bend)])
+        close(hooked.run_with_hooks(IDS, fwd_hooks=once), peer(("blocks.0.hook_y", bend)))
+
+
+def test_what_is_no_key_and_no_row_raises():
+    _, cache = HookedMamba(MODEL_).run_with_cache(IDS)
+    for wrong in (("resid_post", 0, "x"), ("resid_post", "x"), ("resid_post",), (0, "resid_post"), 3, None):
+        with pytest.raises(NotRecorded, match="is no key of a cache: a hook's name, or"):
+            cache[wrong]
+        assert wrong not in cache
+    assert torch.equal(cache["y", torch.tensor(-1)], cache["y", 2])
+    hooked = HookedMamba(MODEL_, Words())
+    for call in (hooked.to_string, hooked.to_str_tokens):
+        for several in (IDS, IDS.tolist(), IDS[:1, None]):
+            with pytest.raises(InputError, match=r"have shape \(\d, .*one row of them, tokens\[i\]"):
+                call(several)
+        with pytest.raises(InputError, match="neither text nor a rectangular array of token ids"):
+            call([[1, 2], [3]])
+    for one in ([5], [[5]], torch.tensor(5)):
+        assert hooked.to_string(one) == "5" and hooked.to_str_tokens(one) == ["5"]
+    with pytest.raises(InputError, match="neither text nor a rectangular array"):
+        hooked([[1, 2], [3]])
+
+
 def test_the_table_is_whole():
     """Every name is a site, derived, a parameter, the start or refused, and every address is that of its site."""
     c = MODEL_.config
