@@ -1,7 +1,9 @@
 """`run`, `generate` and `gradients`: one call, from token ids and edits to numbers."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TypeVar, cast
 
 import torch
@@ -138,20 +140,23 @@ def generate(
             the embedding beyond the vocabulary are never chosen.
         last_only: keep only the logits that chose the new tokens, (b, n_tokens, v).
     Returns:
-        Run with ids (b, l + n_tokens); row i holds its prompt, its lengths[i] - l + n_tokens new tokens right behind
-        it, then zeros. logits (b, l + n_tokens - 1, v). No gradients.
+        Run with ids (b, l + n_tokens); row i holds its prompt, its n_tokens new tokens right behind it, then zeros.
+        logits (b, l + n_tokens - 1, v). No gradients.
     Cost: one forward of the prompt and n_tokens - 1 steps.
     """
     if not isinstance(n_tokens, int) or isinstance(n_tokens, bool) or n_tokens < 1:
         raise InputError(f"n_tokens={n_tokens!r}: at least 1, an int.")
-    if not temperature >= 0:
-        raise InputError(f"temperature={temperature}: 0 (the likeliest token) or more.")
+    if not isinstance(temperature, Real) or isinstance(temperature, bool) or not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature!r}: a finite number, 0 (the likeliest token) or more.")
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed={seed!r}: an int of 64 bits.")
     ops = resolve(backend, model.device)
     ids, sizes = model.check(ids, lengths)
     b, l = ids.shape
     start = torch.zeros(b, dtype=torch.long)
     plan = Plan(model.config, _each(edits, Edit), _each(record, Address), start, sizes + n_tokens - 1, origin=sizes)
-    draw = torch.Generator(model.device).manual_seed(seed)
+    draw = torch.Generator(model.device).manual_seed(int(seed))
+    heat = max(float(temperature), torch.finfo(torch.float32).tiny)
     chosen, steps, lost = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def choose(logits: Tensor) -> Tensor:
@@ -161,7 +166,8 @@ def generate(
             lost.append(real.gather(1, token)[:, 0].isnan())
             return token
         refuse_nan(real.isnan().any(1)[None], len(steps))
-        return torch.multinomial((real.float() / temperature).softmax(-1), 1, generator=draw)
+        below = real.float() - real.float().amax(-1, keepdim=True)  # of which a tiny temperature makes 0 and -inf
+        return torch.multinomial((below / heat).softmax(-1), 1, generator=draw)
 
     rows = torch.arange(b, device=ids.device)
     ends, one = sizes.to(ids.device), torch.ones_like(sizes)

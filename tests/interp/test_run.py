@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny
@@ -317,7 +318,10 @@ def test_sampling_is_seeded_and_follows_the_temperature():
     assert not torch.equal(a, c)
     greedy = generate(MODEL, IDS, 12).ids
     assert not torch.equal(a, greedy)
-    assert torch.equal(generate(MODEL, IDS, 12, temperature=1e-4, seed=3).ids, greedy)
+    for cold in (1e-4, 1e-40, 1e-45, 1e-300):
+        assert torch.equal(generate(MODEL, IDS, 12, temperature=cold, seed=3).ids, greedy)
+    generate(MODEL, IDS, 1, temperature=np.float32(1), seed=2**64 - 1)
+    generate(MODEL, IDS, 1, temperature=1, seed=np.int64(1))
     torch.manual_seed(0)
     state = torch.get_rng_state()
     generate(MODEL, IDS, 3, temperature=1.0)
@@ -336,5 +340,11 @@ def test_bad_requests_of_generation():
             generate(MODEL, IDS, wrong)
     with pytest.raises(InputError, match=r"temperature=nan"):
         generate(MODEL, IDS, 1, temperature=float("nan"))
-    with pytest.raises(InputError, match=r"temperature=-1.0: 0 \(the likeliest token\) or more"):
+    with pytest.raises(InputError, match=r"temperature=-1.0: a finite number, 0 \(the likeliest token\) or more"):
         generate(MODEL, IDS, 1, temperature=-1.0)
+    for wrong in (float("inf"), "1", None, True, 1j):
+        with pytest.raises(InputError, match=r"temperature=.*: a finite number, 0"):
+            generate(MODEL, IDS, 1, temperature=wrong)
+    for wrong in (1.0, "1", None, True, 2**64, -(2**63) - 1):
+        with pytest.raises(InputError, match=r"seed=.*: an int of 64 bits"):
+            generate(MODEL, IDS, 1, temperature=1.0, seed=wrong)
