@@ -190,7 +190,7 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
 # What HF writes beside the model: of generation, training and bookkeeping. None of it changes the logits.
 _HF_IGNORED = frozenset(
     """
-    _name_or_path architectures transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
+    architectures transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
     cls_token_id sep_token_id decoder_start_token_id unk_token_id use_cache use_mambapy use_associative_scan
     output_attentions output_hidden_states return_dict return_dict_in_generate output_scores
     is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention tie_encoder_decoder pruned_heads
@@ -199,7 +199,8 @@ _HF_IGNORED = frozenset(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
     suppress_tokens begin_suppress_tokens tf_legacy_loss torchscript use_bfloat16 attn_implementation layer_types
-    fused_add_norm pad_vocab_size_multiple time_step_init gradient_checkpointing
+    fused_add_norm pad_vocab_size_multiple time_step_init gradient_checkpointing auto_map unsloth_version
+    quantization_config
     """.split()
 )
 
@@ -212,11 +213,17 @@ def _check(raw: Mapping[str, Any], known: set[str], fixed: Mapping[str, tuple[An
                 allowed = " or ".join(repr(v) for v in fixed[key])
                 raise ConfigError(f"{where}: {key}={value!r}; minimal_mamba implements Mamba-1 with {allowed} only.")
         elif key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r} (value {value!r}).{nearest(key, known)}")
+            raise ConfigError(
+                f"{where}: unknown key {key!r} (value {value!r:.80}).{nearest(key, known)} If it changes nothing that "
+                "the model computes, remove it from config.json."
+            )
 
 
 def _from_mamba_ssm(raw: Mapping[str, Any]) -> MambaConfig:
-    ssm = dict(raw.get("ssm_cfg") or {})
+    ssm = raw.get("ssm_cfg")
+    if not isinstance(ssm, Mapping | None):
+        raise ConfigError(f"config: ssm_cfg={ssm!r:.80} holds no keys; it is an object such as {{'d_state': 16}}.")
+    ssm = dict(ssm or {})
     _check(ssm, {*_SSM_KEYS, *_SSM_IGNORED}, _SSM_FIXED, "ssm_cfg")
     top = {k: v for k, v in raw.items() if k != "ssm_cfg"}
     _check(top, {*_TOP_KEYS, *_TOP_IGNORED}, _TOP_FIXED, "config")
@@ -228,7 +235,13 @@ def _from_mamba_ssm(raw: Mapping[str, Any]) -> MambaConfig:
 def _from_hf(raw: Mapping[str, Any]) -> MambaConfig:
     # HF derives intermediate_size; in mamba-ssm's names the same checkpoint repeats sizes, which must agree
     twins = {"d_model": "hidden_size", "n_layer": "num_hidden_layers"}
+    raw = {key: value for key, value in raw.items() if not key.startswith("_")}  # where it came from, who wrote it
     _check(raw, {*_HF_KEYS, *_HF_IGNORED, *twins, "intermediate_size", "d_inner"}, _HF_FIXED, "config")
+    if raw.get("quantization_config") is not None:
+        raise ConfigError(
+            "config: quantization_config says that the weights are quantised, which minimal_mamba does not read. Load "
+            "the checkpoint that they were made from, or save them dequantised."
+        )
     _require(raw, ["hidden_size", "num_hidden_layers", "vocab_size"])
     for twin, name in twins.items():
         if twin in raw and raw[twin] != raw[name]:

@@ -577,6 +577,12 @@ def test_the_published_configurations_are_read():
     assert hf.tie_embeddings
 
 
+def test_bookkeeping_of_others_is_passed_over():
+    kept = {"_attn_implementation_autoset": True, "_commit_hash": "abc", "_new": 1, "auto_map": {"AutoModel": "x.Y"}}
+    kept |= {"unsloth_version": "2025.3", "quantization_config": None}
+    assert MambaConfig.from_dict(PILE_HF | kept) == MambaConfig.from_dict(PILE_HF)
+
+
 def test_every_key_that_hf_writes_is_read(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(hidden_size=12, num_hidden_layers=2, vocab_size=32)
@@ -602,6 +608,13 @@ def test_every_key_that_hf_writes_is_read(tmp_path):
         (PILE_HF, {"d_model": 512}, "d_model=512 contradicts hidden_size=768"),
         (PILE_HF, {"intermediate_size": 768}, "intermediate_size=768"),
         (PILE_HF, {"rms_norm": False}, "rms_norm=False"),
+        (PILE_HF, {"quantization_config": {"bits": 4}}, "the weights are quantised.*Load the checkpoint"),
+        (PILE_HF, {"stray": 1}, r"unknown key 'stray' \(value 1\).*remove it from config\.json"),
+        (PILE, {"_commit_hash": "abc"}, r"unknown key '_commit_hash'.*remove it from config\.json"),
+        (PILE, {"ssm_cfg": [1]}, r"ssm_cfg=\[1\] holds no keys"),
+        (PILE, {"ssm_cfg": "x"}, "ssm_cfg='x' holds no keys"),
+        (PILE, {"ssm_cfg": []}, r"ssm_cfg=\[\] holds no keys"),
+        (PILE_HF, {"ssm_cfg": [1]}, r"ssm_cfg=\[1\]"),
     ],
 )
 def test_what_is_not_implemented_is_refused(base, change, message):
