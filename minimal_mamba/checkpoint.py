@@ -4,7 +4,9 @@
     mamba_ssm   ssm_cfg, d_model      pytorch_model.bin or model.safetensors           backbone.embedding.weight
     hf          model_type = mamba    model.safetensors or pytorch_model.bin           backbone.embeddings.weight
 
-Nothing else differs, and nothing else is renamed. Either may be in shards, with an index beside them.
+Nothing else differs. Either may be in shards, with an index beside them. Two more are told by their names: what a
+wrapper saved, with `module.` or `model.` before each; and a base model, the backbone alone without `backbone.`, which
+is read if its head is tied. Nothing else is renamed.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import re
 import textwrap
 import zipfile
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +234,25 @@ def _check_tied(tensors: Mapping[str, Tensor], source: str) -> None:
         raise CheckpointError(f"{source}: {HEAD} differs from {EMBEDDING}, but the config says that they are tied.")
 
 
+def _renamed(tensors: Mapping[str, Tensor], tied: bool, source: str) -> dict[str, Tensor]:
+    """The tensors under mamba-ssm's names, as far as they are told by their prefixes."""
+    for prefix in ("module.", "model."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            break
+    if tensors and all(name.startswith(("embedding.", "embeddings.", "layers.", "norm_f.")) for name in tensors):
+        if not tied:
+            raise CheckpointError(
+                f"{source} is a base model, and its config says that the head is not tied to the embedding, so "
+                f"{HEAD} is missing. Save the whole MambaForCausalLM."
+            )
+        tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    found = dict(tensors)
+    if HF_EMBEDDING in found and EMBEDDING not in found:
+        found[EMBEDDING] = found.pop(HF_EMBEDDING)
+    return found
+
+
 def _assemble(
     config: MambaConfig,
     tensors: Mapping[str, Tensor],
@@ -254,18 +276,20 @@ def _assemble(
         model = Mamba(config)
     want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
-    found = {name: tensor for name, tensor in tensors.items() if not name.startswith(dropped)}
-    if HF_EMBEDDING in found and EMBEDDING not in found:
-        found[EMBEDDING] = found.pop(HF_EMBEDDING)
+    named = _renamed(tensors, config.tie_embeddings, source)
+    found = {name: tensor for name, tensor in named.items() if not name.startswith(dropped)}
     if config.tie_embeddings and EMBEDDING in found:
         found.setdefault(HEAD, found[EMBEDDING])
-    faults = [f"{name} {shape} missing" for name, shape in want.items() if name not in found]
-    faults += [f"{name} unexpected" for name in found if name not in want]
+    missing = [f"{name} {shape} missing" for name, shape in want.items() if name not in found]
+    unexpected = [f"{name} unexpected" for name in found if name not in want]
+    misfits = []
     for name, tensor in found.items():
         if name in want and tuple(tensor.shape) != want[name]:
-            faults.append(f"{name} is {tuple(tensor.shape)}, not {want[name]}")
+            misfits.append(f"{name} is {tuple(tensor.shape)}, not {want[name]}")
         elif name in want and not tensor.is_floating_point():
-            faults.append(f"{name} is {tensor.dtype}, not floating-point")
+            misfits.append(f"{name} is {tensor.dtype}, not floating-point")
+    # in turn, so that of names that do not fit both sides are shown
+    faults = [fault for row in zip_longest(missing, unexpected, misfits) for fault in row if fault]
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise CheckpointError(f"{source}: the tensors do not fit the config: {'; '.join(faults[:8])}{more}.")

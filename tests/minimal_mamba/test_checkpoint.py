@@ -315,7 +315,53 @@ def test_tensors_that_do_not_fit_are_named(saved, fault):
 
 def test_all_faults_are_named_up_to_eight(saved):
     rewrite(saved, lambda t: [t.pop(k) for k in list(t) if ".layers.1." in k] + [t.update(stray=torch.ones(1))])
-    with pytest.raises(CheckpointError, match=r"(layers\.1\.\S+ .*?missing.*?){8}; and 3 more"):
+    with pytest.raises(CheckpointError, match=r"missing; stray unexpected; (.*layers\.1\..*missing){6}; and 3 more"):
+        Mamba.from_pretrained(saved)
+
+
+def rename(folder: Path, name) -> Path:
+    """Give the tensors of a folder's model.safetensors other names."""
+    return rewrite(folder, lambda t: [t.update({name(key): t.pop(key)}) for key in list(t)])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prefix", ["module.", "model."])
+def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path, layout, prefix, tied):
+    model = tiny(tie_embeddings=tied)
+    model.save_pretrained(tmp_path, layout=layout)
+    rename(tmp_path, lambda key: prefix + key)
+    assert same(Mamba.from_pretrained(tmp_path), model)
+    assert len(Mamba.from_pretrained(tmp_path, n_layer=2).backbone.layers) == 2
+    rewrite(tmp_path, lambda t: t.update({key.removeprefix(prefix): t.pop(key) for key in list(t)[:1]}))
+    with pytest.raises(CheckpointError, match=rf"missing; {prefix}\S+ unexpected"):  # not of every tensor
+        Mamba.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_base_model_is_read_where_its_head_is_tied(tmp_path, layout):
+    model = tiny()
+    model.save_pretrained(tmp_path, layout=layout)
+    rename(tmp_path, lambda key: key.removeprefix("backbone."))
+    back = Mamba.from_pretrained(tmp_path)
+    assert same(back, model) and back.lm_head.weight is back.backbone.embedding.weight
+    tied = {"hf": "tie_word_embeddings", "mamba_ssm": "tie_embeddings"}[layout]
+    with pytest.raises(
+        CheckpointError, match=r"is a base model.*not tied.*lm_head\.weight is missing\. Save the whole"
+    ):
+        Mamba.from_pretrained(reconfigure(tmp_path, **{tied: False}))
+
+
+def test_what_transformers_saves_of_a_base_model_is_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.MambaForCausalLM(transformers.MambaConfig(hidden_size=12, num_hidden_layers=2, vocab_size=32))
+    theirs.backbone.save_pretrained(tmp_path)
+    assert same(Mamba.from_pretrained(tmp_path), Mamba.from_module(theirs))
+
+
+def test_of_names_that_do_not_fit_both_sides_are_shown(saved):
+    rename(saved, lambda key: f"transformer.{key}")
+    with pytest.raises(CheckpointError, match=r"(backbone\S+ \S+ \S* ?missing; transformer\.\S+ unexpected; ){3}"):
         Mamba.from_pretrained(saved)
 
 
