@@ -11,6 +11,7 @@ is read if its head is tied. Nothing else is renamed.
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import textwrap
@@ -32,6 +33,9 @@ from .model import Mamba
 EMBEDDING, HF_EMBEDDING, HEAD = "backbone.embedding.weight", "backbone.embeddings.weight", "lm_head.weight"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OF_ANY_TYPE = (".A_log", ".D", ".dt_proj.bias", "norm.bias", "norm_f.bias")  # the forward casts them
+
 Find = Callable[[str], Path]  # a checkpoint's file by its name, or CheckpointError
 
 
@@ -50,18 +54,25 @@ def load(
             `WEIGHTS` is taken.
         n_layer: keep the first layers only, 1..all. None: all.
         dtype: type of the weights; A_log and D stay in float32 or wider, as mamba-ssm keeps them. None: each tensor
-            in the type that it is stored in.
+            in the type that it is stored in, which is one for all but A_log, D and the biases of dt_proj and of norms.
         device: where the model goes; None: the CPU.
         revision: of the hub id: a branch, a tag or a commit.
     Returns:
         The model in evaluation mode, independent of the files. Every parameter requires a gradient. NaN and inf are
         loaded as they are.
     Raises:
-        ConfigError: a configuration that this model does not implement, or an n_layer that the checkpoint has not.
-        CheckpointError: files that are not there or cannot be read; tensors missing, left over or misshapen; a tied
-            head that is not the embedding; a pickle that holds more than tensors, which is not run.
+        ConfigError: a configuration that this model does not implement, an n_layer that the checkpoint has not, or a
+            device that is not here.
+        CheckpointError: files that are not there or cannot be read; tensors missing, left over or misshapen, or of
+            types that cannot run; a tied head that is not the embedding; a pickle that holds more than tensors, which
+            is not run.
     Cost: one copy of the kept tensors; the random generators stay where they are.
     """
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # which, depends on the device
+        why = textwrap.shorten(str(error), 200)
+        raise ConfigError(f"device={device!r} cannot be used here ({why}); 'cpu' can.") from error
     find = _finder(path, revision)
     config = MambaConfig.from_dict(_read_json(find("config.json")))
     tensors = _read_weights(_first(find, WEIGHTS), find)
@@ -88,6 +99,10 @@ def from_module(module: nn.Module, *, n_layer: int | None = None) -> Mamba:
         raise CheckpointError(
             f"from_module was given a {kind}; it takes transformers' MambaForCausalLM or mamba-ssm's MambaLMHeadModel."
         )
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
+        raise CheckpointError(
+            f"from_module was given a {kind} on the meta device, where tensors hold no numbers. Load its weights first."
+        )
     return _assemble(MambaConfig.from_dict(raw), module.state_dict(), f"the live {kind}", n_layer, None, None)
 
 
@@ -106,7 +121,7 @@ def save(model: Mamba, path: str | Path, *, layout: str = "mamba_ssm", safetenso
     Raises:
         ConfigError: a choice that the layout has no field for.
         CheckpointError: an unknown layout; a head that the config says is tied and is not; a folder with weights in
-            another file, since it would be open which of the two a reader takes.
+            another file, since it would be open which of the two a reader takes; a path that is none, or a file's.
     """
     layouts = {"mamba_ssm": model.config.to_mamba_ssm, "hf": model.config.to_hf}
     if layout not in layouts:
@@ -122,8 +137,11 @@ def save(model: Mamba, path: str | Path, *, layout: str = "mamba_ssm", safetenso
     if safetensors and model.config.tie_embeddings:
         del tensors[HEAD]
 
-    folder, name = Path(path), "model.safetensors" if safetensors else "pytorch_model.bin"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, name = _path(path), "model.safetensors" if safetensors else "pytorch_model.bin"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(f"{folder} is a file, or in one; give a folder, which is made if need be.") from error
     others = [other for other in WEIGHTS if other != name and (folder / other).exists()]
     if others:
         raise CheckpointError(f"{folder} already holds {', '.join(others)} beside {name}. Remove it or save elsewhere.")
@@ -140,8 +158,14 @@ def save(model: Mamba, path: str | Path, *, layout: str = "mamba_ssm", safetenso
     write_files(folder, {name: write_weights, "config.json": write_config})
 
 
+def _path(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"path={path!r:.80} is no path; give a folder, as a str or a Path.")
+    return Path(path)
+
+
 def _finder(path: str | Path, revision: str | None) -> Find:
-    folder = Path(path)
+    folder = _path(path)
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"revision={revision!r} is for a hub id; {folder} is a folder.")
@@ -234,6 +258,21 @@ def _check_tied(tensors: Mapping[str, Tensor], source: str) -> None:
         raise CheckpointError(f"{source}: {HEAD} differs from {EMBEDDING}, but the config says that they are tied.")
 
 
+def _check_types(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises CheckpointError for types, or a mixture of them, that the forward cannot run."""
+    kinds: dict[torch.dtype, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in TYPES or not name.endswith(OF_ANY_TYPE):
+            kinds.setdefault(tensor.dtype, []).append(name)
+    if len(kinds) > 1 or not kinds.keys() <= {*TYPES}:
+        found = " and ".join(f"{dtype} ({len(names)}, such as {names[0]})" for dtype, names in kinds.items())
+        raise CheckpointError(
+            f"{source}: the tensors are {found}. The model runs in one type, float16, bfloat16, float32 or float64; "
+            "only A_log, D and the biases of dt_proj and of norms may have another of these. Load them with dtype=, or "
+            "change the live module with .to(dtype)."
+        )
+
+
 def _renamed(tensors: Mapping[str, Tensor], tied: bool, source: str) -> dict[str, Tensor]:
     """The tensors under mamba-ssm's names, as far as they are told by their prefixes."""
     for prefix in ("module.", "model."):
@@ -264,8 +303,8 @@ def _assemble(
     """A model with copies of the tensors, which must be exactly those that the config asks for."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype={dtype!r} is no torch.dtype; pass one, such as torch.float32.")
-    if dtype is not None and not dtype.is_floating_point:
-        raise CheckpointError(f"dtype={dtype}: weights are floating-point.")
+    if dtype is not None and dtype not in TYPES:
+        raise CheckpointError(f"dtype={dtype}: weights are floating-point, of {', '.join(map(str, TYPES))}.")
     dropped: tuple[str, ...] = ()
     if n_layer is not None:
         whole, config = config.n_layer, dataclasses.replace(config, n_layer=n_layer)
@@ -296,6 +335,8 @@ def _assemble(
     if config.tie_embeddings:
         _check_tied(found, source)
         del found[HEAD]
+    if dtype is None:
+        _check_types(found, source)
 
     def copy(name: str, tensor: Tensor) -> Tensor:
         own = dtype

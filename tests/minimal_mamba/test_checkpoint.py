@@ -281,6 +281,76 @@ def test_an_integer_type_is_refused(saved):
         Mamba.from_pretrained(saved)
 
 
+FREE = ("A_log", "D", "dt_proj.bias", "norm.bias", "norm_f.bias")
+
+
+@pytest.mark.parametrize("rms_norm", [True, False])
+@pytest.mark.parametrize(("most", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_types_that_cannot_run_together_are_refused(tmp_path, most, other, rms_norm):
+    """Of every parameter by itself: what is loaded runs, and what the readable model cannot run is not."""
+    model = tiny(dtype=most, tie_embeddings=False, bias=True, rms_norm=rms_norm)
+    ids = torch.tensor([[1, 2, 3]])
+    for name, parameter in model.named_parameters():
+        if ".layers.0." in name or ".layers.2." in name:
+            continue
+        parameter.data = parameter.data.to(other)
+        model.save_pretrained(tmp_path)
+        if name.endswith(FREE):
+            back = Mamba.from_pretrained(tmp_path)
+            assert same(back, model)
+            run_on(back, ids)
+        else:
+            text = rf"the tensors are .*{other} \(1, such as {name}\).*one type.*dtype="
+            with pytest.raises(CheckpointError, match=text):
+                Mamba.from_pretrained(tmp_path)
+            run_on(Mamba.from_pretrained(tmp_path, dtype=torch.float32), ids)
+            if not name.endswith("conv1d.bias"):
+                with pytest.raises((RuntimeError, ValueError)):
+                    run_on(model, ids)
+        parameter.data = parameter.data.to(most)
+
+
+@torch.no_grad()
+def run_on(model: Mamba, ids: torch.Tensor) -> None:
+    kept = model(ids, keep_state=True)
+    assert model(ids, state=kept.state).logits.isfinite().all()
+
+
+def test_a_tied_head_of_another_type_is_dropped(saved):
+    rewrite(saved, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+    rewrite(saved, lambda t: t.update({HEAD: t[EMBEDDING].float()}))
+    assert {t.dtype for t in Mamba.from_pretrained(saved).state_dict().values()} == {torch.bfloat16}
+
+
+def test_eight_bits_are_loaded_in_a_type_that_runs(saved):
+    rewrite(saved, lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items()}))
+    with pytest.raises(CheckpointError, match=r"the tensors are torch\.float8_e4m3fn \(32, such as .*with dtype="):
+        Mamba.from_pretrained(saved)
+    run_on(Mamba.from_pretrained(saved, dtype=torch.bfloat16), torch.tensor([[1, 2, 3]]))
+    with pytest.raises(
+        CheckpointError, match=r"dtype=torch\.float8_e4m3fn: weights are floating-point, of torch\.float16"
+    ):
+        Mamba.from_pretrained(saved, dtype=torch.float8_e4m3fn)
+
+
+def test_a_module_without_numbers_or_of_several_types_is_refused():
+    upstream = tiny()
+    upstream.config = UpstreamConfig()
+    upstream.backbone.norm_f.float()
+    with pytest.raises(CheckpointError, match=r"the live Mamba: .*norm_f\.weight\).*\.to\(dtype\)"):
+        Mamba.from_module(upstream)
+    upstream.to("meta")
+    with pytest.raises(CheckpointError, match="a Mamba on the meta device, where tensors hold no numbers"):
+        Mamba.from_module(upstream)
+
+
+def test_a_device_that_is_not_here_is_refused(saved):
+    absent = [] if torch.cuda.is_available() else ["cuda", torch.device("cuda"), 0]
+    for device in (*absent, "gpu", "cuda:x", []):
+        with pytest.raises(ConfigError, match=r"device=.* cannot be used here \(.*\); 'cpu' can"):
+            Mamba.from_pretrained(saved, device=device)
+
+
 # strictness
 
 
@@ -405,6 +475,17 @@ def test_paths_that_hold_no_checkpoint(tmp_path):
         Mamba.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="revision='main' is for a hub id"):
         Mamba.from_pretrained(tmp_path, revision="main")
+
+
+def test_what_is_no_path_is_refused(saved):
+    for wrong in (None, 3, b"x"):
+        for call in (Mamba.from_pretrained, tiny().save_pretrained):
+            with pytest.raises(CheckpointError, match=r"path=.* is no path; give a folder"):
+                call(wrong)
+    for file in (saved / "config.json", saved / "config.json" / "under"):
+        with pytest.raises(CheckpointError, match="is a file, or in one; give a folder"):
+            tiny().save_pretrained(file)
+    assert same(Mamba.from_pretrained(saved), tiny())
 
 
 class Payload:
