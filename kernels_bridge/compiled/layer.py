@@ -21,7 +21,8 @@ def step(mixer: Mixer) -> Step:
 
     Cost: reading the weights; of each row a multiply-add with each of them, and an exp for each of (e, n).
     """
-    weights, none = plain.weights(mixer), mixer.D.new_empty(0)
+    weights = plain.weights(mixer)
+    none = weights.A.new_empty(0)
     one_type = all(x is None or x.dtype == weights.A.dtype for x in weights)
     if not one_type or torch.is_autocast_enabled("cpu"):  # 16 bits, which the loop does not have
         return partial(plain.advance, weights)

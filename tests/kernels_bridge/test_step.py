@@ -102,6 +102,17 @@ def test_it_errs_no_more_than_twice_the_readable_one(dtype: torch.dtype, backend
 
 
 @FAST
+@pytest.mark.parametrize("name", ["A_log", "D"])
+def test_a_parameter_that_may_be_of_another_type(name: str, backend: str) -> None:
+    """As checkpoints hold them; the readable model takes each to float32 or wider."""
+    model, ids = tiny(), draw_ids(2, 5)
+    for layer in model.backbone.layers:
+        setattr(layer.mixer, name, torch.nn.Parameter(getattr(layer.mixer, name).detach().bfloat16()))
+    for got, want in zip(*(token_by_token(model, ids, ops) for ops in (resolve(backend), READABLE)), strict=True):
+        near(got, want)
+
+
+@FAST
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["x", "h", "window", "dt"])
 def test_what_is_not_a_number_goes_where_it_goes_line_by_line(place: str, value: float, backend: str) -> None:
