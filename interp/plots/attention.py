@@ -1,19 +1,18 @@
 """Token-to-token maps: hidden attention, and what knockouts of a source do. matplotlib loads when one is drawn."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from minimal_mamba.errors import InputError
 
 from ..attention import Attention
 from ..knockout_grid import KnockoutGrid
+from .maps import draw_map, largest, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch import Tensor
 
 MEANING = {
     "mean": "mean weight",
@@ -42,9 +41,9 @@ def attention_map(
         limit: the end of the colour scale; the largest size drawn if None. Weights with a sign have a symmetric scale,
             white at 0; sizes one from 0.
     Raises:
-        InputError: several channels; a mean of rows whose positions differ; too few labels.
+        InputError: several channels; a mean of rows whose positions differ; too few labels; a limit not above 0.
     Returns:
-        The axes. A colour bar's arrow shows that values go beyond the limit.
+        The axes. A colour bar's arrow shows that values go beyond the limit. Weights that are not finite are hatched.
     """
     weights = found.weights
     if weights.dim() == 4:
@@ -57,25 +56,22 @@ def attention_map(
     _labelled(tokens, max(targets + sources) + 1)
     import matplotlib.pyplot as plt
 
-    values = _numbers(weights.mean(0) if row is None else weights[row])
+    values = numbers(weights.mean(0) if row is None else weights[row])
     later = np.array(sources)[None] > np.array(targets)[:, None]
     signed = found.reduce in (None, "mean")
-    top = float(abs(values).max()) if limit is None else limit
+    top = largest(values, limit)
     if ax is None:
         _, ax = plt.subplots(figsize=(3.4, 3.0), constrained_layout=True)
     colours = plt.get_cmap("RdBu_r" if signed else "viridis").with_extremes(bad="0.9")
-    image = ax.imshow(
-        np.ma.masked_array(values, later), cmap=colours, vmin=-top if signed else 0, vmax=top, interpolation="nearest"
-    )
+    label = MEANING[found.reduce] if found.reduce else "weight"
+    earlier = np.ma.masked_array(values, later)
+    draw_map(ax, earlier, colours, -top if signed else 0, top, bar=label if colorbar else None)
     _name(ax, "x", sources, tokens)
     _name(ax, "y", targets, tokens)
     ax.set_xlabel("source")
     ax.set_ylabel("target")
     if title:
         ax.set_title(title)
-    if colorbar:
-        bar = ax.figure.colorbar(image, ax=ax, extend=_beyond(values, top, signed))
-        bar.set_label(MEANING[found.reduce] if found.reduce else "weight")
     return ax
 
 
@@ -102,15 +98,14 @@ def knockout_map(
     _labelled(tokens, max(grid.sources) + 1)
     import matplotlib.pyplot as plt
 
-    values = _numbers(grid.effect().mean(-1))
-    top = float(abs(values).max()) if limit is None else limit
+    values = numbers(grid.effect().mean(-1))
+    top = largest(values, limit)
     if ax is None:
         _, ax = plt.subplots(figsize=(3.4, 0.9 + 0.22 * len(grid.layers)), constrained_layout=True)
-    image = ax.imshow(
-        values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower", interpolation="nearest"
-    )
+    label = f"effect ({unit})" if unit else "effect"
+    draw_map(ax, values, "RdBu_r", -top, top, bar=label if colorbar else None, aspect="auto", origin="lower")
     if len(grid.base) > 1:
-        doubtful = (abs(values) < 2 * _numbers(grid.error())) & (abs(values) >= top / 20)
+        doubtful = (abs(values) < 2 * numbers(grid.error())) & (abs(values) >= top / 20)
         up, right = doubtful.nonzero()
         ax.scatter(right, up, s=3, color="0.45", linewidths=0)
     _name(ax, "x", grid.sources, tokens)
@@ -121,26 +116,12 @@ def knockout_map(
     ax.set_ylabel("layer" if all(len(g) == 1 for g in grid.layers) else "layers")
     if title:
         ax.set_title(title)
-    if colorbar:
-        bar = ax.figure.colorbar(image, ax=ax, extend=_beyond(values, top, True))
-        bar.set_label(f"effect ({unit})" if unit else "effect")
     return ax
-
-
-def _numbers(values: "Tensor") -> NDArray[Any]:
-    found: NDArray[Any] = values.detach().cpu().double().numpy()
-    return found
 
 
 def _labelled(tokens: Sequence[str] | None, count: int) -> None:
     if tokens is not None and len(tokens) < count:
         raise InputError(f"tokens has {len(tokens)} labels for {count} positions; give one for each.")
-
-
-def _beyond(values: NDArray[Any], top: float, signed: bool) -> str:
-    if abs(values).max() <= top * (1 + 1e-9):
-        return "neither"
-    return "both" if signed else "max"
 
 
 def _name(ax: "Axes", which: str, positions: Sequence[int], tokens: Sequence[str] | None) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from minimal_mamba.errors import InputError
 
 from ..sweep import Grid
+from .maps import draw_map, largest, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,10 +40,11 @@ def heatmap(
         interval: such as 0.95: a dot marks the cells whose bootstrap interval over the batch holds 0, to a
             thousandth of the colour scale.
     Raises:
-        InputError: labels that are not as many as what they name; parts over several layers and positions.
+        InputError: labels that are not as many as what they name; parts over several layers and positions; a limit that
+            is not above 0.
     Returns:
         The axes. The scale is symmetric and its ends are the data's, or `limit`, where a colour bar's arrow shows that
-        values go beyond it.
+        values go beyond it. Cells that are not finite are hatched, and left out of the scale.
     """
     cells, (up, ups), (across, columns) = _axes(grid)
     tokens = columns if tokens is None and across == "part" else tokens
@@ -51,13 +53,12 @@ def heatmap(
             raise InputError(f"{what} has {len(labels)} labels for the grid's {count}; give one for each.")
     import matplotlib.pyplot as plt
 
-    values = cells(grid.recovered() if normalise else grid.effect().mean(-1)).detach().cpu().double().numpy()
-    top = float(abs(values).max()) if limit is None else limit
+    values = numbers(cells(grid.recovered() if normalise else grid.effect().mean(-1)))
+    top = largest(values, limit)
     if ax is None:
         _, ax = plt.subplots(figsize=(3.4, 0.7 + 0.22 * len(ups)), constrained_layout=True)
-    image = ax.imshow(
-        values, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower", interpolation="nearest"
-    )
+    label = "moved (0 base, 1 donor)" if normalise else f"effect ({unit})" if unit else "effect"
+    draw_map(ax, values, "RdBu_r", -top, top, bar=label if colorbar else None, aspect="auto", origin="lower")
     if interval is not None:
         low, high = (cells(end).cpu() for end in grid.interval(interval, normalise=normalise))
         least = 1e-3 * top  # smaller than any colour shows, such as the rounding of a cell where nothing differs
@@ -70,10 +71,6 @@ def heatmap(
     ax.tick_params(length=0)
     if title:
         ax.set_title(title)
-    if colorbar:
-        beyond = "both" if abs(values).max() > top * (1 + 1e-9) else "neither"
-        bar = ax.figure.colorbar(image, ax=ax, extend=beyond)
-        bar.set_label("moved (0 base, 1 donor)" if normalise else f"effect ({unit})" if unit else "effect")
     return ax
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from minimal_mamba.errors import InputError
 
 from ..lens import DirectLogit, StateLens
+from .maps import draw_map, largest, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,10 +31,13 @@ def lens_map(
         values: (layers + 1, positions), row i is what enters layer i, the last what leaves the model.
         label: what the colours mean, with the unit.
         ax: where to draw; a new figure of column width (3.4 in) if None.
-        tokens: a label for each position. ends: of the colour scale; the data's if None.
+        tokens: a label for each position. ends: of the colour scale; the data's if None. Numbers that are not finite,
+            such as those of positions that a padded row lacks, are hatched.
     Raises:
-        InputError: values that are no map, or labels that are not as many as the positions.
+        InputError: values that are no map, labels that are not as many as the positions, or ends that do not rise.
     """
+    if ends is not None and not ends[0] < ends[1]:
+        raise InputError(f"ends={ends}: the lower end of the colour scale comes first, and the upper is above it.")
     if values.dim() != 2:
         raise InputError(
             f"values has shape {tuple(values.shape)}; a map is (layers + 1, positions): take a mean first."
@@ -42,15 +47,15 @@ def lens_map(
     rows, columns = values.shape
     if ax is None:
         _, ax = plt.subplots(figsize=(3.4, 1.0 + 0.22 * rows), constrained_layout=True)
-    shown = values.detach().cpu().double().numpy()
-    low, high = (None, None) if ends is None else ends
-    image = ax.imshow(
-        shown, cmap="cividis", vmin=low, vmax=high, aspect="auto", origin="lower", interpolation="nearest"
-    )
+    shown = numbers(values)
+    finite = shown[np.isfinite(shown)]
+    low, high = ((finite.min(), finite.max()) if len(finite) else (0.0, 1.0)) if ends is None else ends
+    if ends is None and low == high:
+        low, high = low - 0.5, high + 0.5
+    draw_map(ax, shown, "cividis", low, high, bar=label, aspect="auto", origin="lower")
     ax.set_yticks(range(rows), ["embed", *map(str, range(rows - 1))])
     _ticks(ax, tokens, columns)
     ax.set_ylabel("after layer")
-    ax.figure.colorbar(image, ax=ax).set_label(label)
     return ax
 
 
@@ -101,18 +106,19 @@ def state_map(
     import matplotlib.pyplot as plt
 
     chosen = lens.values.sum(0) if layer is None else lens.values[lens.layers.index(layer)]
-    shown = chosen.mean(0).T.detach().cpu().double().numpy()  # (n, positions)
+    shown = numbers(chosen.mean(0).T)  # (n, positions)
     if ax is None:
         _, ax = plt.subplots(figsize=(3.4, 1.0 + 0.08 * len(shown)), constrained_layout=True)
-    top = float(abs(shown).max())
-    image = ax.imshow(shown, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", origin="lower", interpolation="nearest")
+    top = largest(shown, None)
+    draw_map(ax, shown, "RdBu_r", -top, top, bar=f"adds ({unit})", aspect="auto", origin="lower")
     _ticks(ax, tokens, shown.shape[1])
     ax.set_ylabel("state dimension n")
-    ax.figure.colorbar(image, ax=ax).set_label(f"adds ({unit})")
     if layer is None and len(lens.layers) == 1:
         layer = lens.layers[0]
     where = "all layers" if layer is None else f"layer {layer}"
-    ax.set_title(f"{where}: {shown.sum():.2f} of {float(lens.logit.mean()):.2f} {unit}", fontsize=9)
+    added, logit = shown.sum(), float(lens.logit.mean())
+    whole = f"{added:.2f} of {logit:.2f} {unit}" if np.isfinite([added, logit]).all() else "no sum, not all is finite"
+    ax.set_title(f"{where}: {whole}", fontsize=9)
     return ax
 
 

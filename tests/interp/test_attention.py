@@ -1,5 +1,7 @@
 """Hidden attention: the sums are the run's own numbers, the weights are derivatives of its linear map."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import tiny
@@ -240,4 +242,27 @@ def test_the_map_shows_the_weights_and_hides_what_is_later():
     with pytest.raises(InputError, match="choose row="):
         attention_map(ragged)
     attention_map(ragged, row=1)
+    plt.close("all")
+
+
+def test_weights_that_are_not_finite_leave_the_scale_of_the_map_alone():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = attention(MODEL, IDS, layer=1, reduce="mean")
+    holed = found.weights.clone()
+    holed[:, 5, 2] = float("nan")
+    ax = attention_map(replace(found, weights=holed))
+    ax.figure.canvas.draw()
+    rest = holed.mean(0)[~holed.mean(0).isnan()].abs().max()
+    assert ax.images[0].get_clim() == (-rest, rest)
+    (path,) = ax.collections[0].get_paths()  # and not what is later, which is left out on purpose
+    assert path.get_extents().get_points().mean(0).tolist() == [2.0, 5.0]
+    assert "hatched" in ax.figure.axes[1].get_ylabel()
+    image = attention_map(replace(found, weights=0 * found.weights), colorbar=False).images[0]
+    assert image.cmap(image.norm(0.0)) == image.cmap(0.5)
+    with pytest.raises(InputError, match="ends above 0"):
+        attention_map(found, limit=-1)
     plt.close("all")

@@ -1,6 +1,7 @@
 """Knockouts: against the matrix form, against the mixer written out with loops, and without a leak to the bit."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -411,6 +412,15 @@ def test_the_map_shows_the_mean_and_marks_what_is_not_sure():
     plt.close("all")
     with pytest.raises(InputError, match="labels"):
         knockout_map(grid, tokens=["a"])
+    holed = grid.values.clone()
+    holed[0, 1] = float("nan")
+    ax = knockout_map(replace(grid, values=holed))
+    assert ax.images[0].get_clim()[1] == (holed - grid.base).mean(-1).nan_to_num().abs().max()
+    assert "hatched" in ax.figure.axes[1].get_ylabel()
+    image = knockout_map(replace(grid, values=grid.base.expand_as(grid.values)), colorbar=False).images[0]
+    assert image.cmap(image.norm(0.0)) == image.cmap(0.5)
+    with pytest.raises(InputError, match="ends above 0"):
+        knockout_map(grid, limit=0)
     one = knockout_grid(MODEL, IDS[:1], lambda x: x[:, -1, 0], layers=[0], sources=2, progress=False)
     with pytest.raises(InputError, match="at least 2 rows"):
         one.error()

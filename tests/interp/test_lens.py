@@ -1,5 +1,7 @@
 """Lenses: their parts sum to the logit, and each part is what goes when the model runs without it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import tiny
@@ -323,3 +325,25 @@ def test_the_maps_show_layers_upward_and_dimensions_by_position(plt):
                   lambda: lens_map(scores[0], label=""), lambda: lens_map(scores, label="", tokens=["a"])):  # fmt: skip
         with pytest.raises(InputError):
             wrong()
+
+
+def test_the_maps_hatch_what_is_not_finite_and_scale_by_the_rest(plt):
+    model, tokens = tiny(), ids(7)
+    lens = state_lens(model, tokens, ANSWER, FOIL, by=("pos", "n"), layers=1)
+    holed = lens.values.clone()
+    holed[:, :, 2, 0] = float("nan")
+    ax = state_map(replace(lens, values=holed))
+    rest = holed[0].mean(0).nan_to_num().abs().max()
+    assert ax.images[0].get_clim() == (-rest, rest) and len(ax.collections[0].get_paths()) == 1
+    assert "hatched" in ax.figure.axes[1].get_ylabel() and ax.get_title() == "layer 1: no sum, not all is finite"
+    image = state_map(replace(lens, values=0 * lens.values)).images[0]
+    assert image.cmap(image.norm(0.0)) == image.cmap(0.5)
+    ax = lens_map(torch.tensor([[0.0, float("nan")], [2.0, 1.0]]), label="logit (nats)")
+    assert ax.images[0].get_clim() == (0, 2) and len(ax.collections[0].get_paths()) == 1
+    for flat, ends in ((torch.ones(2, 3), (0.5, 1.5)), (torch.full((2, 3), float("nan")), (0, 1))):
+        ax = lens_map(flat, label="x")
+        ax.figure.canvas.draw()
+        assert ax.images[0].get_clim() == ends
+    assert lens_map(torch.tensor([[0.1, 1.2]]), label="p", ends=(0, 1)).images[0].colorbar.extend == "max"
+    with pytest.raises(InputError, match="the lower end of the colour scale comes first"):
+        lens_map(torch.zeros(2, 3), label="x", ends=(1, 0))

@@ -133,9 +133,16 @@ def test_layers_and_positions_as_at_takes_them():
     assert sweep(layers=0, positions=-3, lengths=[6, 3, 4]) == ((0,), (-3,))
 
 
-def test_labels_of_a_heat_map():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
+@pytest.fixture
+def pyplot():
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+
+    yield plt
+    plt.close("all")
+
+
+def test_labels_of_a_heat_map(pyplot):
     grid = patch_grid(MODEL, IDS, DONOR, site="u", metric=metric, positions=[0, 1], progress=False)
     ax = heatmap(grid, tokens=["a", "b"], rows=["x", "y", "z"])
     assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"]
@@ -143,6 +150,50 @@ def test_labels_of_a_heat_map():
     for labels in ({"tokens": ["a"]}, {"tokens": list("abc")}, {"rows": ["x", "y"]}):
         with pytest.raises(InputError, match=r"labels for the grid's [23]; give one for each"):
             heatmap(grid, **labels)
+
+
+def grid_of(effects):
+    """A sweep of 4 rows with these effects, (layers, positions); the donor's is 1."""
+    values = torch.as_tensor(effects, dtype=torch.float64)[..., None].expand(-1, -1, 4)
+    base = torch.zeros(4, dtype=torch.float64)
+    return Grid(values, base, base + 1, "u", tuple(range(len(values))), tuple(range(values.shape[1])))
+
+
+def test_a_heat_map_is_scaled_by_its_finite_cells_and_hatches_the_others(pyplot):
+    nan = float("nan")
+    ax = heatmap(grid_of([[0.0, nan, -0.5], [0.25, 0.0, float("inf")]]))
+    ax.figure.canvas.draw()
+    assert ax.images[0].get_clim() == (-0.5, 0.5)
+    (hatched,) = ax.collections
+    centres = [p.get_extents().get_points().mean(0).tolist() for p in hatched.get_paths()]
+    assert centres == [[1.0, 0.0], [2.0, 1.0]] and hatched.get_hatch()
+    grey, zero = hatched.get_facecolor()[0], ax.images[0].cmap(0.5)
+    assert max(abs(a - b) for a, b in zip(grey, zero, strict=True)) > 0.1
+    assert "hatched: not finite" in ax.figure.axes[1].get_ylabel()
+    ax = heatmap(grid_of([[nan, nan]]), normalise=False, colorbar=False)
+    ax.figure.canvas.draw()
+    assert len(ax.collections[0].get_paths()) == 2
+    assert "hatched" not in heatmap(grid_of([[0.5, 0.2]])).figure.axes[1].get_ylabel()
+
+
+@pytest.mark.parametrize("colorbar", [True, False])
+def test_where_nothing_moves_a_heat_map_is_white(colorbar, pyplot):
+    ax = heatmap(grid_of([[0.0, 0.0]]), colorbar=colorbar)
+    ax.figure.canvas.draw()
+    image = ax.images[0]
+    assert image.get_clim() == (-1, 1)
+    assert image.cmap(image.norm(0.0)) == image.cmap(0.5)
+
+
+@pytest.mark.parametrize(("limit", "ends"), [(1.0, "neither"), (0.4, "max"), (0.2, "both")])
+def test_the_arrows_of_a_colour_bar_say_which_end_is_passed(limit, ends, pyplot):
+    assert heatmap(grid_of([[0.5, -0.3]]), limit=limit).images[0].colorbar.extend == ends
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_colour_scale_ends_above_zero(limit, pyplot):
+    with pytest.raises(InputError, match=r"a colour scale ends above 0. Leave limit out"):
+        heatmap(grid_of([[0.5]]), limit=limit)
 
 
 def test_recovered_and_its_error_by_hand():

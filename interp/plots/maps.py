@@ -1,0 +1,64 @@
+"""What all maps share: the ends of a colour scale, cells without a number, the colour bar."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minimal_mamba.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+Numbers = NDArray[Any]
+
+
+def numbers(values: "Tensor") -> Numbers:
+    """The values in numpy, as float64."""
+    found: Numbers = values.detach().cpu().double().numpy()
+    return found
+
+
+def largest(values: Numbers, limit: float | None) -> float:
+    """The end of a colour scale around or from 0: the limit if given, else the largest finite size; 1 if all is 0.
+
+    Raises:
+        InputError: a limit that is not above 0.
+    """
+    if limit is None:
+        return float(abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
+    if not 0 < limit < math.inf:
+        raise InputError(f"limit={limit}: a colour scale ends above 0. Leave limit out for the largest size drawn.")
+    return limit
+
+
+def draw_map(
+    ax: "Axes", values: Numbers, cmap: Any, low: float, high: float, *, bar: str | None, notes: Sequence[str] = (),
+    **more: Any,
+) -> None:  # fmt: skip
+    """Draw values as an image. Those that are not finite are hatched grey, which no colour of a scale is.
+
+    Args:
+        bar: the label of the colour bar, whose arrows show that values go beyond its ends; none if None.
+        notes: under the label, on what else is drawn; that there are hatched cells is said without being asked.
+    """
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    image = ax.imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="nearest", **more)
+    shown = np.ma.compressed(values)  # without the cells that a mask leaves out on purpose
+    gaps = np.argwhere(~np.isfinite(np.ma.filled(values, 0.0)))
+    if len(gaps):
+        squares = [Rectangle((x - 0.5, y - 0.5), 1, 1) for y, x in gaps]
+        hatched = PatchCollection(squares, facecolor="0.8", edgecolor="0.45", hatch="//////", linewidth=0)
+        ax.add_collection(hatched, autolim=False)
+        notes = [*notes, "hatched: not finite"]
+    if bar is not None:
+        slack = 1e-9 * max(abs(low), abs(high))
+        finite = shown[np.isfinite(shown)]
+        beyond = (finite < low - slack).any(), (finite > high + slack).any()
+        extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(beyond, "neither")
+        ax.figure.colorbar(image, ax=ax, extend=extend).set_label("\n".join([bar, *notes]))
