@@ -1,5 +1,6 @@
 """Small models for the tests, under whose weights a fault in the scan shows in the logits."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from kernels_bridge.lively import lively
 from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.tap import Tap
 
-__all__ = ["LAST", "draw", "lively", "near", "tiny"]
+__all__ = ["LAST", "draw", "lively", "names_drawn", "near", "tiny"]
 
 
 class _Last(Tap):
@@ -49,3 +50,15 @@ def near(got: Tensor, want: Tensor, tol: float = 1e-12) -> None:
 def draw(*size: int, seed: int = 0) -> Tensor:
     """Normal numbers in float64."""
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def names_drawn(ax, which: str) -> list[str]:
+    """The names along an axis as they are drawn; fails where two of them overlap."""
+    ax.figure.set_dpi(400)  # so that text is as large as it says, and not whole pixels
+    ax.figure.canvas.draw()
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    names = [tick.label1 for tick in axis.get_major_ticks() if tick.label1.get_text()]
+    boxes = [name.get_window_extent() for name in names]
+    ends = sorted((box.x0, box.x1) if which == "x" else (box.y0, box.y1) for box in boxes)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
+    return [name.get_text() for name in names]

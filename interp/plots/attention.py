@@ -56,6 +56,8 @@ def attention_map(
     _labelled(tokens, max(targets + sources) + 1)
     import matplotlib.pyplot as plt
 
+    from .labels import name_axis
+
     values = numbers(weights.mean(0) if row is None else weights[row])
     later = np.array(sources)[None] > np.array(targets)[:, None]
     signed = found.reduce in (None, "mean")
@@ -66,8 +68,8 @@ def attention_map(
     label = MEANING[found.reduce] if found.reduce else "weight"
     earlier = np.ma.masked_array(values, later)
     draw_map(ax, earlier, colours, -top if signed else 0, top, bar=label if colorbar else None)
-    _name(ax, "x", sources, tokens)
-    _name(ax, "y", targets, tokens)
+    name_axis(ax.xaxis, _names(sources, tokens), upright=tokens is not None)
+    name_axis(ax.yaxis, _names(targets, tokens))
     ax.set_xlabel("source")
     ax.set_ylabel("target")
     if title:
@@ -98,6 +100,8 @@ def knockout_map(
     _labelled(tokens, max(grid.sources) + 1)
     import matplotlib.pyplot as plt
 
+    from .labels import name_axis
+
     values = numbers(grid.effect().mean(-1))
     top = largest(values, limit)
     if ax is None:
@@ -108,10 +112,9 @@ def knockout_map(
         doubtful = (abs(values) < 2 * numbers(grid.error())) & (abs(values) >= top / 20)
         up, right = doubtful.nonzero()
         ax.scatter(right, up, s=3, color="0.45", linewidths=0)
-    _name(ax, "x", grid.sources, tokens)
-    names = [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in grid.layers]
-    ax.set_yticks(range(len(names)), names)
-    ax.tick_params(length=0)
+    name_axis(ax.xaxis, _names(grid.sources, tokens), upright=tokens is not None)
+    windows = [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in grid.layers]
+    name_axis(ax.yaxis, windows)
     ax.set_xlabel("source that is cut")
     ax.set_ylabel("layer" if all(len(g) == 1 for g in grid.layers) else "layers")
     if title:
@@ -124,10 +127,7 @@ def _labelled(tokens: Sequence[str] | None, count: int) -> None:
         raise InputError(f"tokens has {len(tokens)} labels for {count} positions; give one for each.")
 
 
-def _name(ax: "Axes", which: str, positions: Sequence[int], tokens: Sequence[str] | None) -> None:
-    labels = [str(p) if tokens is None else tokens[p] for p in positions]
-    if which == "x":
-        ax.set_xticks(range(len(labels)), labels, rotation=0 if tokens is None else 90)
-    else:
-        ax.set_yticks(range(len(labels)), labels)
-    ax.tick_params(length=0)
+def _names(positions: Sequence[int], tokens: Sequence[str] | None) -> list[str]:
+    from .labels import visible
+
+    return [str(p) if tokens is None else visible(tokens[p]) for p in positions]

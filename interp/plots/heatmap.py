@@ -47,11 +47,12 @@ def heatmap(
         values go beyond it. Cells that are not finite are hatched, and left out of the scale.
     """
     cells, (up, ups), (across, columns) = _axes(grid)
-    tokens = columns if tokens is None and across == "part" else tokens
     for what, labels, count in (("tokens", tokens, len(columns)), ("rows", rows, len(ups))):
         if labels is not None and len(labels) != count:
             raise InputError(f"{what} has {len(labels)} labels for the grid's {count}; give one for each.")
     import matplotlib.pyplot as plt
+
+    from .labels import name_axis, visible
 
     values = numbers(cells(grid.recovered() if normalise else grid.effect().mean(-1)))
     top = largest(values, limit)
@@ -64,11 +65,13 @@ def heatmap(
         least = 1e-3 * top  # smaller than any colour shows, such as the rounding of a cell where nothing differs
         y, x = ((low <= least) & (high >= -least)).nonzero().T.tolist()
         ax.scatter(x, y, s=2, color="0.35", linewidths=0)
-    ax.set_yticks(range(len(ups)), ups if rows is None else rows)
-    ax.set_xticks(range(len(columns)), columns if tokens is None else tokens, rotation=0 if tokens is None else 90)
-    ax.set_xlabel(across if tokens is None or across == "part" else "token")
+    name_axis(ax.yaxis, ups if rows is None else rows)
+    if tokens is not None:
+        columns = tokens if across == "part" else [visible(token) for token in tokens]
+        across = "part" if across == "part" else "token"
+    name_axis(ax.xaxis, columns, upright=across != "position")
+    ax.set_xlabel(across)
     ax.set_ylabel(up)
-    ax.tick_params(length=0)
     if title:
         ax.set_title(title)
     return ax

@@ -44,6 +44,8 @@ def lens_map(
         )
     import matplotlib.pyplot as plt
 
+    from .labels import name_axis
+
     rows, columns = values.shape
     if ax is None:
         _, ax = plt.subplots(figsize=(3.4, 1.0 + 0.22 * rows), constrained_layout=True)
@@ -53,8 +55,8 @@ def lens_map(
     if ends is None and low == high:
         low, high = low - 0.5, high + 0.5
     draw_map(ax, shown, "cividis", low, high, bar=label, aspect="auto", origin="lower")
-    ax.set_yticks(range(rows), ["embed", *map(str, range(rows - 1))])
-    _ticks(ax, tokens, columns)
+    name_axis(ax.yaxis, ["embed", *map(str, range(rows - 1))])
+    _positions(ax, tokens, columns)
     ax.set_ylabel("after layer")
     return ax
 
@@ -105,13 +107,16 @@ def state_map(
         raise InputError(f"layer={layer}: this lens has the layers {lens.layers}.")
     import matplotlib.pyplot as plt
 
+    from .labels import name_axis
+
     chosen = lens.values.sum(0) if layer is None else lens.values[lens.layers.index(layer)]
     shown = numbers(chosen.mean(0).T)  # (n, positions)
     if ax is None:
         _, ax = plt.subplots(figsize=(3.4, 1.0 + 0.08 * len(shown)), constrained_layout=True)
     top = largest(shown, None)
     draw_map(ax, shown, "RdBu_r", -top, top, bar=f"adds ({unit})", aspect="auto", origin="lower")
-    _ticks(ax, tokens, shown.shape[1])
+    name_axis(ax.yaxis, [str(n) for n in range(len(shown))])
+    _positions(ax, tokens, shown.shape[1])
     ax.set_ylabel("state dimension n")
     if layer is None and len(lens.layers) == 1:
         layer = lens.layers[0]
@@ -128,10 +133,11 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
-def _ticks(ax: "Axes", tokens: Sequence[str] | None, count: int) -> None:
+def _positions(ax: "Axes", tokens: Sequence[str] | None, count: int) -> None:
     if tokens is not None and len(tokens) != count:
         raise InputError(f"tokens has {len(tokens)} labels for {count} positions; give one for each.")
-    if tokens is not None:
-        ax.set_xticks(range(count), tokens, rotation=90, fontsize=7)
+    from .labels import name_axis, visible
+
+    names = [str(i) for i in range(count)] if tokens is None else [visible(token) for token in tokens]
+    name_axis(ax.xaxis, names, upright=tokens is not None)
     ax.set_xlabel("position" if tokens is None else "token")
-    ax.tick_params(length=0 if tokens is not None else 2)

@@ -40,6 +40,8 @@ def probe_curves(
         raise InputError(f"tokens has {len(tokens)} labels for the grid's {n}; give one for each.")
     import matplotlib.pyplot as plt
 
+    from .labels import name_axis, visible
+
     if ax is None:
         _, ax = plt.subplots(figsize=(3.4, 2.2), constrained_layout=True)
     classes = grid[0, 0].classes is not None
@@ -59,9 +61,8 @@ def probe_curves(
         label = None if layer is None else f"layer {layer}"
         ax.errorbar(at_x, score[i].tolist(), yerr=error, label=label, **style)  # type: ignore[arg-type]
     ax.plot(x, grid.values("chance").mean(0).tolist(), color="black", lw=0.8, ls="--", label="commonest class")
-    ax.set_xticks(
-        x, [str(p) for p in grid.positions] if tokens is None else tokens, rotation=0 if tokens is None else 90
-    )
+    names = [str(p) for p in grid.positions] if tokens is None else [visible(token) for token in tokens]
+    name_axis(ax.xaxis, names, upright=tokens is not None)
     ax.set_xlabel("position" if tokens is None else "token")
     ax.set_ylabel("held-out accuracy" if classes else "held-out $R^2$")
     if classes:

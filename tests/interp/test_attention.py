@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import names_drawn, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp import Set, at, attention, attention_map, contributions, gradients, logit_diff, run
@@ -265,4 +265,21 @@ def test_weights_that_are_not_finite_leave_the_scale_of_the_map_alone():
     assert image.cmap(image.norm(0.0)) == image.cmap(0.5)
     with pytest.raises(InputError, match="ends above 0"):
         attention_map(found, limit=-1)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("size", [(3.4, 3.0), (6.8, 6.0)])
+def test_names_that_do_not_fit_the_map_are_left_out(size):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = attention(MODEL, torch.arange(64)[None] % 29, layer=1, reduce="norm")
+    for tokens in (None, [f"{i} incomprehensible" for i in range(64)]):
+        ax = attention_map(found, tokens=tokens, ax=plt.subplots(figsize=size, constrained_layout=True)[1])
+        across, down = names_drawn(ax, "x"), names_drawn(ax, "y")
+        assert len(across) >= (7 if tokens is None else 13) and len(down) >= 7 and max(map(len, down)) <= 12
+    ax = attention_map(found, tokens=["$$", "\n"] * 32)
+    assert names_drawn(ax, "x")[0] == names_drawn(ax, "y")[0] == r"\$\$"
     plt.close("all")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import names_drawn, tiny
 from stand_ins import STAND_INS, register
 from torch.nn import functional as F
 
@@ -425,4 +425,8 @@ def test_the_map_shows_the_mean_and_marks_what_is_not_sure():
     with pytest.raises(InputError, match="at least 2 rows"):
         one.error()
     knockout_map(one)
+    many = replace(grid, values=torch.randn(2, 64, 3), base=torch.zeros(3), sources=tuple(range(64)))
+    for tokens, least in ((None, 7), (["$ incomprehensible"] * 64, 16)):
+        names = names_drawn(knockout_map(many, tokens=tokens), "x")
+        assert least <= len(names) < 40 and (tokens is None or names[0] == r"\$ incompreh…")
     plt.close("all")

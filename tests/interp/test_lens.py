@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import draw, names_drawn, tiny
 from torch.testing import assert_close
 
 from analyses.planted import plant
@@ -347,3 +347,13 @@ def test_the_maps_hatch_what_is_not_finite_and_scale_by_the_rest(plt):
     assert lens_map(torch.tensor([[0.1, 1.2]]), label="p", ends=(0, 1)).images[0].colorbar.extend == "max"
     with pytest.raises(InputError, match="the lower end of the colour scale comes first"):
         lens_map(torch.zeros(2, 3), label="x", ends=(1, 0))
+
+
+@pytest.mark.parametrize(("tokens", "least"), [(None, 7), (["$ incomprehensible"] * 64, 16)])
+def test_names_that_do_not_fit_the_maps_are_left_out(tokens, least, plt):
+    lens = state_lens(tiny(), ids(7), ANSWER, FOIL, by=("pos", "n"), layers=1)
+    wide = replace(lens, values=draw(1, 2, 64, 16))
+    for ax in (state_map(wide, tokens=tokens), lens_map(draw(49, 64), label="x", tokens=tokens)):
+        names = names_drawn(ax, "x")
+        assert least <= len(names) < 40 and (tokens is None or names[0] == r"\$ incompreh…")
+        assert len(names_drawn(ax, "y")) >= 4

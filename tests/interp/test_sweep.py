@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import names_drawn, tiny
 
 from interp import Grid, Set, at, heatmap, logit_diff, patch_grid, run
 from kernels_bridge import BACKENDS
@@ -194,6 +194,44 @@ def test_the_arrows_of_a_colour_bar_say_which_end_is_passed(limit, ends, pyplot)
 def test_a_colour_scale_ends_above_zero(limit, pyplot):
     with pytest.raises(InputError, match=r"a colour scale ends above 0. Leave limit out"):
         heatmap(grid_of([[0.5]]), limit=limit)
+
+
+@pytest.mark.parametrize("size", [None, (3.3, 2.5), (6.8, 3.0)])
+def test_names_that_do_not_fit_are_left_out(size, pyplot):
+    grid = grid_of(torch.linspace(-1, 1, 40)[:, None].expand(-1, 64))
+
+    def ax():
+        return None if size is None else pyplot.subplots(figsize=size, constrained_layout=True)[1]
+
+    drawn = heatmap(grid, ax=ax())
+    across, up = names_drawn(drawn, "x"), names_drawn(drawn, "y")
+    assert across == [str(i) for i in range(0, 64, int(across[1]))] and int(across[1]) in (5, 10)
+    assert up == [str(i) for i in range(0, 40, int(up[1]))] and len(up) > 3
+    tokens = [f"{i}-incomprehensible" for i in range(64)]
+    drawn = heatmap(grid, ax=ax(), tokens=tokens)
+    across = names_drawn(drawn, "x")
+    shown = [f"{token[:11]}…" for token in tokens]
+    assert across == shown[:: shown.index(across[1])]
+    assert drawn.get_xticklabels()[0].get_size() >= 5.5
+    assert len(across) == 64 if size == (6.8, 3.0) else len(across) >= 16
+    drawn.figure.set_size_inches(14, 3)  # it is the drawing that they fit
+    assert len(names_drawn(drawn, "x")) == 64
+
+
+def test_few_names_are_all_there_and_as_large_as_others(pyplot):
+    ax = heatmap(grid_of([[0.5] * 12] * 4), tokens=[f"word{i}" for i in range(12)])
+    assert len(names_drawn(ax, "x")) == 12 and names_drawn(ax, "y") == list("0123")
+    assert ax.get_xticklabels()[0].get_size() == ax.get_yticklabels()[0].get_size() == pyplot.rcParams["font.size"]
+
+
+def test_tokens_are_text_and_can_be_seen(pyplot):
+    tokens = ["$$", "$x$", "a$b_c", r"\frac", "\n", "", " ", " the", "\x00", "x\u200b", "Ġthe"]
+    seen = ["$$", "$x$", "a$b_c", r"\frac", r"'\n'", "''", "' '", "' the'", r"'\x00'", r"'x\u200b'", "Ġthe"]
+    ax = heatmap(grid_of([[0.5] * len(tokens)] * 4), tokens=tokens)
+    ax.figure.canvas.draw()
+    for name, text in zip(ax.get_xticklabels(), seen, strict=True):
+        plain = ax.text(0, 0, text, parse_math=False, rotation=90, size=name.get_size())
+        assert name.get_window_extent().height == pytest.approx(plain.get_window_extent().height), text
 
 
 def test_recovered_and_its_error_by_hand():
