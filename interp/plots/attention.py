@@ -56,20 +56,21 @@ def attention_map(
     _labelled(tokens, max(targets + sources) + 1)
     import matplotlib.pyplot as plt
 
-    from .labels import name_axis
+    from .labels import name_axis, new_axes
 
     values = numbers(weights.mean(0) if row is None else weights[row])
     later = np.array(sources)[None] > np.array(targets)[:, None]
     signed = found.reduce in (None, "mean")
     top = largest(values, limit)
+    across, down, upright = _names(sources, tokens), _names(targets, tokens), tokens is not None
     if ax is None:
-        _, ax = plt.subplots(figsize=(3.4, 3.0), constrained_layout=True)
+        ax = new_axes(2.4, across, upright=upright, title=bool(title))
     colours = plt.get_cmap("RdBu_r" if signed else "viridis").with_extremes(bad="0.9")
     label = MEANING[found.reduce] if found.reduce else "weight"
     earlier = np.ma.masked_array(values, later)
     draw_map(ax, earlier, colours, -top if signed else 0, top, bar=label if colorbar else None)
-    name_axis(ax.xaxis, _names(sources, tokens), upright=tokens is not None)
-    name_axis(ax.yaxis, _names(targets, tokens))
+    name_axis(ax.xaxis, across, upright=upright)
+    name_axis(ax.yaxis, down)
     ax.set_xlabel("source")
     ax.set_ylabel("target")
     if title:
@@ -98,21 +99,20 @@ def knockout_map(
         ax, title, limit, colorbar: as in `attention_map`.
     """
     _labelled(tokens, max(grid.sources) + 1)
-    import matplotlib.pyplot as plt
-
-    from .labels import name_axis
+    from .labels import name_axis, new_axes
 
     values = numbers(grid.effect().mean(-1))
     top = largest(values, limit)
+    across, upright = _names(grid.sources, tokens), tokens is not None
     if ax is None:
-        _, ax = plt.subplots(figsize=(3.4, 0.9 + 0.22 * len(grid.layers)), constrained_layout=True)
+        ax = new_axes(0.22 * len(grid.layers), across, upright=upright, title=bool(title))
     label = f"effect ({unit})" if unit else "effect"
     draw_map(ax, values, "RdBu_r", -top, top, bar=label if colorbar else None, aspect="auto", origin="lower")
     if len(grid.base) > 1:
         doubtful = (abs(values) < 2 * numbers(grid.error())) & (abs(values) >= top / 20)
         up, right = doubtful.nonzero()
         ax.scatter(right, up, s=3, color="0.45", linewidths=0)
-    name_axis(ax.xaxis, _names(grid.sources, tokens), upright=tokens is not None)
+    name_axis(ax.xaxis, across, upright=upright)
     windows = [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in grid.layers]
     name_axis(ax.yaxis, windows)
     ax.set_xlabel("source that is cut")

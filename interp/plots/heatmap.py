@@ -50,14 +50,16 @@ def heatmap(
     for what, labels, count in (("tokens", tokens, len(columns)), ("rows", rows, len(ups))):
         if labels is not None and len(labels) != count:
             raise InputError(f"{what} has {len(labels)} labels for the grid's {count}; give one for each.")
-    import matplotlib.pyplot as plt
-
-    from .labels import name_axis, visible
+    from .labels import name_axis, new_axes, visible
 
     values = numbers(cells(grid.recovered() if normalise else grid.effect().mean(-1)))
     top = largest(values, limit)
+    if tokens is not None:
+        columns = tokens if across == "part" else [visible(token) for token in tokens]
+        across = "part" if across == "part" else "token"
+    upright = across != "position"
     if ax is None:
-        _, ax = plt.subplots(figsize=(3.4, 0.7 + 0.22 * len(ups)), constrained_layout=True)
+        ax = new_axes(0.22 * len(ups), columns, upright=upright, title=bool(title))
     label = "moved (0 base, 1 donor)" if normalise else f"effect ({unit})" if unit else "effect"
     draw_map(ax, values, "RdBu_r", -top, top, bar=label if colorbar else None, aspect="auto", origin="lower")
     if interval is not None:
@@ -66,10 +68,7 @@ def heatmap(
         y, x = ((low <= least) & (high >= -least)).nonzero().T.tolist()
         ax.scatter(x, y, s=2, color="0.35", linewidths=0)
     name_axis(ax.yaxis, ups if rows is None else rows)
-    if tokens is not None:
-        columns = tokens if across == "part" else [visible(token) for token in tokens]
-        across = "part" if across == "part" else "token"
-    name_axis(ax.xaxis, columns, upright=across != "position")
+    name_axis(ax.xaxis, columns, upright=upright)
     ax.set_xlabel(across)
     ax.set_ylabel(up)
     if title:

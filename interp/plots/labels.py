@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator
 
@@ -14,6 +16,7 @@ SMALLEST = 5.5  # pt, of a name
 APART = 1.05  # from one line of text to the next, in sizes of its font
 WIDE = 0.62  # a character, likewise
 LONGEST = 12  # characters of a token
+LEAST, MOST = 1.5, 5.0  # inches of height: for a colour bar and its label; of a page
 
 
 def visible(token: str) -> str:
@@ -22,6 +25,21 @@ def visible(token: str) -> str:
     if not shown or shown != shown.strip() or not shown.isprintable():
         shown = repr(shown)
     return shown.replace("$", r"\$")  # else matplotlib reads mathematics
+
+
+def new_axes(height: float, below: Sequence[str] = ("0",), *, upright: bool = False, title: bool = False) -> Axes:
+    """Axes in a new figure of column width, 3.4 in.
+
+    Args:
+        height: of the axes, in inches, if it is neither too little for a colour bar nor too much for a page.
+        below, upright: the names under it, as in `name_axis`, for which there is room. title: whether one is above.
+    """
+    size = plt.rcParams["font.size"] / 72
+    under, above = size * (2.5 + (WIDE * max(map(len, below)) if upright else 1.0)), size * (1.8 if title else 0.0)
+    tall = min(max(height, LEAST), MOST) + under + above
+    # where the layout will put them: sizes of text are chosen by it before
+    expected = {"bottom": under / tall, "top": 1 - above / tall}
+    return plt.subplots(figsize=(3.4, tall), gridspec_kw=expected, constrained_layout=True)[1]
 
 
 class Fitting(FixedLocator):

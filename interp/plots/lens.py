@@ -42,13 +42,12 @@ def lens_map(
         raise InputError(
             f"values has shape {tuple(values.shape)}; a map is (layers + 1, positions): take a mean first."
         )
-    import matplotlib.pyplot as plt
-
-    from .labels import name_axis
+    from .labels import name_axis, new_axes
 
     rows, columns = values.shape
+    across, upright = _across(tokens, columns)
     if ax is None:
-        _, ax = plt.subplots(figsize=(3.4, 1.0 + 0.22 * rows), constrained_layout=True)
+        ax = new_axes(0.22 * rows, across, upright=upright)
     shown = numbers(values)
     finite = shown[np.isfinite(shown)]
     low, high = ((finite.min(), finite.max()) if len(finite) else (0.0, 1.0)) if ends is None else ends
@@ -56,7 +55,8 @@ def lens_map(
         low, high = low - 0.5, high + 0.5
     draw_map(ax, shown, "cividis", low, high, bar=label, aspect="auto", origin="lower")
     name_axis(ax.yaxis, ["embed", *map(str, range(rows - 1))])
-    _positions(ax, tokens, columns)
+    name_axis(ax.xaxis, across, upright=upright)
+    ax.set_xlabel("token" if upright else "position")
     ax.set_ylabel("after layer")
     return ax
 
@@ -105,18 +105,18 @@ def state_map(
         raise InputError(f'this lens is by {lens.by}; make it with by=("pos", "n").')
     if layer is not None and layer not in lens.layers:
         raise InputError(f"layer={layer}: this lens has the layers {lens.layers}.")
-    import matplotlib.pyplot as plt
-
-    from .labels import name_axis
+    from .labels import name_axis, new_axes
 
     chosen = lens.values.sum(0) if layer is None else lens.values[lens.layers.index(layer)]
     shown = numbers(chosen.mean(0).T)  # (n, positions)
+    across, upright = _across(tokens, shown.shape[1])
     if ax is None:
-        _, ax = plt.subplots(figsize=(3.4, 1.0 + 0.08 * len(shown)), constrained_layout=True)
+        ax = new_axes(0.08 * len(shown), across, upright=upright, title=True)
     top = largest(shown, None)
     draw_map(ax, shown, "RdBu_r", -top, top, bar=f"adds ({unit})", aspect="auto", origin="lower")
     name_axis(ax.yaxis, [str(n) for n in range(len(shown))])
-    _positions(ax, tokens, shown.shape[1])
+    name_axis(ax.xaxis, across, upright=upright)
+    ax.set_xlabel("token" if upright else "position")
     ax.set_ylabel("state dimension n")
     if layer is None and len(lens.layers) == 1:
         layer = lens.layers[0]
@@ -133,11 +133,12 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
-def _positions(ax: "Axes", tokens: Sequence[str] | None, count: int) -> None:
-    if tokens is not None and len(tokens) != count:
-        raise InputError(f"tokens has {len(tokens)} labels for {count} positions; give one for each.")
-    from .labels import name_axis, visible
+def _across(tokens: Sequence[str] | None, count: int) -> tuple[list[str], bool]:
+    """The names of positions, and whether they are tokens."""
+    from .labels import visible
 
-    names = [str(i) for i in range(count)] if tokens is None else [visible(token) for token in tokens]
-    name_axis(ax.xaxis, names, upright=tokens is not None)
-    ax.set_xlabel("position" if tokens is None else "token")
+    if tokens is None:
+        return [str(i) for i in range(count)], False
+    if len(tokens) != count:
+        raise InputError(f"tokens has {len(tokens)} labels for {count} positions; give one for each.")
+    return [visible(token) for token in tokens], True

@@ -61,4 +61,8 @@ def draw_map(
         finite = shown[np.isfinite(shown)]
         beyond = (finite < low - slack).any(), (finite > high + slack).any()
         extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(beyond, "neither")
-        ax.figure.colorbar(image, ax=ax, extend=extend).set_label("\n".join([bar, *notes]))
+        label = ax.figure.colorbar(image, ax=ax, extend=extend).ax.yaxis.label
+        lines = [bar, *notes]
+        # as large as is no longer than the bar, if that can be read
+        fits = 72 * ax.bbox.height / ax.figure.dpi / (0.55 * max(map(len, lines)))
+        label.set(text="\n".join(lines), fontsize=min(label.get_fontsize(), max(7, fits)))

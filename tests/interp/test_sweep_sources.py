@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import names_drawn, tiny
 
 from interp import (
     Add,
@@ -267,3 +267,23 @@ def test_a_heat_map_of_parts_and_of_intervals():
     values = torch.tensor([[[1.0, 1.1, 0.9], [-1.0, 1.0, 0.1]]], dtype=torch.float64)  # clear, and not
     *_, ax = labels(Grid(values, torch.zeros(3).double(), torch.ones(3).double(), "u", (0,), (0, 1)), interval=0.9)
     assert ax.collections[0].get_offsets().tolist() == [[1.0, 0.0]]
+
+
+@pytest.mark.parametrize(("layers", "title"), [([1], None), ([0, 1, 2], None), ([0, 1, 2], "a title")])
+def test_a_figure_has_room_for_the_names_of_its_parts_and_for_the_colour_bar(layers, title):
+    pytest.importorskip("matplotlib").use("Agg")
+    parts = {
+        f"half-life {low} to {2 * low}": group
+        for low, group in zip((2, 4, 8), groups(MODEL, "n", 2).values(), strict=True)
+    }
+    ax = heatmap(
+        sweep(parts=parts, positions=[4], layers=layers), interval=0.95, normalise=False, unit="nats", title=title
+    )
+    assert names_drawn(ax, "x") == list(parts)  # draws it: a layout that gives up warns
+    assert ax.get_window_extent().height / ax.figure.dpi > 1.2
+    bar = ax.figure.axes[1]
+    boxes = [ax.get_tightbbox(), bar.get_tightbbox(), bar.yaxis.label.get_window_extent()]
+    assert all(
+        box.x0 >= 0 and box.y0 >= 0 and box.x1 <= ax.figure.bbox.x1 and box.y1 <= ax.figure.bbox.y1 for box in boxes
+    )
+    assert 7 <= bar.yaxis.label.get_size() <= 10
