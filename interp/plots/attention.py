@@ -91,7 +91,7 @@ def knockout_map(
     """Draw what cutting each source from the target does: windows of layers upward, sources to the right.
 
     Colour is the mean effect over the batch, on a symmetric scale with white at 0. A dot marks a cell that has colour,
-    a twentieth of the scale or more, and whose mean is less than two standard errors from 0.
+    a twentieth of the scale or more, and whose mean is less than two standard errors from 0; the colour bar says so.
 
     Args:
         grid: what `knockout_grid` returned.
@@ -107,11 +107,10 @@ def knockout_map(
     if ax is None:
         ax = new_axes(0.22 * len(grid.layers), across, upright=upright, title=bool(title))
     label = f"effect ({unit})" if unit else "effect"
-    draw_map(ax, values, "RdBu_r", -top, top, bar=label if colorbar else None, aspect="auto", origin="lower")
+    dots = {}
     if len(grid.base) > 1:
-        doubtful = (abs(values) < 2 * numbers(grid.error())) & (abs(values) >= top / 20)
-        up, right = doubtful.nonzero()
-        ax.scatter(right, up, s=3, color="0.45", linewidths=0)
+        dots["under 2 s.e. from 0"] = (abs(values) < 2 * numbers(grid.error())) & (abs(values) >= top / 20)
+    draw_map(ax, values, "RdBu_r", -top, top, bar=label if colorbar else None, dots=dots, aspect="auto", origin="lower")
     name_axis(ax.xaxis, across, upright=upright)
     windows = [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in grid.layers]
     name_axis(ax.yaxis, windows)

@@ -35,10 +35,11 @@ def heatmap(
             A grid with parts has one layer (drawn as parts over positions) or one position (layers over parts).
         tokens: one label for each of the grid's positions. rows: one for each of its layers or groups of layers.
         unit: of the metric; said beside the colour bar when not normalised.
-        normalise: draw `recovered()` (0 base, 1 donor) instead of the mean effect in the metric's unit.
+        normalise: draw `recovered()` instead of the mean effect in the metric's unit: 0 is the run that is patched, 1
+            the other, whose values are put in; base and donor, or of `grid.noising` the donor run and the base run.
         limit: the colour scale is symmetric, -limit to limit, with white at 0; the largest size drawn if None.
         interval: such as 0.95: a dot marks the cells whose bootstrap interval over the batch holds 0, to a
-            thousandth of the colour scale.
+            thousandth of the colour scale; the colour bar says so.
     Raises:
         InputError: labels that are not as many as what they name; parts over several layers and positions; a limit that
             is not above 0.
@@ -60,13 +61,13 @@ def heatmap(
     upright = across != "position"
     if ax is None:
         ax = new_axes(0.22 * len(ups), columns, upright=upright, title=bool(title))
-    label = "moved (0 base, 1 donor)" if normalise else f"effect ({unit})" if unit else "effect"
-    draw_map(ax, values, "RdBu_r", -top, top, bar=label if colorbar else None, aspect="auto", origin="lower")
+    label = "moved (0 own run, 1 other)" if normalise else f"effect ({unit})" if unit else "effect"
+    dots = {}
     if interval is not None:
-        low, high = (cells(end).cpu() for end in grid.interval(interval, normalise=normalise))
+        low, high = (numbers(cells(end)) for end in grid.interval(interval, normalise=normalise))
         least = 1e-3 * top  # smaller than any colour shows, such as the rounding of a cell where nothing differs
-        y, x = ((low <= least) & (high >= -least)).nonzero().T.tolist()
-        ax.scatter(x, y, s=2, color="0.35", linewidths=0)
+        dots[f"{100 * interval:g} % interval holds 0"] = (low <= least) & (high >= -least)
+    draw_map(ax, values, "RdBu_r", -top, top, bar=label if colorbar else None, dots=dots, aspect="auto", origin="lower")
     name_axis(ax.yaxis, ups if rows is None else rows)
     name_axis(ax.xaxis, columns, upright=upright)
     ax.set_xlabel(across)

@@ -1,7 +1,7 @@
 """What all maps share: the ends of a colour scale, cells without a number, the colour bar."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,26 +36,32 @@ def largest(values: Numbers, limit: float | None) -> float:
 
 
 def draw_map(
-    ax: "Axes", values: Numbers, cmap: Any, low: float, high: float, *, bar: str | None, notes: Sequence[str] = (),
-    **more: Any,
+    ax: "Axes", values: Numbers, cmap: Any, low: float, high: float, *, bar: str | None,
+    dots: Mapping[str, Numbers] | None = None, **more: Any,
 ) -> None:  # fmt: skip
     """Draw values as an image. Those that are not finite are hatched grey, which no colour of a scale is.
 
     Args:
         bar: the label of the colour bar, whose arrows show that values go beyond its ends; none if None.
-        notes: under the label, on what else is drawn; that there are hatched cells is said without being asked.
+        dots: what a dot means -> the cells that have one. Under the label stands what dots and hatching mean, where
+            there are some.
     """
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
     image = ax.imshow(values, cmap=cmap, vmin=low, vmax=high, interpolation="nearest", **more)
+    notes = []
+    for meaning, where in (dots or {}).items():
+        y, x = where.nonzero()
+        ax.scatter(x, y, s=5, color="0.2", edgecolors="white", linewidths=0.4)  # to be seen on any colour
+        notes += [f"dot: {meaning}"] if len(x) else []
     shown = np.ma.compressed(values)  # without the cells that a mask leaves out on purpose
     gaps = np.argwhere(~np.isfinite(np.ma.filled(values, 0.0)))
     if len(gaps):
         squares = [Rectangle((x - 0.5, y - 0.5), 1, 1) for y, x in gaps]
         hatched = PatchCollection(squares, facecolor="0.8", edgecolor="0.45", hatch="//////", linewidth=0)
         ax.add_collection(hatched, autolim=False)
-        notes = [*notes, "hatched: not finite"]
+        notes.append("hatched: not finite")
     if bar is not None:
         slack = 1e-9 * max(abs(low), abs(high))
         finite = shown[np.isfinite(shown)]
@@ -65,4 +71,4 @@ def draw_map(
         lines = [bar, *notes]
         # as large as is no longer than the bar, if that can be read
         fits = 72 * ax.bbox.height / ax.figure.dpi / (0.55 * max(map(len, lines)))
-        label.set(text="\n".join(lines), fontsize=min(label.get_fontsize(), max(7, fits)))
+        label.set(text="\n".join(lines), fontsize=min(label.get_fontsize(), max(6, fits)))

@@ -409,6 +409,7 @@ def test_the_map_shows_the_mean_and_marks_what_is_not_sure():
     unsure = (mean.abs() < 2 * grid.error()) & (mean.abs() >= mean.abs().max() / 20)
     dots = sorted((int(y), int(x)) for x, y in ax.collections[0].get_offsets())
     assert dots == [tuple(i) for i in unsure.nonzero().tolist()] and dots
+    assert ax.figure.axes[1].get_ylabel() == "effect (nats)\ndot: under 2 s.e. from 0"
     plt.close("all")
     with pytest.raises(InputError, match="labels"):
         knockout_map(grid, tokens=["a"])

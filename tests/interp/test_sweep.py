@@ -185,6 +185,12 @@ def test_where_nothing_moves_a_heat_map_is_white(colorbar, pyplot):
     assert image.cmap(image.norm(0.0)) == image.cmap(0.5)
 
 
+def test_the_colour_bar_names_the_runs_so_that_it_is_true_of_both_directions(pyplot):
+    grid = patch_grid(MODEL, IDS, DONOR, site="u", metric=metric, both=True, progress=False)
+    for one in (grid, grid.noising):  # of which 0 is the base run, and the donor run
+        assert heatmap(one).figure.axes[1].get_ylabel() == "moved (0 own run, 1 other)"
+
+
 @pytest.mark.parametrize(("limit", "ends"), [(1.0, "neither"), (0.4, "max"), (0.2, "both")])
 def test_the_arrows_of_a_colour_bar_say_which_end_is_passed(limit, ends, pyplot):
     assert heatmap(grid_of([[0.5, -0.3]]), limit=limit).images[0].colorbar.extend == ends

@@ -267,6 +267,7 @@ def test_a_heat_map_of_parts_and_of_intervals():
     values = torch.tensor([[[1.0, 1.1, 0.9], [-1.0, 1.0, 0.1]]], dtype=torch.float64)  # clear, and not
     *_, ax = labels(Grid(values, torch.zeros(3).double(), torch.ones(3).double(), "u", (0,), (0, 1)), interval=0.9)
     assert ax.collections[0].get_offsets().tolist() == [[1.0, 0.0]]
+    assert ax.figure.axes[1].get_ylabel() == "effect\ndot: 90 % interval holds 0"
 
 
 @pytest.mark.parametrize(("layers", "title"), [([1], None), ([0, 1, 2], None), ([0, 1, 2], "a title")])
@@ -286,4 +287,4 @@ def test_a_figure_has_room_for_the_names_of_its_parts_and_for_the_colour_bar(lay
     assert all(
         box.x0 >= 0 and box.y0 >= 0 and box.x1 <= ax.figure.bbox.x1 and box.y1 <= ax.figure.bbox.y1 for box in boxes
     )
-    assert 7 <= bar.yaxis.label.get_size() <= 10
+    assert 6 <= bar.yaxis.label.get_size() <= 10
