@@ -57,7 +57,8 @@ def names_drawn(ax, which: str) -> list[str]:
     ax.figure.set_dpi(400)  # so that text is as large as it says, and not whole pixels
     ax.figure.canvas.draw()
     axis = ax.xaxis if which == "x" else ax.yaxis
-    names = [tick.label1 for tick in axis.get_major_ticks() if tick.label1.get_text()]
+    sides = [label for tick in axis.get_major_ticks() for label in (tick.label1, tick.label2)]
+    names = [label for label in sides if label.get_visible() and label.get_text()]
     boxes = [name.get_window_extent() for name in names]
     ends = sorted((box.x0, box.x1) if which == "x" else (box.y0, box.y1) for box in boxes)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
