@@ -124,10 +124,12 @@ class ReceptiveField:
         share: (b, l) by distance, 0 is the token itself; 0 beyond a row's first token.
         before: (b,) share of the memory that the run began with. All shares of a row sum to 1, or are NaN where
             nothing is read at all.
+        layer: whose scan it is; None through all of them.
     """
 
     share: Tensor
     before: Tensor
+    layer: int | None = None
 
     def mean_distance(self) -> Tensor:
         """(b,) the mean distance in tokens, over what came from this run's tokens."""
@@ -176,7 +178,7 @@ def receptive_field(
     size = torch.stack(sizes, 1)  # (b, max(t) + 1)
     total = size.sum(1) + before
     share = F.pad(size, (0, ids.shape[1] - size.shape[1])) / total[:, None]
-    return ReceptiveField(share, before / total)
+    return ReceptiveField(share, before / total, index)
 
 
 def gradient_field(

@@ -2,14 +2,15 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import names_drawn, tiny
 from torch.testing import assert_close
 
 from analyses.planted import plant
-from interp import Add, Scale, Set, Zero, at, logit_diff, run
+from interp import Add, Scale, Set, Zero, at, freeze, logit_diff, run
 from interp.plots import field_curves, half_life_curves
 from interp.timescales import (
     ReceptiveField,
@@ -340,4 +341,51 @@ def test_the_curves_are_shares_of_pairs_and_of_what_is_read():
     fields = [receptive_field(model, tokens, i) for i in range(3)]
     drawn = field_curves(fields).lines[2].get_ydata()
     assert_close(torch.tensor(drawn), fields[2].share.cumsum(1).mean(0))
+    plt.close("all")
+
+
+def test_the_curves_are_named_by_their_layers_and_those_that_are_not_there_are_said(pyplot):
+    def texts(ax):
+        legend = ax.get_legend()
+        return [] if legend is None else [t.get_text() for t in legend.get_texts()], [t.get_text() for t in ax.texts]
+
+    model, tokens = tiny(n_layer=4), ids(7)
+    some = [receptive_field(model, tokens, layer) for layer in (3, 1)]
+    everything = gradient_field(model, tokens, lambda logits: logits[:, -1, 0])
+    assert [field.layer for field in (*some, everything)] == [3, 1, None]
+    assert texts(field_curves([*some, everything])) == (["3", "1", "all"], [])
+    still = receptive_field(model, tokens, 2, edits=freeze(2))
+    half = receptive_field(model, tokens, 2, edits=freeze(2, rows=[0]))
+    assert texts(field_curves([some[0], still])) == (["3"], ["nothing is read: layer 2"])
+    ax = field_curves([half])
+    assert texts(ax) == (["2"], [f"nothing is read: layer 2 (1 of {len(tokens)} rows)"])
+    assert_close(torch.tensor(ax.lines[0].get_ydata()), half.share[1:].cumsum(1).mean(0))
+
+    lives = half_lives(model)
+    assert texts(half_life_curves(lives[[1, 3]], layers=[1, 3])) == (["1", "3"], [])
+    with pytest.raises(InputError, match="lives has 4; name each"):
+        half_life_curves(lives, layers=[0])
+    endless = half_lives(model, torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None].expand(-1, model.config.d_inner))
+    assert texts(half_life_curves(endless)) == (["1", "3"], ["never forgets: layer 0, 2"])
+    ax = half_life_curves(half_lives(model, 0.0))
+    ax.figure.canvas.draw()
+    assert texts(ax) == ([], ["never forgets: layer 0, 1, 2, 3"]) and not ax.lines
+
+
+def test_many_layers_have_a_bar_of_their_colours(pyplot):
+    lives = torch.rand(24, 3, 5, dtype=torch.float64) + 0.5
+    fields = [replace(ReceptiveField(torch.eye(5)[:2], torch.zeros(2)), layer=i) for i in range(24)]
+    for ax in (half_life_curves(lives), field_curves(fields)):
+        colours = [line.get_color() for line in ax.lines]
+        assert len(set(colours)) == 24 and ax.get_legend() is None
+        shown = names_drawn(ax.figure.axes[1], "y")
+        assert shown[0] == "0" and len(shown) >= 5
+
+
+@pytest.fixture
+def pyplot():
+    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+
+    yield plt
     plt.close("all")
