@@ -77,6 +77,7 @@ class DirectLogit:
         norm_bias: (b,) of LayerNorm's bias, else 0.
         rest: (b,) the remainder: what edits added beside these parts (as one of resid_post), and rounding.
         logit: (b,) the run's own.
+        what: in words what they sum to, "logit" or "logit difference"; of a direction in vocabulary "sum of logits".
     """
 
     embed: Tensor
@@ -86,6 +87,7 @@ class DirectLogit:
     norm_bias: Tensor
     rest: Tensor
     logit: Tensor
+    what: str = "logit"
 
     def total(self) -> Tensor:
         """(b,) the sum of all parts: the logit."""
@@ -236,7 +238,9 @@ def _direct(
         bias.append(torch.zeros_like(logit) if project.bias is None else weight @ project.bias.to(w))
     first, reads, skips, biases = (weight * out[embed].to(w)).sum(-1), *map(torch.stack, (read, skipped, bias))
     rest = logit - first - (reads + skips + biases).sum(0) - norm_bias
-    return DirectLogit(first, reads, skips, biases, norm_bias, rest, logit), out, weight
+    single = "sum of logits" if isinstance(answer, Tensor) and answer.is_floating_point() else "logit"
+    what = single if foil is None else "logit difference"
+    return DirectLogit(first, reads, skips, biases, norm_bias, rest, logit, what), out, weight
 
 
 def _direction(model: Mamba, answer: int | Tensor, foil: int | Tensor | None, b: int) -> Tensor:

@@ -84,7 +84,7 @@ def parts_bars(found: DirectLogit, *, ax: "Axes | None" = None, unit: str = "nat
     ax.axvline(0, color="black", lw=0.6)
     ax.set_yticks(range(len(parts)), names)
     ax.invert_yaxis()
-    ax.set_xlabel(f"adds to the logit difference ({unit})")
+    ax.set_xlabel(f"adds to the {found.what} ({unit})")
     ax.set_ylabel("layer and part")
     return ax
 

@@ -308,6 +308,10 @@ def test_the_bars_are_the_means_of_the_parts_and_end_with_their_sum(plt):
     assert names == ["embed", *(f"{i} {p}" for i in range(3) for p in ("state", "skip", "bias")), "sum"]
     assert widths["1 state"] == pytest.approx(float(found.read[1].mean()))
     assert sum(widths.values()) - widths["sum"] == pytest.approx(widths["sum"])
+    assert ax.get_xlabel() == "adds to the logit difference (nats)"
+    assert parts_bars(direct_logit(model, tokens, ANSWER)).get_xlabel() == "adds to the logit (nats)"
+    centred = torch.eye(model.config.padded_vocab)[ANSWER] - 1 / model.config.padded_vocab
+    assert parts_bars(direct_logit(model, tokens, centred)).get_xlabel() == "adds to the sum of logits (nats)"
 
 
 def test_the_maps_show_layers_upward_and_dimensions_by_position(plt):
