@@ -1,5 +1,7 @@
 """Circuits: running one is what a plain evaluation of the graph gives; pruning drops only what changes nothing."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import tiny
@@ -209,6 +211,29 @@ def test_a_drawing_has_an_arrow_an_edge_as_wide_as_its_effect():
         circuit_plot(circuit_of([]))
     with pytest.raises(InputError, match="labels"):
         circuit_plot(found, tokens=["a"])
+
+
+@pytest.mark.parametrize("tokens", [None, list("abcd"), ["$$ incomprehensible"] * 4])
+def test_each_drawing_has_its_own_legend_that_can_be_read(tokens):
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.text import Text
+
+    found = prune(edge_attribution(MODEL, IDS, DONOR, metric), keep=60)
+    figure, both = plt.subplots(1, 2, figsize=(6.8, 5), constrained_layout=True)
+    for ax in both:
+        circuit_plot(found, ax=ax, tokens=tokens)
+    figure.canvas.draw()
+    for ax, (low, high) in zip(both, ((0.0, 0.5), (0.5, 1.0)), strict=True):
+        legend, label = ax.get_legend().get_window_extent(), ax.xaxis.label.get_window_extent()
+        assert legend.y0 >= 0 and legend.y1 <= label.y0
+        assert low * figure.bbox.x1 <= legend.x0 and legend.x1 <= high * figure.bbox.x1
+        names = sorted((name.get_window_extent() for name in ax.get_xticklabels()), key=lambda box: box.x0)
+        assert all(one.x1 <= other.x0 for one, other in itertools.pairwise(names))
+        assert all(name.y0 >= label.y1 - 1 for name in names)
+    assert not figure.legends
+    assert min(text.get_size() for text in figure.findobj(Text) if text.get_text()) >= 6.5
+    plt.close(figure)
 
 
 # -- models whose circuits are known ---------------------------------------------------------------------------------
