@@ -17,7 +17,20 @@ from .knockout import Knockout, knockout, knockout_leak
 from .knockout_grid import KnockoutGrid, knockout_grid
 from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
-from .plots import attention_map, heatmap, knockout_map, probe_curves
+from .plots import (
+    agreement_scatter,
+    attention_map,
+    circuit,
+    field_curves,
+    half_life_curves,
+    heatmap,
+    knockout_map,
+    lens_map,
+    parts_bars,
+    probe_curves,
+    state_map,
+    steering_plot,
+)
 from .probes import LinearProbe, ProbeGrid, collect, probe, probe_grid
 from .run import Gradients, Run, generate, gradients, run
 from .steering import Direction, SteeringCurve, contrast, steering_curve
@@ -75,10 +88,12 @@ __all__ = [
     "ablate",
     "accuracy",
     "agreement",
+    "agreement_scatter",
     "at",
     "attention",
     "attention_map",
     "attribution_grid",
+    "circuit",
     "collect",
     "contrast",
     "contributions",
@@ -89,11 +104,13 @@ __all__ = [
     "edges",
     "effective_rank",
     "faithfulness",
+    "field_curves",
     "forget",
     "freeze",
     "generate",
     "gradient_field",
     "gradients",
+    "half_life_curves",
     "half_lives",
     "heatmap",
     "kl",
@@ -101,6 +118,7 @@ __all__ = [
     "knockout_grid",
     "knockout_leak",
     "knockout_map",
+    "lens_map",
     "load_edits",
     "load_grid",
     "log_prob",
@@ -108,6 +126,7 @@ __all__ = [
     "logit_lens",
     "mean_dt",
     "mean_of",
+    "parts_bars",
     "patch_grid",
     "path_patch",
     "prob",
@@ -122,8 +141,10 @@ __all__ = [
     "set_where",
     "state_flow",
     "state_lens",
+    "state_map",
     "state_rank",
     "steering_curve",
+    "steering_plot",
     "sweep",
     "typical_dt",
 ]

@@ -1,6 +1,7 @@
 """Rules of the house that a reader relies on: who imports whom, what an import costs, sizes, no prints, no paths."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -81,6 +82,22 @@ print(time.process_time() - first)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 2  # seconds of CPU beyond torch; measured 0.05
+
+
+def test_every_plot_is_at_the_front_door():
+    import interp
+    from interp import plots
+
+    drawing = {function for path in (ROOT / "interp" / "plots").glob("*.py") for function in _plots(path)}
+    assert drawing == set(plots.__all__) <= set(interp.__all__)
+    for name in plots.__all__:
+        assert inspect.isfunction(getattr(plots, name)) and getattr(interp, name) is getattr(plots, name)
+
+
+def _plots(path: Path) -> list[str]:
+    """The public functions of a file that return the axes they have drawn on, an argument of their own."""
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return [f.name for f in functions if f.name[0] != "_" and "ax" in {a.arg for a in f.args.kwonlyargs}]
 
 
 @pytest.mark.parametrize("name", NAMES)

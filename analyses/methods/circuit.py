@@ -13,8 +13,8 @@ from torch import Tensor
 
 from analyses.hidden_reasoning import load_organism, pairs
 from analyses.planted import plant
+from interp import circuit as draw
 from interp import edge_attribution, faithfulness, logit_diff, prune
-from interp.plots.circuit import circuit as draw
 
 from ._save import save
 

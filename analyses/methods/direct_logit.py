@@ -12,8 +12,7 @@ from pathlib import Path
 
 from analyses.hidden_reasoning import load_organism
 from analyses.hidden_reasoning.task import pairs
-from interp import direct_logit
-from interp.plots.lens import parts_bars
+from interp import direct_logit, parts_bars
 
 from ._save import save
 

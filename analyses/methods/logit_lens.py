@@ -13,8 +13,7 @@ import torch
 
 from analyses.hidden_reasoning import load_organism
 from analyses.hidden_reasoning.task import MASKED, draw
-from interp import logit_lens
-from interp.plots.lens import lens_map
+from interp import lens_map, logit_lens
 
 from ._save import save
 

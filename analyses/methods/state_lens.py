@@ -14,8 +14,7 @@ from pathlib import Path
 
 from analyses.hidden_reasoning import load_organism
 from analyses.hidden_reasoning.task import pairs
-from interp import state_lens
-from interp.plots.lens import state_map
+from interp import state_lens, state_map
 
 from ._save import save
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from analyses.hidden_reasoning import load_organism
 from analyses.hidden_reasoning.task import MASKED, draw
-from interp import at, contrast, logit_diff, run, steering_curve
-from interp.plots.steering import steering_plot
+from interp import at, contrast, logit_diff, run, steering_curve, steering_plot
 
 from ._save import save
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from analyses.hidden_reasoning import load_organism
 from analyses.hidden_reasoning.task import draw
-from interp import half_lives, mean_dt, receptive_field
-from interp.plots.timescales import field_curves, half_life_curves
+from interp import field_curves, half_life_curves, half_lives, mean_dt, receptive_field
 
 from ._save import save
 

@@ -1,6 +1,8 @@
 """Plots, one file a kind, each fit for a column of a paper. matplotlib loads when the first one is drawn."""
 
 from .attention import attention_map, knockout_map
+from .attribution import agreement_scatter
+from .circuit import circuit
 from .heatmap import heatmap
 from .lens import lens_map, parts_bars, state_map
 from .probes import probe_curves
@@ -8,7 +10,9 @@ from .steering import steering_plot
 from .timescales import field_curves, half_life_curves
 
 __all__ = [
+    "agreement_scatter",
     "attention_map",
+    "circuit",
     "field_curves",
     "half_life_curves",
     "heatmap",

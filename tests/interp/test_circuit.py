@@ -9,7 +9,7 @@ from plain_graph import evaluate, logits, name
 
 from analyses.planted import MODELS, plant
 from interp import Circuit, Edge, at, edge_attribution, edges, faithfulness, path_patch, prune, run
-from interp.plots.circuit import circuit as circuit_plot
+from interp.plots import circuit as circuit_plot
 from minimal_mamba.errors import CheckpointError, InputError
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
