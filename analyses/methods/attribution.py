@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from analyses.hidden_reasoning import load_organism, pairs
-from interp import attribution_grid, heatmap, logit_diff, patch_grid
-from interp.plots.attribution import agreement_scatter
+from interp import agreement_scatter, attribution_grid, heatmap, logit_diff, patch_grid
 
 from ._save import save
 
@@ -38,8 +37,8 @@ def figure(folder: Path) -> list[Path]:
         return logit_diff(logits, found.donor_answer, found.base_answer)
 
     with plt.rc_context({"font.size": 6, "axes.titlesize": 7, "axes.spines.top": False, "axes.spines.right": False}):
-        made: Any = plt.figure(figsize=(3.4, 4.7), constrained_layout=True)
-        above, below = made.subfigures(2, 1, height_ratios=[1, 2.7])
+        made: Any = plt.figure(figsize=(3.4, 4.95), constrained_layout=True)
+        above, below = made.subfigures(2, 1, height_ratios=[1.2, 2.7])
         maps, panels = above.subplots(1, 3, sharey=True), below.subplots(2, 2).flatten()
         for panel, (site, name) in zip(panels, SITES.items(), strict=True):
             given = (model, found.base_ids, found.donor_ids)

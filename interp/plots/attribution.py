@@ -46,7 +46,7 @@ def agreement_scatter(
         f"{name} {value:.2f} [{low:.2f}, {high:.2f}]"
         for name, (value, low, high) in (("r", found.pearson), ("ρ", found.spearman))
     ]
-    ax.plot(x, y, ls="", marker="o", ms=0.8, mew=0, color=colour, antialiased=False, rasterized=True)
+    ax.plot(x, y, ls="", marker="o", ms=2, mew=0, alpha=0.5, color=colour, rasterized=True)
     drawn = [*ax.get_xlim(), *ax.get_ylim(), abs(x).max(), abs(y).max()]
     top = max(abs(float(v)) for v in drawn)
     decade = 10.0 ** math.floor(math.log10(top)) if top > linear else top

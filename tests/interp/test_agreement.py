@@ -7,7 +7,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 
 from interp import Grid, agreement
-from interp.plots.attribution import agreement_scatter
+from interp.plots import agreement_scatter
 from minimal_mamba.errors import InputError
 
 BASE = torch.zeros(40, dtype=torch.float64)
@@ -62,6 +62,7 @@ def test_the_picture_has_every_cell_and_the_line_of_equality():
     points, line = ax.lines
     assert sorted(points.get_xdata()) == sorted(exact.values.flatten().tolist())
     assert sorted(points.get_ydata()) == sorted(estimate.values.flatten().tolist())
+    assert points.get_markersize() >= 1.5
     assert line.get_xy1() == (0, 0) and line.get_xy2() == (1, 1)
     assert ax.get_xlim() == ax.get_ylim() and ax.get_xlim()[1] >= estimate.values.abs().max()
     assert ax.get_xlabel() == "exact effect (nats)" and ax.texts[0].get_text().startswith("plain: r ")

@@ -229,4 +229,12 @@ def test_the_plot_shows_the_direction_and_the_band_of_its_controls():
     controls, values = ax.lines[0].get_ydata(), ax.lines[1].get_ydata()
     assert_close(torch.tensor(values), curve.values.mean(1))
     assert_close(torch.tensor(controls), curve.controls.mean((0, 2)))
+    mixed = replace(curve, strengths=curve.strengths.flip(0), values=curve.values.flip(0),
+                    controls=curve.controls.flip(1)[:1])  # fmt: skip
+    ax = steering_plot(mixed, label="logit (nats)")
+    assert ax.get_ylabel() == "logit (nats)"
+    for line, drawn in zip(ax.lines, (curve.controls[0].mean(-1), curve.values.mean(1)), strict=False):
+        assert line.get_xdata().tolist() == [-1, 1]
+        assert_close(torch.tensor(line.get_ydata()), drawn)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["1 random direction", "direction"]
     plt.close("all")
