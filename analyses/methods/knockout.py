@@ -48,6 +48,6 @@ def figure(folder: Path) -> list[Path]:
             knockout_map(grid, ax=ax, tokens=WORDS, limit=LIMIT, colorbar=False, title=f"through {grid.through[0]}")
             ax.set_xlabel("")
         bar = fig.colorbar(axes[0].images[0], ax=axes, aspect=40, extend="min")
-        bar.set_label(f"change of logit(answer) - logit(foil), nats (uncut: {gap:.1f})")
+        bar.set_label(f"change of logit(answer) - logit(foil), nats (uncut: {gap:.1f})\ndot: under 2 s.e. from 0")
         axes[-1].set_xlabel(f"word cut from the last word ({PROMPTS} prompts)")
         return save(fig, folder, "knockout")

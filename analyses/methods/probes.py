@@ -66,4 +66,4 @@ def figure(folder: Path) -> list[Path]:
         axes[-1].set_xlabel("word at which the value so far is read")
         handles, names = axes[0].get_legend_handles_labels()
         fig.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=6)
-    return save(fig, folder, "probes")
+    return save(fig, folder, "probes", palette=True)
