@@ -208,7 +208,9 @@ def where(results: Results) -> str:
     needed = {s: np.array(found[f"needed: {s}"]["right"]) for s in ("ssm_state", "conv_state")}
     erased = [probes[f"erase value, layer {i}"] for i in layers_of(probes, "resid_post")]
     goes = [e["space"]["answer"] for e in erased]
-    stays = [control["answer"] for e in erased for control in e["controls"]]
+    stays = [float(np.mean([control["answer"] for control in e["controls"]])) for e in erased]
+    controls = [control["variance"] for e in erased for control in e["controls"]]
+    taken = [e["space"]["variance"] for e in erased]
     steps = len(probes["steps"])
     ssm = [_best(probes, "ssm_state", "value", j) for j in range(steps)]
     fresh = [_untrained(probes, "ssm_state", "value", j) for j in range(steps)]
@@ -251,8 +253,9 @@ def where(results: Results) -> str:
         f"{_best(probes, 'resid_post', 'answer', steps - 3):.0%}, which is chance.",
         f"**Erasure.** The {erased[0]['dimensions']} dimensions in which the value's class means differ, projected "
         f"out of the residual stream after layer 0, 1, .., leave {_listed(goes)} of the "
-        f"answers right; spaces of as many dimensions, made in the same way of shuffled labels, {min(stays):.0%} to "
-        f"{max(stays):.0%}, in the mean {np.mean(stays):.0%}.",
+        f"answers right; spaces of as many dimensions, made in the same way of shuffled labels, which take "
+        f"{min(controls):.0%} to {max(controls):.0%} of the stream's variance where those take {min(taken):.0%} to "
+        f"{max(taken):.0%}, leave in the mean of {len(erased[0]['controls'])} {_listed(stays)}.",
     )
 
 
