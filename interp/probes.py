@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from minimal_mamba import Address, Mamba, Plan, at
 from minimal_mamba.address import resolve, selector
-from minimal_mamba.errors import AddressError, EditError, InputError, nearest
+from minimal_mamba.errors import EditError, InputError, nearest
 from minimal_mamba.sites import ADDRESSABLE
 
 from .probe_fit import How, Space, commonest, decide, fit, interval, like, patterns, score
+from .probe_rows import labels_at, permute, read_columns, read_features, read_groups, read_labels
 from .recurrence import present
 from .run import Lengths, run
 
@@ -47,8 +48,9 @@ class LinearProbe:
         classes: labels in the order of `weights`; None of numbers.
         predicted: (rows,) held-out: indices into `classes`, or numbers. fold: (rows,) the fold that held each row out.
         weights: (classes, *features), or (1, *features) of two classes and of numbers; bias likewise.
-        patterns: (classes, *features) each class's mean less the mean, what to `Add` to bring it about; of numbers
-            (1, *features), what x moves by for one unit. The weights are what the probe reads, not what a class is.
+        patterns: (classes, *features) each class's mean less the mean of all rows; of numbers (1, *features), what x
+            moves by, on average, for one unit. The weights are what the probe reads, not what a class is. `towards`
+            makes of them what to `Add`.
         basis: (m, *features) orthonormal, the space that the probe reads, for `Project`; m is classes - 1, or 1. To
             remove it blinds this probe, not every other: classes stay apart along what their means differ by. To erase
             a label, remove the span of all `patterns` but one, after which no linear probe tells the classes apart
@@ -70,6 +72,32 @@ class LinearProbe:
     dims: int
     rows: int
     groups: int
+
+    def towards(self, to: Any, frm: Any = None) -> Tensor:
+        """What to `Add` at the site to bring a label about: along the patterns, not the weights.
+
+        Of classes, the mean of class `to` less that of class `frm`: patterns[to] alone leads there from the mean of all
+        rows, and from another class about as far as the boundary. Of numbers, what moves the reading by exactly
+        to - frm, so that `towards(1.0)` is one unit. One unit of `patterns` moves it by less: by the slope of the
+        readings on the labels, which of least squares is R^2 on the rows of the fit.
+
+        Args:
+            to, frm: two of `classes`, where frm may be left out if there are no others; or two numbers, frm 0 if None.
+        Returns:
+            (*features).
+        Raises:
+            InputError: no such class, or a probe whose reading nothing moves.
+        """
+        if self.classes is None:
+            reading = float((self.weights * self.patterns).sum())
+            if reading <= 0:
+                raise InputError("the probe reads the same number off every row: there is no direction that moves it.")
+            return (to - (0.0 if frm is None else frm)) / reading * self.patterns[0]
+        if frm is None and len(self.classes) == 2 and to in self.classes:
+            frm = self.classes[1 - self.classes.index(to)]
+        if to not in self.classes or frm not in self.classes:
+            raise InputError(f"from {frm!r} to {to!r}: name two of the classes {self.classes}.")
+        return self.patterns[self.classes.index(to)] - self.patterns[self.classes.index(frm)]
 
     @property
     def selectivity(self) -> float:
@@ -144,9 +172,9 @@ def probe(
         InputError: what cannot be fitted or split. MissingExtra: logistic without scikit-learn.
     Cost: (1 + seeds) * folds eigendecompositions of size min(rows, features), and folds * (2 + 3 seeds) small fits.
     """
-    x = _features("features", features)
-    y, classes = _labels(labels, len(x))
-    group = _groups(groups, len(x))
+    x = read_features("features", features)
+    y, classes = read_labels(labels, len(x))
+    group = read_groups(groups, len(x))
     how = How(dims, whiten, centre, shrinkage, kind, 0 if classes is None else len(classes))
     rng = torch.Generator().manual_seed(seed)
     n_groups = int(group.max()) + 1
@@ -176,7 +204,7 @@ def probe(
     m = max(1, how.classes - 1)
     controls: dict[str, list[float]] = {"shuffled": [], "subspace": [], "noise": []} if seeds else {}
     for _ in range(seeds):
-        mixed = _permute(y, group, rng)
+        mixed = permute(y, group, rng)
         controls["shuffled"].append(score(mixed, *held_out(x, mixed, fitted), how))
         turn = torch.randn(dims, m, generator=rng, dtype=torch.float64)
         controls["subspace"].append(score(y, *held_out(x, y, fitted, turn), how))
@@ -185,7 +213,7 @@ def probe(
     if other is not None:
         if len(other) != len(x):
             raise InputError(f"other has {len(other)} rows, features {len(x)}: give the same rows of another model.")
-        second = _features("other", other)
+        second = read_features("other", other)
         controls["random"] = [score(y, *held_out(second, y, spaces(second)), how)]
 
     weights = w @ whole.basis.T  # (classes or 1, f)
@@ -267,7 +295,7 @@ def probe_grid(
     if site not in ADDRESSABLE:
         raise EditError(f"site={site!r} is no site.{nearest(site, ADDRESSABLE)}")
     ids, sizes = model.check(ids, lengths)
-    columns = _columns(positions, sizes)
+    columns = read_columns(positions, sizes)
     layered = ADDRESSABLE[site].layered
     if not layered and layers is not None:
         raise EditError(f"layers={layers!r}: {site} is no part of a layer.")
@@ -287,91 +315,12 @@ def probe_grid(
             ]
             cells = []
             for column in columns:
-                y = torch.cat([_at(labels, p, sizes) for p in column])
+                y = torch.cat([labels_at(labels, p, sizes) for p in column])
                 has = y >= 0 if not y.is_floating_point() else ~y.isnan()
-                shared = _groups(groups, len(ids)).repeat(len(column))[has]
+                shared = read_groups(groups, len(ids)).repeat(len(column))[has]
                 xs = [torch.cat([k[places[p]] for p in column])[has] for k in kept]
                 cells.append(probe(xs[0], y[has], groups=shared, other=xs[1] if xs[1:] else None, **options))
                 bar.update()
             found.append(tuple(cells))
     names = tuple(c[0] if len(c) == 1 else tuple(c) for c in columns)
     return ProbeGrid(tuple(found), site, tuple(rows), names)
-
-
-# -- what is given, understood ----------------------------------------------------------------------------------------
-
-
-def _features(what: str, given: Tensor) -> Tensor:
-    """(rows, f) float64, on the CPU."""
-    if given.dim() < 2 or not given.numel() or not given.isfinite().all():
-        raise InputError(
-            f"{what} {tuple(given.shape)}: (rows, *features), without NaN (a padded row's missing positions, or "
-            "the model's own) and infinity."
-        )
-    return given.detach().cpu().double().flatten(1)
-
-
-def _labels(labels: Any, rows: int) -> tuple[Tensor, tuple[Any, ...] | None]:
-    """Numbers (rows,) float64 and None, or indices of classes (rows,) and the classes."""
-    given = labels.detach().cpu() if isinstance(labels, Tensor) else labels
-    values = given.tolist() if hasattr(given, "tolist") else list(given)
-    if len(values) != rows or any(isinstance(v, list | tuple) for v in values):
-        raise InputError(f"{len(values)} labels for {rows} rows: give one each.")
-    if any(isinstance(v, float) for v in values):
-        y = torch.tensor(values, dtype=torch.float64)
-        if not y.isfinite().all() or not (y != y[0]).any():
-            raise InputError("the labels are numbers that hold NaN or infinity, or do not vary.")
-        return y, None
-    if len({isinstance(v, str) for v in values}) > 1:
-        raise InputError("the labels mix strings with numbers: give classes of one type.")
-    classes = tuple(sorted(set(values)))
-    if len(classes) < 2:
-        raise InputError(f"all labels are {classes}: a probe needs two classes, or numbers (floats).")
-    return torch.tensor([classes.index(v) for v in values]), classes
-
-
-def _groups(groups: Any, rows: int) -> Tensor:
-    """(rows,) 0, 1, ... one number a group."""
-    if groups is None:
-        return torch.arange(rows)
-    values = groups.tolist() if hasattr(groups, "tolist") else list(groups)
-    if len(values) != rows:
-        raise InputError(f"{len(values)} groups for {rows} rows: give one each.")
-    names = {g: i for i, g in enumerate(dict.fromkeys(values))}
-    return torch.tensor([names[g] for g in values])
-
-
-def _permute(y: Tensor, group: Tensor, rng: torch.Generator) -> Tensor:
-    """The labels in another order: of whole groups where each has one label, else of rows."""
-    first = torch.zeros(int(group.max()) + 1, dtype=y.dtype).scatter(0, group.flip(0), y.flip(0))
-    if bool((first[group] == y).all()):
-        return first[torch.randperm(len(first), generator=rng)][group]
-    return y[torch.randperm(len(y), generator=rng)]
-
-
-def _columns(positions: Any, sizes: Tensor) -> list[list[int]]:
-    """The positions of each column of a grid."""
-    shortest = int(sizes.min())
-    if positions is None or isinstance(positions, int | slice):
-        if isinstance(positions, slice | None) and bool((sizes != shortest).any()):
-            raise AddressError(f"the rows have lengths {sizes.tolist()}: name the positions, as in positions=[0, -1].")
-        chosen = selector(slice(None) if positions is None else positions, "pos")
-        return [[p] for p in resolve(chosen, shortest, "pos")] if not isinstance(chosen, int) else [[chosen]]
-    columns = [list(p) if isinstance(p, Sequence) else [int(p)] for p in positions]
-    for column in columns:
-        resolve(selector(column, "pos"), shortest, "pos")  # raises for what the shortest row has not
-    return columns
-
-
-def _at(labels: Any, pos: int, sizes: Tensor) -> Tensor:
-    """(b,) the labels of a position, counted from each row's own end if negative."""
-    try:
-        y = torch.as_tensor(labels).cpu()
-    except (TypeError, ValueError):
-        raise InputError("labels of a grid are numbers or indices of classes, (b,) or (b, l); index strings.") from None
-    if y.shape == (len(sizes),):
-        return y
-    rows = torch.arange(len(sizes))
-    if y.dim() != 2 or len(y) != len(sizes) or y.shape[1] < int(sizes.max()):
-        raise InputError(f"labels {tuple(y.shape)}: (b,), or (b, l) for {len(sizes)} rows of up to {int(sizes.max())}.")
-    return y[rows, sizes + pos if pos < 0 else torch.full_like(sizes, pos)]

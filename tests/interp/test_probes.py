@@ -10,7 +10,8 @@ from helpers import names_drawn, tiny
 from analyses.planted import plant
 from interp import Add, Project, at, collect, probe, probe_curves, probe_grid, run
 from interp.probe_fit import PENALTIES, How, MissingExtra, Space, fit, like
-from interp.probes import LinearProbe, ProbeGrid, _permute
+from interp.probe_rows import permute
+from interp.probes import LinearProbe, ProbeGrid
 from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.errors import AddressError, EditError, InputError
 
@@ -145,7 +146,7 @@ def test_a_group_is_never_on_both_sides():
     assert probe(x, coin[groups], seeds=0).score > 0.95
     assert abs(split.score - 0.5) < binomial(0.5, 40) and split.groups == 40
     assert all(abs(v - 0.5) < binomial(0.5, 40) for v in split.controls["shuffled"])  # whole groups are permuted
-    mixed = _permute(coin[groups], groups, torch.Generator().manual_seed(1)).reshape(40, 6)
+    mixed = permute(coin[groups], groups, torch.Generator().manual_seed(1)).reshape(40, 6)
     assert (mixed == mixed[:, :1]).all() and mixed.sum() == 6 * coin.sum()
     for g in range(40):
         assert len(split.fold[groups == g].unique()) == 1
@@ -258,7 +259,7 @@ def prompts(n, seed, length=9):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_planted_count_is_found_in_its_layer_and_the_probe_is_causal(seed):
-    """The direction is the planted coordinate; without it the model does not count; along the pattern it counts on."""
+    """The direction is the planted coordinate; without it the model does not count; one unit on, it counts on."""
     model, layer, e, n = counter(seed)
     ids = prompts(120, seed)
     count = (ids == TICK).cumsum(1)
@@ -274,7 +275,7 @@ def test_the_planted_count_is_found_in_its_layer_and_the_probe_is_causal(seed):
     with torch.no_grad():
         clean, out = (score(run(model, ids, edits).logits) for edits in ([], [Project(place, found.basis)]))
         assert clean.std() > 0.03 and out.std() < 1e-9
-        more = score(run(model, ids, Add(place, found.patterns[0])).logits)
+        more = score(run(model, ids, Add(place, found.towards(1.0))).logits)
         ticks = ids.clone()
         ticks[:, 0], ids[:, 0] = TICK, 5
         one = score(run(model, ticks).logits) - score(run(model, ids).logits)
@@ -517,6 +518,45 @@ def test_to_remove_what_a_probe_reads_is_not_to_erase_what_it_is_of():
     assert found.score > 0.8
     assert probe(without(found.basis), y, seeds=0).score > found.chance + 0.1
     assert probe(without(found.patterns[1:]), y, seeds=0).score < found.chance + 0.03
+
+
+def test_what_brings_a_class_about_comes_from_the_class_that_is_left():
+    """patterns[c] alone is from the mean of all rows: between two classes that is halfway, at the boundary."""
+    for classes in (2, 3):
+        y = torch.arange(600) % classes
+        x = rows(600, 10) + 6 * torch.nn.functional.one_hot(y, 10)
+        found = probe(x, ["abc"[i] for i in y], seeds=0)
+        a, b = x[y == 0], x[y == 1]
+
+        def read_as_b(x, probe=found):
+            scores = probe.scores(x)
+            return (scores.argmax(1) if probe.weights.shape[0] > 1 else (scores[:, 0] > 0).long()).eq(1).double().mean()
+
+        assert read_as_b(a) < 0.01 and read_as_b(a + found.patterns[1]) < 0.8
+        assert read_as_b(a + found.towards("b", frm="a")) > 0.99
+        torch.testing.assert_close((a + found.towards("b", frm="a")).mean(0), b.mean(0))
+        for wrong in ({"to": "d", "frm": "a"}, {"to": "b", "frm": 0}, *([{"to": "b"}] if classes == 3 else [])):
+            with pytest.raises(InputError, match="name two of the classes"):
+                found.towards(**wrong)
+    two = probe(rows(60, 3), torch.arange(60) % 2 == 0, seeds=0)
+    assert torch.equal(two.towards(True), two.towards(True, frm=False))
+
+
+def test_one_unit_of_a_number_moves_the_reading_by_one():
+    """Half of the variance is noise: the patterns, which are of the rows, move it by R^2."""
+    x = rows(2000, 10)
+    y = x[:, 3] + rows(2000, 1, seed=2)[:, 0]
+    found = probe(x.reshape(2000, 5, 2), y, seeds=0)
+
+    def moved(by):
+        return found.scores(x.reshape(2000, 5, 2) + by) - found.scores(x.reshape(2000, 5, 2))
+
+    assert found.towards(1.0).shape == (5, 2)
+    torch.testing.assert_close(moved(found.towards(1.0)), torch.ones(2000, 1).double())
+    torch.testing.assert_close(moved(found.towards(2, frm=4.5)), torch.full((2000, 1), -2.5).double())
+    torch.testing.assert_close(moved(found.patterns[0]), torch.full((2000, 1), found.score).double(), atol=0.01, rtol=0)
+    with pytest.raises(InputError, match="no direction"):
+        probe(torch.ones(60, 3), rows(60, 1)[:, 0], seeds=0).towards(1.0)
 
 
 def test_what_is_collected_does_not_depend_on_the_batch():

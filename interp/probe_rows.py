@@ -1,0 +1,86 @@
+"""What a probe is given, understood: features, labels, groups, and the columns of a grid."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimal_mamba.address import resolve, selector
+from minimal_mamba.errors import AddressError, InputError
+
+
+def read_features(what: str, given: Tensor) -> Tensor:
+    """(rows, f) float64, on the CPU."""
+    if given.dim() < 2 or not given.numel() or not given.isfinite().all():
+        raise InputError(
+            f"{what} {tuple(given.shape)}: (rows, *features), without NaN (a padded row's missing positions, or "
+            "the model's own) and infinity."
+        )
+    return given.detach().cpu().double().flatten(1)
+
+
+def read_labels(labels: Any, rows: int) -> tuple[Tensor, tuple[Any, ...] | None]:
+    """Numbers (rows,) float64 and None, or indices of classes (rows,) and the classes."""
+    given = labels.detach().cpu() if isinstance(labels, Tensor) else labels
+    values = given.tolist() if hasattr(given, "tolist") else list(given)
+    if len(values) != rows or any(isinstance(v, list | tuple) for v in values):
+        raise InputError(f"{len(values)} labels for {rows} rows: give one each.")
+    if any(isinstance(v, float) for v in values):
+        y = torch.tensor(values, dtype=torch.float64)
+        if not y.isfinite().all() or not (y != y[0]).any():
+            raise InputError("the labels are numbers that hold NaN or infinity, or do not vary.")
+        return y, None
+    if len({isinstance(v, str) for v in values}) > 1:
+        raise InputError("the labels mix strings with numbers: give classes of one type.")
+    classes = tuple(sorted(set(values)))
+    if len(classes) < 2:
+        raise InputError(f"all labels are {classes}: a probe needs two classes, or numbers (floats).")
+    return torch.tensor([classes.index(v) for v in values]), classes
+
+
+def read_groups(groups: Any, rows: int) -> Tensor:
+    """(rows,) 0, 1, ... one number a group."""
+    if groups is None:
+        return torch.arange(rows)
+    values = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+    if len(values) != rows:
+        raise InputError(f"{len(values)} groups for {rows} rows: give one each.")
+    names = {g: i for i, g in enumerate(dict.fromkeys(values))}
+    return torch.tensor([names[g] for g in values])
+
+
+def permute(y: Tensor, group: Tensor, rng: torch.Generator) -> Tensor:
+    """The labels in another order: of whole groups where each has one label, else of rows."""
+    first = torch.zeros(int(group.max()) + 1, dtype=y.dtype).scatter(0, group.flip(0), y.flip(0))
+    if bool((first[group] == y).all()):
+        return first[torch.randperm(len(first), generator=rng)][group]
+    return y[torch.randperm(len(y), generator=rng)]
+
+
+def read_columns(positions: Any, sizes: Tensor) -> list[list[int]]:
+    """The positions of each column of a grid."""
+    shortest = int(sizes.min())
+    if positions is None or isinstance(positions, int | slice):
+        if isinstance(positions, slice | None) and bool((sizes != shortest).any()):
+            raise AddressError(f"the rows have lengths {sizes.tolist()}: name the positions, as in positions=[0, -1].")
+        chosen = selector(slice(None) if positions is None else positions, "pos")
+        return [[p] for p in resolve(chosen, shortest, "pos")] if not isinstance(chosen, int) else [[chosen]]
+    columns = [list(p) if isinstance(p, Sequence) else [int(p)] for p in positions]
+    for column in columns:
+        resolve(selector(column, "pos"), shortest, "pos")  # raises for what the shortest row has not
+    return columns
+
+
+def labels_at(labels: Any, pos: int, sizes: Tensor) -> Tensor:
+    """(b,) the labels of a position, counted from each row's own end if negative."""
+    try:
+        y = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError):
+        raise InputError("labels of a grid are numbers or indices of classes, (b,) or (b, l); index strings.") from None
+    if y.shape == (len(sizes),):
+        return y
+    rows = torch.arange(len(sizes))
+    if y.dim() != 2 or len(y) != len(sizes) or y.shape[1] < int(sizes.max()):
+        raise InputError(f"labels {tuple(y.shape)}: (b,), or (b, l) for {len(sizes)} rows of up to {int(sizes.max())}.")
+    return y[rows, sizes + pos if pos < 0 else torch.full_like(sizes, pos)]
