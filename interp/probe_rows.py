@@ -41,13 +41,38 @@ def read_labels(labels: Any, rows: int) -> tuple[Tensor, tuple[Any, ...] | None]
 
 def read_groups(groups: Any, rows: int) -> Tensor:
     """(rows,) 0, 1, ... one number a group."""
-    if groups is None:
-        return torch.arange(rows)
     values = groups.tolist() if hasattr(groups, "tolist") else list(groups)
     if len(values) != rows:
         raise InputError(f"{len(values)} groups for {rows} rows: give one each.")
     names = {g: i for i, g in enumerate(dict.fromkeys(values))}
     return torch.tensor([names[g] for g in values])
+
+
+def alike(x: Tensor) -> Any:
+    """(rows,) groups of the rows that are the same to the bit; where all are, none tells on another: each alone."""
+    found = [row.tobytes() for row in (x + 0).numpy()]  # +0 is -0 too
+    return found if len(set(found)) > 1 else range(len(x))
+
+
+def same_so_far(ids: Tensor, where: Tensor) -> Any:
+    """(b,) groups of the prompts that are the same up to a position that is probed, or by a chain of such.
+
+    Args:
+        where: (columns, b) those positions, from the start; -1 where there is no label.
+    """
+    leads: dict[Any, Any] = {}  # of a prompt or what it begins with, another of its group
+
+    def first(x: Any) -> Any:
+        while leads.setdefault(x, x) != x:
+            x = leads[x]
+        return x
+
+    for i, (row, ends) in enumerate(zip(ids.tolist(), where.T.tolist(), strict=True)):
+        for end in ends:
+            if end >= 0:
+                leads[first((*row[: end + 1],))] = first(i)
+    found = [first(i) for i in range(len(ids))]
+    return found if len(where) > 1 or len(set(found)) > 1 else range(len(ids))
 
 
 def permute(y: Tensor, group: Tensor, rng: torch.Generator) -> Tensor:
@@ -80,7 +105,11 @@ def labels_at(labels: Any, pos: int, sizes: Tensor) -> Tensor:
         raise InputError("labels of a grid are numbers or indices of classes, (b,) or (b, l); index strings.") from None
     if y.shape == (len(sizes),):
         return y
-    rows = torch.arange(len(sizes))
     if y.dim() != 2 or len(y) != len(sizes) or y.shape[1] < int(sizes.max()):
         raise InputError(f"labels {tuple(y.shape)}: (b,), or (b, l) for {len(sizes)} rows of up to {int(sizes.max())}.")
-    return y[rows, sizes + pos if pos < 0 else torch.full_like(sizes, pos)]
+    return y[torch.arange(len(sizes)), from_start(pos, sizes)]
+
+
+def from_start(pos: int, sizes: Tensor) -> Tensor:
+    """(b,) a position that is counted from each row's own end if negative, counted from its start."""
+    return sizes + pos if pos < 0 else torch.full_like(sizes, pos)

@@ -29,7 +29,17 @@ from minimal_mamba.errors import EditError, InputError, nearest
 from minimal_mamba.sites import ADDRESSABLE
 
 from .probe_fit import How, Space, commonest, decide, fit, interval, like, patterns, score
-from .probe_rows import labels_at, permute, read_columns, read_features, read_groups, read_labels
+from .probe_rows import (
+    alike,
+    from_start,
+    labels_at,
+    permute,
+    read_columns,
+    read_features,
+    read_groups,
+    read_labels,
+    same_so_far,
+)
 from .recurrence import present
 from .run import Lengths, run
 
@@ -159,7 +169,9 @@ def probe(
 
     Args:
         features: (rows, *features), as recorded. labels: (rows,) classes (ints, bools or strings) or numbers (floats).
-        groups: (rows,) what rows share, such as the prompt; a group is never on both sides of a fold. None: all apart.
+        groups: (rows,) what rows share, such as the prompt; a group is never on both sides of a fold. None: rows that
+            are the same to the bit are one group, since to have seen one is to know the other; the rest are apart.
+            Rows that are no copies and take few values, as a count does, want groups=range(rows).
         dims: at most so many principal components; fewer where there are fewer rows or features.
         whiten: divide by the components' deviations; else only by one number for all. centre: False shows what fails.
         shrinkage: of the components' variances towards their mean, 0 to 1.
@@ -174,12 +186,15 @@ def probe(
     """
     x = read_features("features", features)
     y, classes = read_labels(labels, len(x))
-    group = read_groups(groups, len(x))
+    group = read_groups(alike(x) if groups is None else groups, len(x))
     how = How(dims, whiten, centre, shrinkage, kind, 0 if classes is None else len(classes))
     rng = torch.Generator().manual_seed(seed)
     n_groups = int(group.max()) + 1
     if folds < 2 or n_groups < folds:
-        raise InputError(f"folds={folds}: from 2 to the number of groups, {n_groups}.")
+        raise InputError(
+            f"folds={folds}: from 2 to the number of groups, {n_groups}. Where `groups` is left out, rows that are "
+            "the same are one group; give it to tell them apart."
+        )
     fold = (torch.randperm(n_groups, generator=rng) % folds)[group]  # (rows,)
 
     def spaces(x: Tensor) -> list[Space]:
@@ -249,15 +264,15 @@ class ProbeGrid:
         return self.probes[cell[0]][cell[1]]
 
     def values(self, what: str = "score") -> Tensor:
-        """(layers, columns) of "score", "chance", "low", "high", or a control's mean over its seeds."""
+        """(layers, columns) of "score", "chance", "low", "high", "groups", or a control's mean over its seeds."""
 
         def of(p: LinearProbe) -> float:
             if what in ("low", "high"):
                 return p.interval[what == "high"]
             if what in p.controls:
                 return sum(p.controls[what]) / len(p.controls[what])
-            if what not in ("score", "chance"):
-                known = ["score", "chance", "low", "high", *p.controls]
+            if what not in ("score", "chance", "groups"):
+                known = ["score", "chance", "low", "high", "groups", *p.controls]
                 raise InputError(f"no values {what!r}.{nearest(what, known)} There are {', '.join(known)}.")
             return float(getattr(p, what))
 
@@ -287,7 +302,9 @@ def probe_grid(
         site: any site, or "recurrent_state". layers: the rows, as in `at`; all if None.
         positions: the columns, ints (negative from each row's own end); a tuple in the list is one probe over several
             positions, whose rows share their prompt. All if None, which needs rows of one length.
-        groups: (b,) what prompts share; None: each prompt is its own group.
+        groups: (b,) what prompts share; None: in each cell, prompts that are the same up to the position are one group,
+            since the model cannot tell them apart there. So a label of the first words is read only as far as it is
+            read off words that no other prompt began with. `groups` of a probe, or `values("groups")`, says how many.
         random_model: another model of the same sizes, such as one with fresh weights, for the control "random".
         options: of `probe`.
     Cost: rows / batch forwards a layer, (b, positions, features) of one layer at a time, and a probe a cell.
@@ -317,7 +334,9 @@ def probe_grid(
             for column in columns:
                 y = torch.cat([labels_at(labels, p, sizes) for p in column])
                 has = y >= 0 if not y.is_floating_point() else ~y.isnan()
-                shared = read_groups(groups, len(ids)).repeat(len(column))[has]
+                where = torch.stack([from_start(p, sizes) for p in column]).where(has.reshape(len(column), -1), -1)
+                of = same_so_far(ids, where) if groups is None else groups
+                shared = read_groups(of, len(ids)).repeat(len(column))[has]
                 xs = [torch.cat([k[places[p]] for p in column])[has] for k in kept]
                 cells.append(probe(xs[0], y[has], groups=shared, other=xs[1] if xs[1:] else None, **options))
                 bar.update()

@@ -280,7 +280,8 @@ def probing(p: Planted) -> Found:
     reported: Cells = set()
     for layer, e in product(range(len(values)), range(values.shape[2])):
         if values[layer, :, e].std() > 0:
-            found = probe(values[layer, :, e, None], labels, folds=3, seeds=1)
+            each = range(len(labels))  # a channel takes few values here, and prompts that share one are no copies
+            found = probe(values[layer, :, e, None], labels, groups=each, folds=3, seeds=1)
             if found.interval[0] > max(found.chance, *found.controls["shuffled"]):
                 reported.add((layer, e))
     return Found(reported, {c for c, role in p.truth.channels.items() if role in ("sum", "value", "second hop")})

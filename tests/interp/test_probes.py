@@ -155,6 +155,37 @@ def test_a_group_is_never_on_both_sides():
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(split.score * (1 - split.score) / 40), rel=0.1)
 
 
+def test_copies_of_a_row_are_one_group():
+    """Any labels of a few rows can be read off their copies."""
+    names = torch.arange(30).repeat(6)
+    coin = torch.randint(2, (30,), generator=torch.Generator().manual_seed(0))[names]
+    x = rows(30, 50)[names] * torch.where(torch.arange(50) == 3, -0.0, 1.0)  # -0 is 0
+    x[::2, 3] = 0.0
+    found, apart = probe(x, coin, seeds=0), probe(x, coin, groups=range(180), seeds=0)
+    assert apart.score == 1 and apart.groups == 180
+    assert abs(found.score - 0.5) < binomial(0.5, 30) and found.groups == 30
+    assert found.score == probe(x, coin, groups=names, seeds=0).score
+
+
+def test_prompts_that_begin_alike_are_one_group_of_a_cell():
+    """What the model holds after a prefix is the same in all of them: labels drawn for each prefix can all be read."""
+    ids = torch.randint(0, 5, (120, 4), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 7  # where there is no other, the prompts tell nothing of each other
+    pair = ids[:, 1] * 5 + ids[:, 2]
+    coin = torch.randint(2, (25,), generator=torch.Generator().manual_seed(1))[pair]
+    given = {"site": "ssm_state", "layers": 2, "progress": False, "seeds": 1, "folds": 3}
+    leaks = probe_grid(MODEL, ids, coin, positions=2, groups=range(120), **given)[0, 0]
+    assert leaks.score > 0.9
+    grid = probe_grid(MODEL, ids, coin, positions=[0, 2, 3, (2, 3)], **given)
+    assert grid.values("groups").tolist() == [[120, 25, len(ids.unique(dim=0)), 25]]
+    assert abs(grid[0, 1].score - 0.5) < binomial(0.5, 25) and max(grid[0, 1].controls["shuffled"]) < 0.8
+    lengths = torch.tensor([3, 4]).repeat(60)  # each row's own last position: the longer ones' is one further on
+    short = len(ids[::2, :3].unique(dim=0)) + len(ids[1::2].unique(dim=0))
+    padded = probe_grid(MODEL, ids, coin, positions=[-1, (-1, -2)], lengths=lengths, **given)
+    alone = {*pair[1::2].tolist()} - {*pair[::2].tolist()}
+    assert padded[0, 0].groups == short and padded[0, 1].groups == 5 + len(alone)  # longer ones through a shorter one
+
+
 # -- against others ---------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +320,8 @@ def test_the_planted_count_as_classes_over_several_positions_at_once():
     labels[:, 0] = -1  # no label there
     columns = [(1, 2, 3), (0, 1)]
     grid = probe_grid(model, ids, labels, site="ssm_state", positions=columns, layers=layer, progress=False)
-    assert grid.positions == ((1, 2, 3), (0, 1)) and grid[0, 0].rows == 300 and grid[0, 0].groups == 100
+    assert grid.positions == ((1, 2, 3), (0, 1)) and grid[0, 0].rows == 300
+    assert grid[0, 0].groups == grid[0, 1].groups == 16 == len(ids[:, :2].unique(dim=0))
     assert grid[0, 1].rows == 100
     fold = grid[0, 0].fold.reshape(3, 100)
     assert (fold == fold[0]).all()  # a prompt's rows stay together
@@ -481,9 +513,10 @@ def test_what_cannot_be_probed_raises(monkeypatch):
     for text, call in bad.items():
         with pytest.raises(InputError, match=text):
             call()
-    grid = probe_grid(
-        MODEL, IDS.repeat(10, 1), IDS.repeat(10, 1), site="u", layers=0, positions=[1], progress=False, seeds=0
-    )
+    twice = {"ids": IDS.repeat(10, 1), "labels": IDS.repeat(10, 1), "site": "u", "layers": 0, "positions": [1]}
+    with pytest.raises(InputError, match=r"folds=5: from 2 to the number of groups, 2\. Where `groups` is left out"):
+        probe_grid(MODEL, **twice, progress=False)
+    grid = probe_grid(MODEL, **twice, groups=range(20), progress=False, seeds=0)
     with pytest.raises(InputError, match=r"no values 'scor'\. Did you mean 'score'"):
         grid.values("scor")
     with pytest.raises(EditError, match=r"site='ssm_stat' is no site\. Did you mean 'ssm_state'"):
