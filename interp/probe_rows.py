@@ -1,5 +1,6 @@
 """What a probe is given, understood: features, labels, groups, and the columns of a grid."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,29 +11,46 @@ from minimal_mamba.address import resolve, selector
 from minimal_mamba.errors import AddressError, InputError
 
 
-def read_features(what: str, given: Tensor) -> Tensor:
-    """(rows, f) float64, on the CPU."""
-    if given.dim() < 2 or not given.numel() or not given.isfinite().all():
+def read_ints(**given: Any) -> list[int]:
+    """Each as an int, numpy's and torch's too."""
+    try:
+        return [operator.index(v) for v in given.values()]
+    except TypeError:
+        raise InputError(f"{', '.join(f'{name}={v!r}' for name, v in given.items())}: give ints.") from None
+
+
+def read_features(what: str, given: Any) -> Tensor:
+    """(rows, *features) float64, on the CPU, of a tensor or an array."""
+    try:
+        x = torch.as_tensor(given).detach().cpu().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{what}: no tensor or array of numbers ({error}); give (rows, *features).") from None
+    if x.dim() < 2 or not x.numel() or not x.isfinite().all():
         raise InputError(
-            f"{what} {tuple(given.shape)}: (rows, *features), without NaN (a padded row's missing positions, or "
+            f"{what} {tuple(x.shape)}: (rows, *features), without NaN (a padded row's missing positions, or "
             "the model's own) and infinity."
         )
-    return given.detach().cpu().double().flatten(1)
+    return x
 
 
 def read_labels(labels: Any, rows: int) -> tuple[Tensor, tuple[Any, ...] | None]:
     """Numbers (rows,) float64 and None, or indices of classes (rows,) and the classes."""
-    given = labels.detach().cpu() if isinstance(labels, Tensor) else labels
-    values = given.tolist() if hasattr(given, "tolist") else list(given)
+    values = _plain(labels)
     if len(values) != rows or any(isinstance(v, list | tuple) for v in values):
         raise InputError(f"{len(values)} labels for {rows} rows: give one each.")
+    strange = [v for v in values if not isinstance(v, str | int | float)]
+    if strange:
+        raise InputError(
+            f"{strange[0]!r} is no label: classes are ints, bools or strings, numbers are floats. Leave out the "
+            "rows that have none."
+        )
+    if len({isinstance(v, str) for v in values}) > 1:
+        raise InputError("the labels mix strings with numbers: give classes of one type.")
     if any(isinstance(v, float) for v in values):
         y = torch.tensor(values, dtype=torch.float64)
         if not y.isfinite().all() or not (y != y[0]).any():
             raise InputError("the labels are numbers that hold NaN or infinity, or do not vary.")
         return y, None
-    if len({isinstance(v, str) for v in values}) > 1:
-        raise InputError("the labels mix strings with numbers: give classes of one type.")
     classes = tuple(sorted(set(values)))
     if len(classes) < 2:
         raise InputError(f"all labels are {classes}: a probe needs two classes, or numbers (floats).")
@@ -41,11 +59,17 @@ def read_labels(labels: Any, rows: int) -> tuple[Tensor, tuple[Any, ...] | None]
 
 def read_groups(groups: Any, rows: int) -> Tensor:
     """(rows,) 0, 1, ... one number a group."""
-    values = groups.tolist() if hasattr(groups, "tolist") else list(groups)
-    if len(values) != rows:
+    values = _plain(groups)
+    if len(values) != rows or any(isinstance(v, list) for v in values):
         raise InputError(f"{len(values)} groups for {rows} rows: give one each.")
     names = {g: i for i, g in enumerate(dict.fromkeys(values))}
     return torch.tensor([names[g] for g in values])
+
+
+def _plain(given: Any) -> list[Any]:
+    """Python's own values of a tensor, an array or a sequence: one of its own scalars is equal to no other tensor."""
+    values = given.tolist() if hasattr(given, "tolist") else list(given)
+    return [v.tolist() if hasattr(v, "tolist") else v for v in values]
 
 
 def alike(x: Tensor) -> Any:
@@ -101,8 +125,13 @@ def labels_at(labels: Any, pos: int, sizes: Tensor) -> Tensor:
     """(b,) the labels of a position, counted from each row's own end if negative."""
     try:
         y = torch.as_tensor(labels).cpu()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise InputError("labels of a grid are numbers or indices of classes, (b,) or (b, l); index strings.") from None
+    if not y.is_floating_point() and bool((y < -1).any()):
+        raise InputError(
+            f"labels of a grid hold {int(y.min())}: indices of classes are 0 or more, and -1 says that there is no "
+            "label. If these are numbers, give floats."
+        )
     if y.shape == (len(sizes),):
         return y
     if y.dim() != 2 or len(y) != len(sizes) or y.shape[1] < int(sizes.max()):

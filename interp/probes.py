@@ -37,6 +37,7 @@ from .probe_rows import (
     read_columns,
     read_features,
     read_groups,
+    read_ints,
     read_labels,
     same_so_far,
 )
@@ -116,9 +117,9 @@ class LinearProbe:
             raise InputError("selectivity needs the control 'shuffled'; this probe was made with seeds=0.")
         return self.score - sum(self.controls["shuffled"]) / len(self.controls["shuffled"])
 
-    def scores(self, features: Tensor) -> Tensor:
+    def scores(self, features: Any) -> Tensor:
         """x w + b: (rows, classes), or (rows, 1), of rows like those that it was fitted on."""
-        x = features.detach().cpu().double().flatten(1)
+        x = read_features("features", features).flatten(1)
         return x @ self.weights.flatten(1).T + self.bias
 
 
@@ -161,14 +162,15 @@ def collect(
 
 
 def probe(
-    features: Tensor, labels: Any, *, groups: Any = None, folds: int = 5, dims: int = 64, whiten: bool = True,
+    features: Any, labels: Any, *, groups: Any = None, folds: int = 5, dims: int = 64, whiten: bool = True,
     centre: bool = True, shrinkage: float = 1e-3, kind: str = "ridge", seeds: int = 3, seed: int = 0,
-    other: Tensor | None = None,
+    other: Any = None,
 ) -> LinearProbe:  # fmt: skip
     """Fit a linear probe and its controls, cross-validated.
 
     Args:
-        features: (rows, *features), as recorded. labels: (rows,) classes (ints, bools or strings) or numbers (floats).
+        features: (rows, *features), as recorded, or an array. labels: (rows,) classes (ints, bools or strings) or
+            numbers (floats).
         groups: (rows,) what rows share, such as the prompt; a group is never on both sides of a fold. None: rows that
             are the same to the bit are one group, since to have seen one is to know the other; the rest are apart.
             Rows that are no copies and take few values, as a count does, want groups=range(rows).
@@ -184,7 +186,11 @@ def probe(
         InputError: what cannot be fitted or split. MissingExtra: logistic without scikit-learn.
     Cost: (1 + seeds) * folds eigendecompositions of size min(rows, features), and folds * (2 + 3 seeds) small fits.
     """
-    x = read_features("features", features)
+    folds, dims, seeds, seed = read_ints(folds=folds, dims=dims, seeds=seeds, seed=seed)
+    if seeds < 0:
+        raise InputError(f"seeds={seeds}: so many of each control; 0 leaves them out.")
+    rows = read_features("features", features)
+    x, shape = rows.flatten(1), (-1, *rows.shape[1:])
     y, classes = read_labels(labels, len(x))
     group = read_groups(alike(x) if groups is None else groups, len(x))
     how = How(dims, whiten, centre, shrinkage, kind, 0 if classes is None else len(classes))
@@ -226,9 +232,9 @@ def probe(
         noise = like(x, rng)
         controls["noise"].append(score(y, *held_out(noise, y, spaces(noise)), how))
     if other is not None:
-        if len(other) != len(x):
-            raise InputError(f"other has {len(other)} rows, features {len(x)}: give the same rows of another model.")
-        second = read_features("other", other)
+        second = read_features("other", other).flatten(1)
+        if len(second) != len(x):
+            raise InputError(f"other has {len(second)} rows, features {len(x)}: give the same rows of another model.")
         controls["random"] = [score(y, *held_out(second, y, spaces(second)), how)]
 
     weights = w @ whole.basis.T  # (classes or 1, f)
@@ -236,7 +242,6 @@ def probe(
         weights, b = weights[1:] - weights[:1], b[1:] - b[:1]
     spread = weights - weights.mean(0) if how.classes > 2 else weights
     basis = torch.linalg.svd(spread, full_matrices=False)[2][:m]
-    shape = (-1, *features.shape[1:])
     chance = y.bincount().max().item() / len(y) if how.classes else 0.0
     return LinearProbe(
         score(y, guess, blind, how), interval(y, guess, blind, group, how, rng), chance,
@@ -298,7 +303,8 @@ def probe_grid(
     """Probe a site at each layer and position.
 
     Args:
-        ids: (b, l). labels: (b,), or (b, l) one a position, aligned with `ids`; -1 or NaN where there is none.
+        ids: (b, l). labels: (b,), or (b, l) one a position, aligned with `ids`: floats, NaN where there is none, or
+            indices of classes, from 0, -1 where there is none.
         site: any site, or "recurrent_state". layers: the rows, as in `at`; all if None.
         positions: the columns, ints (negative from each row's own end); a tuple in the list is one probe over several
             positions, whose rows share their prompt. All if None, which needs rows of one length.
@@ -307,6 +313,8 @@ def probe_grid(
             read off words that no other prompt began with. `groups` of a probe, or `values("groups")`, says how many.
         random_model: another model of the same sizes, such as one with fresh weights, for the control "random".
         options: of `probe`.
+    Raises:
+        InputError: as `probe`, with the cell that it was in. AddressError, EditError: no such place.
     Cost: rows / batch forwards a layer, (b, positions, features) of one layer at a time, and a probe a cell.
     """
     if site not in ADDRESSABLE:
@@ -338,7 +346,12 @@ def probe_grid(
                 of = same_so_far(ids, where) if groups is None else groups
                 shared = read_groups(of, len(ids)).repeat(len(column))[has]
                 xs = [torch.cat([k[places[p]] for p in column])[has] for k in kept]
-                cells.append(probe(xs[0], y[has], groups=shared, other=xs[1] if xs[1:] else None, **options))
+                try:
+                    cells.append(probe(xs[0], y[has], groups=shared, other=xs[1] if xs[1:] else None, **options))
+                except InputError as error:
+                    cell = name(**fields, pos=column if len(column) > 1 else column[0])
+                    left = "" if has.all() else " Rows whose label is -1 or NaN are left out."
+                    raise InputError(f"{cell}: {error}{left}") from None
                 bar.update()
             found.append(tuple(cells))
     names = tuple(c[0] if len(c) == 1 else tuple(c) for c in columns)

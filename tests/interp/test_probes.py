@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import names_drawn, tiny
@@ -400,6 +401,20 @@ def test_strings_and_bools_are_classes():
     assert (found.scores(x)[:, 0] > 0).tolist() == [s > 0 for s in (-found.scores(x)[:, 0]).neg().tolist()]
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list])
+@pytest.mark.parametrize("of", [np.float32, np.float64, torch.tensor])
+def test_numbers_in_any_wrapping_are_numbers(of, kind):
+    """A scalar of numpy or torch in a list is no class of its own, and no group of its own."""
+    x = rows(60, 5)
+    found = probe(x, x[:, 0].float().tolist(), groups=[i // 4 for i in range(60)], seeds=0)
+    y = kind([of(v) for v in x[:, 0].float().tolist()])
+    wrapped = probe(x, y, groups=kind([of(float(i // 4)) for i in range(60)]), seeds=0)
+    assert wrapped.classes is None and wrapped.groups == 15 and wrapped.score == pytest.approx(found.score)
+    again = probe(x.numpy(), y, groups=[i // 4 for i in range(60)], seeds=0, folds=np.int64(5), dims=torch.tensor(64))
+    assert again.score == wrapped.score and torch.equal(found.scores(x.numpy()), found.scores(x))
+    assert probe(x, [torch.tensor(i % 2) for i in range(60)], seeds=0).classes == (0, 1)
+
+
 def test_a_class_that_a_training_fold_lacks():
     x, y = rows(40, 4), torch.arange(40) % 3
     y[y == 2] = 0
@@ -508,14 +523,32 @@ def test_what_cannot_be_probed_raises(monkeypatch):
         "kind='lasso'": lambda: probe(x, y, kind="lasso"),
         "labels are numbers": lambda: probe(x, y.double(), kind="logistic"),
         "other has 3 rows": lambda: probe(x, y, other=x[:3]),
+        "folds=5.0, dims=64": lambda: probe(x, y, folds=5.0),
+        "dims=5.0": lambda: probe(x, y, dims=5.0),
+        "seeds=-1: so many of each": lambda: probe(x, y, seeds=-1),
+        "None is no label": lambda: probe(x, [None, 1] * 10),
+        "no tensor or array": lambda: probe([["a"], ["b"]] * 10, y),
+        "the labels mix strings with numbers": lambda: probe(x, [1.0, "b"] * 10),
+        "groups for 20 rows: give one each": lambda: probe(x, y, groups=[[1]] * 20),
         "made with seeds=0": lambda: probe(x, y, seeds=0).selectivity,
     }
     for text, call in bad.items():
         with pytest.raises(InputError, match=text):
             call()
     twice = {"ids": IDS.repeat(10, 1), "labels": IDS.repeat(10, 1), "site": "u", "layers": 0, "positions": [1]}
-    with pytest.raises(InputError, match=r"folds=5: from 2 to the number of groups, 2\. Where `groups` is left out"):
+    with pytest.raises(
+        InputError,
+        match=r"u\(layer=0, pos=1\): folds=5: from 2 to the number of groups, 2\. Where `groups` is left out",
+    ):
         probe_grid(MODEL, **twice, progress=False)
+    for label, text in (
+        (-2, "hold -2: .* -1 says"),
+        (-1, r"pos=1\): all labels are \(1,\).* label is -1 or NaN are left"),
+    ):
+        twice["labels"] = torch.tensor([label, 1] * 10)
+        with pytest.raises(InputError, match=text):
+            probe_grid(MODEL, **twice, progress=False)
+    twice["labels"] = IDS.repeat(10, 1)
     grid = probe_grid(MODEL, **twice, groups=range(20), progress=False, seeds=0)
     with pytest.raises(InputError, match=r"no values 'scor'\. Did you mean 'score'"):
         grid.values("scor")
