@@ -15,6 +15,7 @@ from minimal_mamba.errors import CheckpointError, InputError, MambascopeError
 from minimal_mamba.files import write_json
 
 from ..run import Lengths, Metric, apply_metric
+from ..sweep.grid import vanishes
 from .graph import Edge, node, order
 from .graph import edges as all_edges
 from .paths import EdgeEffects, check, patched
@@ -189,7 +190,7 @@ class Faithfulness:
 
     def _gap(self) -> Tensor:
         gap = (self.base - self.corrupt).abs().mean()
-        if gap <= 1e-9 * (self.base.abs() + self.corrupt.abs()).mean() or not gap.isfinite():
+        if vanishes(gap, self.base, self.corrupt):
             raise InputError("without any edge the metric is the base's: there is nothing for a circuit to carry.")
         return gap
 

@@ -90,9 +90,15 @@ class Grid:
         gap = (self.donor - self.base).mean()
         if bool(self.donor.isnan().all()):
             raise InputError("this sweep has no donor to normalise by: give donor_ids, or use effect().")
-        if gap.abs() <= 1e-9 * (self.donor.abs() + self.base.abs()).mean() or not gap.isfinite():
+        if vanishes(gap, self.base, self.donor):
             raise InputError(
                 f"the donor's metric does not differ from the base's (mean gap {gap.item():.2g}): "
                 "nothing to normalise by."
             )
         return gap
+
+
+def vanishes(gap: Tensor, base: Tensor, donor: Tensor) -> bool:
+    """Whether a mean difference of two metrics is no number, or no more than a few roundings of them."""
+    rounding = max(1e-9, 16 * torch.finfo(gap.dtype).eps)
+    return not gap.isfinite() or bool(gap.abs() <= rounding * (base.abs() + donor.abs()).mean())
