@@ -14,6 +14,8 @@ from .sweep import Grid
 class Agreement:
     """How an estimated sweep agrees with the exact one, each as (value, low, high) of a 95 % bootstrap over examples.
 
+    low and high are NaN where nothing was drawn: of one example, or with draws=0.
+
     Args:
         pearson, spearman: correlations over cells and examples, -1 to 1.
         error: |estimate - exact| / |exact| in norm, which a correlation does not see; 0 is exact, 1 as bad as zeros.
@@ -59,11 +61,12 @@ def agreement(estimate: Grid, exact: Grid, *, draws: int = 200, seed: int = 0) -
     b = x.shape[1]
     rng = torch.Generator().manual_seed(seed)
     found = []
-    for i in range(draws + 1):
+    for i in range(draws + 1 if b > 1 else 1):  # draws of one example are all the same
         rows = torch.arange(b) if i == 0 else torch.randint(0, b, (b,), generator=rng)
         p, q = x[:, rows][alive[:, rows]], y[:, rows][alive[:, rows]]
         found.append(torch.stack([_pearson(p, q), _pearson(_ranks(p), _ranks(q)), (p - q).norm() / q.norm()]))
-    low, high = torch.stack(found[1:] or found).nanquantile(torch.tensor([0.025, 0.975]).double(), 0)
+    drawn = torch.stack(found[1:] or [torch.full_like(found[0], torch.nan)])
+    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975]).double(), 0)
     parts = [(v, lo, hi) for v, lo, hi in zip(found[0].tolist(), low.tolist(), high.tolist(), strict=True)]
     return Agreement(parts[0], parts[1], parts[2], int(alive.sum()))
 

@@ -1,5 +1,6 @@
 """The agreement of two sweeps against scipy's correlations, and the picture of it."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,15 @@ def test_the_correlations_are_those_of_scipy():
     assert found.error[0] == pytest.approx(((x - y).norm() / y.norm()).item())
     for value, low, high in (found.pearson, found.spearman, found.error):
         assert low < value < high and high - low < 0.3
+
+
+def test_what_nothing_was_drawn_for_has_no_interval():
+    """One example drawn again is itself: that is no certainty."""
+    exact, estimate = draw(0), draw(0) + 0.5 * draw(1)
+    one = [Grid(v[..., :1], BASE[:1], BASE[:1] + 1, "ssm_state", (0, 1), (0, 1, 2)) for v in (estimate, exact)]
+    for found in (agreement(*one), agreement(grid(estimate), grid(exact), draws=0)):
+        for value, low, high in (found.pearson, found.spearman, found.error):
+            assert math.isfinite(value) and math.isnan(low) and math.isnan(high)
 
 
 def test_an_estimate_that_is_exact_has_no_error_and_one_of_half_the_size_has():
