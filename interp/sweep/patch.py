@@ -80,7 +80,8 @@ def patch_grid(
         parts: what of the site is patched, by name: fields of an address ({"e": [0, 1]}, {"n": 3}), or a mask of bools
             (*features) or (n_layer, *features). `groups` and `bands` make them. The whole site if None.
         source: "donor"; "mean", of the base run over the batch; "zero"; "noise", normal with `std`, added, drawn from
-            `seed` and the place; or a function from an address to the edits there, such as `ablate`.
+            `seed` and the place (of which no other source takes any); or a function from an address to the edits
+            there, such as `ablate`.
         both: also patch the base's values into the donor run: `Grid.noising`.
         lengths: (b,) tokens in each row, the same in base and donor.
         memory, path: as in `sweep`.
@@ -102,6 +103,8 @@ def patch_grid(
                 "rows and positions must match."
             )
     _check_source(source, donor_ids, both, len(ids))
+    if source != "noise" and (std, seed) != (1.0, 0):
+        raise EditError(f"std={std}, seed={seed} are of source='noise'; source={source!r} draws nothing.")
     rows, columns = chosen_layers(layers, site, model.config.n_layer), chosen_positions(positions, sizes)
     chosen = {name: check(model, site, name, part) for name, part in (parts or {}).items()}
     if parts is not None and not parts:

@@ -271,6 +271,8 @@ def test_errors():
         (EditError, {"site": "ssm_stat"}, "site='ssm_stat' is no site. Did you mean 'ssm_state'"),
         (EditError, {"site": "embed", "layers": [0]}, "embed is no part of a layer"),
         (EditError, {"layers": []}, "name at least one"),
+        (EditError, {"std": 2.0}, "std=2.0, seed=0 are of source='noise'; source='donor' draws nothing"),
+        (EditError, {"source": "zero", "seed": 1}, "std=1.0, seed=1 are of source='noise'"),
         (AddressError, {"layers": [3]}, r"layer=3 does not exist here: there are indices 0\.\.2"),
         (AddressError, {"layers": [(0, 0)]}, "names the same index twice"),
         (AddressError, {"positions": [6]}, r"pos=6 does not exist here: there are indices 0\.\.5"),
