@@ -174,16 +174,19 @@ def knockout_leak(
     baseline: Baseline = "zero",
     lengths: Lengths = None,
     backend: str = "auto",
-    scale: float = 100.0,
+    scale: float = 1.0,
     seed: int = 0,
 ) -> list[float]:
     """How far the targets' `mixer_out` moves when the sources' `mixer_in` of that layer is replaced by noise.
 
+        max over layers and targets |change of mixer_out| / sqrt(mean over the layer's tokens |mixer_out|^2)
+
     Args:
-        scale: standard deviation of the noise; `mixer_in` itself is of order one.
+        scale: standard deviation of the noise; `mixer_in` itself is of order one, so 1.0 is like another token.
     Returns:
-        Of each knockout the largest change, over its layers, targets and channels: 0.0 where nothing leaks. "all" gives
-        0.0 exactly, and so do "scan", "conv" and "selection" together where no target is a source.
+        Of each knockout the largest change, as a share of what the layer writes: 0.0 where nothing leaks, 1.0 where as
+        much as it writes. "all" gives 0.0 exactly, and so do "scan", "conv" and "selection" together where
+        no target is a source.
     Cost: one `knockout`, and one more a knockout and layer.
     """
     found = (cuts,) if isinstance(cuts, Knockout) else tuple(cuts)
@@ -196,6 +199,8 @@ def knockout_leak(
         )[everything]
 
     before, sizes = outputs(()), model.check(ids, lengths)[1]
+    real = (torch.arange(before.shape[2]) < sizes[:, None]).to(before.device)  # (b, l)
+    written = before.norm(dim=-1)[:, real].square().mean(1).sqrt()  # (layers,)
     draw = torch.Generator(model.device).manual_seed(seed)
 
     def noise(old: Tensor) -> Tensor:
@@ -206,10 +211,11 @@ def knockout_leak(
         largest = before.new_zeros(())
         for layer in resolve(cut.layer, model.config.n_layer, "layer"):
             place = at.mixer_in(layer=layer, pos=cut.source)
-            moved = (outputs([Apply(place, noise, rows=cut.rows)])[layer] - before[layer]).abs()  # (b, l, d)
+            moved = (outputs([Apply(place, noise, rows=cut.rows)])[layer] - before[layer]).norm(dim=-1)  # (b, l)
+            share = moved / written[layer].clamp(min=torch.finfo(moved.dtype).tiny)  # nothing of nothing is nothing
             rows = range(len(ids)) if cut.rows is None else resolve(cut.rows, len(ids), "row")
             targets = [(row, t) for row in rows for t in cut.pairs(int(sizes[row]))]
-            largest = torch.stack([largest, *(moved[row, t].max() for row, t in targets)]).max()  # NaN stays NaN
+            largest = torch.stack([largest, *(share[row, t] for row, t in targets)]).max()  # NaN stays NaN
         changes.append(float(largest))
     return changes
 

@@ -150,6 +150,16 @@ def test_each_route_is_a_run_under_edits(backend):
             assert (out[layer, :, t] - clean(MODEL, IDS, OUT)[0][layer, :, t]).abs().max() > 1e-3
 
 
+def test_a_leak_is_a_share_of_what_the_layer_writes():
+    """Whatever unit the layer writes in; 1 is as much as all that it writes."""
+    cuts = [Knockout(2, 7, 1, "scan"), Knockout(4, 4, 1)]  # of the second the target writes nothing at all
+    small, large = tiny(), tiny()
+    with torch.no_grad():
+        large.backbone.layers[1].mixer.out_proj.weight *= 1000
+    leaks = [knockout_leak(m, IDS, cuts) for m in (small, large)]
+    assert leaks[0] == pytest.approx(leaks[1]) and 0.1 < leaks[0][0] < 10 and leaks[0][1] == 0.0
+
+
 @BOTH
 def test_all_leaks_nothing_to_the_bit_and_scan_leaks_through_the_next_tokens(backend):
     options = {"backend": backend}
