@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from kernels_bridge import resolve
 from minimal_mamba import Address, Edit, Mamba, MambaState, Set, at
+from minimal_mamba.address import named_site
 from minimal_mamba.block import wide
-from minimal_mamba.errors import AddressError, EditError, InputError, nearest
+from minimal_mamba.errors import AddressError, EditError, InputError
 from minimal_mamba.sites import ADDRESSABLE, RECURRENT_STATE
 from minimal_mamba.tap import ScanInputs, Toward
 
@@ -89,8 +90,7 @@ def attribution_grid(
     Source: Nanda 2023, "Attribution patching"; Sundararajan et al. 2017 (arXiv:1703.01365); Hanna et al. 2024
         (arXiv:2403.17806, "EAP-IG inputs"). Differs: per example; cells and not edges.
     """
-    if site not in ADDRESSABLE:
-        raise EditError(f"site={site!r} is no site.{nearest(site, ADDRESSABLE)}")
+    named_site(site)
     if path not in ("embed", "cell"):
         raise InputError(f"path={path!r}: 'embed' or 'cell'.")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:

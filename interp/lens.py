@@ -37,13 +37,14 @@ def logit_lens(
         lm_head(norm_f(resid_pre_i)), i = 0 .. layers - 1; lm_head(norm_f(resid_post of the last layer))
 
     Args:
-        tokens: (m,) ids to keep, the same for all rows, or (b, m); None: all.
+        tokens: (b, m) ids to keep, or (m,), the same for all rows, where m is not b; None: all.
         pos: as in `at`; an int drops the axis.
         log_probs: log p in nats over the vocabulary (padding of the embedding left out), instead of logits.
     Returns:
         (layers + 1, b, positions, v or m); the last are the run's logits. NaN at positions that a padded row lacks.
     Raises:
-        EditError: an edit of `final_norm` or `logits`, which the lens looks past. InputError: tokens that do not exist.
+        EditError: an edit of `final_norm` or `logits`, which the lens looks past. InputError: tokens that do not
+            exist, or of which it is open whether they are one a row.
     Cost: one forward, and the head layers + 1 times; with `tokens` one layer's (b, positions, v) at a time.
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
@@ -55,6 +56,12 @@ def logit_lens(
     out = run(model, ids, edits, [entering, leaving], backend, state, lengths=lengths, last_only=True)
     stream = torch.cat([out[entering], out[leaving][None]])  # (layers + 1, b, [positions], d)
     chosen = None if tokens is None else _tokens(model, "tokens", tokens, ((-1,), (len(ids), -1)))
+    if chosen is not None and chosen.dim() == 1 and 1 < len(chosen) == len(ids):
+        b = len(ids)
+        raise InputError(
+            f"tokens {chosen.tolist()!s:.60} are as many as there are rows: one a row is ({b}, 1), as tokens[:, None]; "
+            f"all of them in each row is ({b}, {b}), as tokens.expand({b}, -1)."
+        )
     seen = []
     for resid in stream:
         scores = model.lm_head(model.backbone.norm_f(resid))  # (b, [positions], v)

@@ -40,7 +40,10 @@ def _last(logits: Tensor | Run) -> Tensor:
 
 def _pick(scores: Tensor, tokens: Tokens) -> Tensor:
     b, v = scores.shape
-    index = torch.as_tensor(tokens, device=scores.device)
+    try:
+        index = torch.as_tensor(tokens, device=scores.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"tokens={tokens!r:.60} are no token ids; encode text first.") from None
     if index.shape not in ((), (b,)) or index.is_floating_point() or index.dtype == torch.bool:
         kind = "" if index.dtype == torch.long else f" and type {index.dtype}"
         raise InputError(f"tokens have shape {tuple(index.shape)}{kind}; give one id, or one a row ({b},).")

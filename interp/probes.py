@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minimal_mamba import Address, Mamba, Plan, at
-from minimal_mamba.address import resolve, selector
+from minimal_mamba.address import named_site, resolve, selector
 from minimal_mamba.errors import EditError, InputError, nearest
 from minimal_mamba.sites import ADDRESSABLE
 
@@ -317,8 +317,7 @@ def probe_grid(
         InputError: as `probe`, with the cell that it was in. AddressError, EditError: no such place.
     Cost: rows / batch forwards a layer, (b, positions, features) of one layer at a time, and a probe a cell.
     """
-    if site not in ADDRESSABLE:
-        raise EditError(f"site={site!r} is no site.{nearest(site, ADDRESSABLE)}")
+    named_site(site)
     ids, sizes = model.check(ids, lengths)
     columns = read_columns(positions, sizes)
     layered = ADDRESSABLE[site].layered

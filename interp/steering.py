@@ -6,7 +6,7 @@ out = generate(model, ids, 20, edits=happy.add(2.0, pos=slice(4, None)))    # fr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,6 +80,8 @@ def contrast(place: Address, positive: Tensor, negative: Tensor) -> Direction:
     means = []
     for what, values in (("positive", positive), ("negative", negative)):
         lead = 1 if isinstance(place.pos, int) else 2
+        if not isinstance(values, Tensor):
+            raise InputError(f"{what} is a {type(values).__name__}: give what was recorded, such as run_[{place}].")
         if values.dim() != lead + axes:
             raise InputError(f"{what} has shape {tuple(values.shape)}; {place} records {lead + axes} axes, (b, ...).")
         samples = values.detach().to(wide(values.dtype)).flatten(lead)  # (b, [positions], features)
@@ -111,7 +113,7 @@ class SteeringCurve:
 
 @torch.no_grad()
 def steering_curve(
-    model: Mamba, ids: Tensor, direction: Direction, metric: Metric, strengths: Sequence[float], *,
+    model: Mamba, ids: Tensor, direction: Direction, metric: Metric, strengths: Iterable[float], *,
     pos: Positions = slice(None), controls: int = 10, seed: int = 0, lengths: Lengths = None,
     state: MambaState | None = None, backend: str = "auto", progress: bool = True,
 ) -> SteeringCurve:  # fmt: skip
@@ -122,9 +124,10 @@ def steering_curve(
         controls: how many random directions, drawn with seed, seed + 1, ...
     Cost: strengths * (1 + controls) forwards.
     """
-    if not len(strengths) or controls < 0 or not all(math.isfinite(strength) for strength in strengths):
+    strengths = list(strengths)
+    if not strengths or controls < 0 or not all(math.isfinite(strength) for strength in strengths):
         raise InputError(
-            f"strengths={list(strengths)}, controls={controls}: at least one finite strength, and 0 controls or more."
+            f"strengths={strengths}, controls={controls}: at least one finite strength, and 0 controls or more."
         )
     directions = [direction, *(direction.random(seed + i) for i in range(controls))]
     short, rows = lengths is not None, []
@@ -136,4 +139,4 @@ def steering_curve(
                 rows.append(apply_metric(metric, out.logits))
                 bar.update()
     values = torch.stack(rows).unflatten(0, (len(directions), len(strengths)))
-    return SteeringCurve(torch.tensor(list(strengths), dtype=torch.float64), values[0], values[1:])
+    return SteeringCurve(torch.tensor(strengths, dtype=torch.float64), values[0], values[1:])

@@ -23,7 +23,7 @@ def save_edits(edits: Edit | Iterable[Edit], folder: str | Path) -> None:
     Raises:
         EditError: an `Apply` whose function cannot be imported by name, or something that is no edit.
     """
-    edits, folder = [edits] if isinstance(edits, Edit) else list(edits), Path(folder)
+    edits, folder = list(edits) if isinstance(edits, Iterable) else [edits], Path(folder)
     if wrong := [edit for edit in edits if not isinstance(edit, Edit)]:
         raise EditError(f"save_edits(edits, folder) was given {wrong[0]!r:.60} among the edits.")
     rows: list[dict[str, Any]] = []

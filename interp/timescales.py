@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import einsum
 from torch import Tensor
@@ -101,7 +102,7 @@ def decay_bands(
     """
     index = one_layer(model, layer)
     life = half_lives(model, dt)[index]  # (e, n)
-    if isinstance(bands, int):
+    if isinstance(bands, int | np.integer):
         if isinstance(bands, bool) or not 1 <= bands <= life.numel():
             raise InputError(f"bands={bands}: give 1 to {life.numel()}, the number of pairs, or half-lives to cut at.")
         order = life.flatten().argsort(stable=True)
@@ -291,6 +292,8 @@ def effective_rank(samples: Tensor, *, centre: bool = True, threshold: float = 0
             f"samples {tuple(samples.shape)} hold NaN or infinity, or nothing. Of a recording of a padded batch leave "
             "out the positions that a row lacks; if they are all there, the model's numbers overflow."
         )
+    if centre and samples.shape[-2] == 1:
+        raise InputError("one sample is its own mean, of which it does not differ: give more, or centre=False.")
     spectrum = torch.linalg.svdvals(samples - samples.mean(-2, keepdim=True) if centre else samples)
     largest = spectrum[..., :1]
     share = (spectrum / torch.where(largest > 0, largest, 1.0)) ** 2  # all zero where nothing varies

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import AddressError, UnknownSiteError, nearest
+from .errors import AddressError, EditError, UnknownSiteError, nearest
 from .sites import ADDRESSABLE, Site
 
 
@@ -150,3 +150,11 @@ class _SiteAt:
 
 
 at = _At()
+
+
+def named_site(site: object) -> None:
+    """Raise EditError for what is not the name of a site."""
+    if isinstance(site, Address):
+        raise EditError(f"site={site}: give the name, {site.site!r}; layers and positions are arguments of their own.")
+    if not isinstance(site, str) or site not in ADDRESSABLE:
+        raise EditError(f"site={site!r} is no site.{nearest(str(site), ADDRESSABLE)}")

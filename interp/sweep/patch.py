@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels_bridge import resolve as resolve_backend
 from minimal_mamba import Add, Address, Edit, Mamba, Set, Zero, at
-from minimal_mamba.address import Span, resolve, selector
+from minimal_mamba.address import Span, named_site, resolve, selector
 from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 from minimal_mamba.provenance import model_digest
 from minimal_mamba.sites import ADDRESSABLE
@@ -92,8 +92,7 @@ def patch_grid(
         InputError: donor_ids of another shape, or missing; what `sweep` raises.
     Cost: for each cell a quarter of a forward or less; see `sweep`. The source's values at all cells are held.
     """
-    if site not in ADDRESSABLE:
-        raise EditError(f"site={site!r} is no site.{nearest(site, ADDRESSABLE)}")
+    named_site(site)
     ids, sizes = model.check(ids, lengths)
     if donor_ids is not None:
         donor_ids, _ = model.check(donor_ids)

@@ -59,7 +59,10 @@ def test_the_lens_at_a_layer_is_the_model_cut_there(backend):
 def test_the_lens_keeps_chosen_tokens_and_positions():
     model, tokens = tiny(), ids(7)
     full = logit_lens(model, tokens)
-    assert_close(logit_lens(model, tokens, [4, 9], pos=3), full[:, :, 3][..., [4, 9]])
+    assert_close(logit_lens(model, tokens, [4, 9, 4], pos=3), full[:, :, 3][..., [4, 9, 4]])
+    assert_close(logit_lens(model, tokens[:1], [4], pos=3), full[:, :1, 3][..., [4]])
+    with pytest.raises(InputError, match=r"as many as there are rows: one a row is \(2, 1\)"):
+        logit_lens(model, tokens, ANSWER)
     pairs = torch.stack([ANSWER, FOIL], 1)  # (b, 2): each row its own
     mine = logit_lens(model, tokens, pairs, pos=slice(2, 5))
     assert mine.shape == (4, 2, 3, 2)

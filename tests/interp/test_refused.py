@@ -15,6 +15,7 @@ from interp import (
     at,
     attribution_grid,
     collect,
+    contrast,
     direct_logit,
     effective_rank,
     generate,
@@ -30,6 +31,7 @@ from interp import (
     receptive_field,
     run,
     save_edits,
+    state_rank,
     steering_curve,
     sweep,
 )
@@ -41,6 +43,7 @@ MODEL = tiny()
 IDS = torch.randint(0, 29, (3, 6), generator=torch.Generator().manual_seed(0))
 DONOR = IDS.flip(1).clone()
 QUIET = {"progress": False}
+RESID, RUN = at.resid_post(layer=0, pos=-1), run(MODEL, IDS)
 
 
 def metric(logits):
@@ -91,6 +94,17 @@ def test_windows_of_layers_are_named_as_in_patch_grid():
         (lambda: probe_grid(MODEL, IDS, torch.zeros(7), site="y", positions=[-1], **QUIET), "labels"),
         (lambda: effective_rank(torch.randn(4)), "samples"),
         (lambda: effective_rank(torch.randn(4, 3), threshold=2.0), "threshold"),
+        (lambda: effective_rank(torch.randn(1, 3)), "one sample is its own mean"),
+        (lambda: state_rank(MODEL, IDS[:1], 1, pos=-1), "one sample is its own mean"),
+        (lambda: logit_diff(torch.randn(3, 5), " cat", " mat"), "tokens=' cat' are no token ids; encode text first"),
+        (lambda: contrast(RESID, RUN, RUN), r"positive is a Run: give what was recorded, such as run_\[resid_post\("),
+        (
+            lambda: patch_grid(MODEL, IDS, DONOR, site=at.ssm_state(), metric=metric, **QUIET),
+            "give the name, 'ssm_state'",
+        ),
+        (lambda: attribution_grid(MODEL, IDS, DONOR, site=at.y(), metric=metric, **QUIET), "give the name, 'y'"),
+        (lambda: probe_grid(MODEL, IDS, [0, 1, 0], site=at.y(), **QUIET), "give the name, 'y'"),
+        (lambda: probe_grid(MODEL, IDS, [0, 1, 0], site=3, **QUIET), "site=3 is no site"),
         (lambda: direct_logit(MODEL, IDS, "a"), "token ids"),
         (lambda: log_prob(torch.randn(3, 5), torch.tensor([True, False, True])), "torch.bool"),
         (lambda: HookedMamba(MODEL)(IDS[:, :1], return_type="loss"), "no next token"),
@@ -115,7 +129,8 @@ def test_what_is_no_edit_metric_backend_strength_or_position(tmp_path):
     one = Scale(at.u(layer=0), 2.0)
     save_edits(one, tmp_path / "one")
     assert load_edits(tmp_path / "one") == [one]
-    for given in ([at.u(layer=0)], [one, "x"]):
+    push = Direction(RESID, torch.ones(12) / 12**0.5, 1.0)
+    for given in ([at.u(layer=0)], [one, "x"], push):
         with pytest.raises(EditError, match="among the edits"):
             save_edits(given, tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -123,6 +138,8 @@ def test_what_is_no_edit_metric_backend_strength_or_position(tmp_path):
         sweep(MODEL, IDS, [one], [metric], **QUIET)
     with pytest.raises(BackendUnavailable, match="no backend None"):
         run(MODEL, IDS, backend=None)
+    curve = steering_curve(MODEL, IDS, push, metric, (s for s in (0.0, 1.0)), controls=0, **QUIET)
+    assert curve.strengths.tolist() == [0, 1] and curve.values.shape == (2, 3)
     with pytest.raises(InputError, match="finite"):
         steering_curve(MODEL, IDS, Direction(at.resid_post(layer=0), torch.ones(12), 1.0), metric, [1.0, float("inf")])
     for way in ({}, {"steps": 2}):
