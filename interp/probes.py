@@ -55,7 +55,8 @@ class LinearProbe:
         interval: 95 %: Wilson's, with each group counted once; of R^2, percentiles of a bootstrap over groups. Neither
             covers how another training set would have come out.
         chance: the share of the commonest class; 0 of numbers.
-        controls: name -> one score a seed.
+        controls: name -> one score a seed. Of numbers in few rows they can be far below 0: what is fitted to nothing
+            misses by more than the mean does.
         classes: labels in the order of `weights`; None of numbers.
         predicted: (rows,) held-out: indices into `classes`, or numbers. fold: (rows,) the fold that held each row out.
         weights: (classes, *features), or (1, *features) of two classes and of numbers; bias likewise.
@@ -112,10 +113,12 @@ class LinearProbe:
 
     @property
     def selectivity(self) -> float:
-        """Score less the mean of the shuffled labels'."""
+        """Score less the mean of the shuffled labels', each of numbers counted as 0 at least, which a constant has."""
         if "shuffled" not in self.controls:
             raise InputError("selectivity needs the control 'shuffled'; this probe was made with seeds=0.")
-        return self.score - sum(self.controls["shuffled"]) / len(self.controls["shuffled"])
+        least = 0.0 if self.classes is None else -float("inf")
+        chance = [max(least, score) for score in self.controls["shuffled"]]
+        return self.score - sum(chance) / len(chance)
 
     def scores(self, features: Any) -> Tensor:
         """x w + b: (rows, classes), or (rows, 1), of rows like those that it was fitted on."""

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,14 @@ def test_a_number_is_found_with_its_slope_and_an_interval():
     assert max(found.controls["subspace"]) < 0.35  # about one part in 30
     centred = x - x.mean(0)
     torch.testing.assert_close(found.patterns[0], centred.T @ (y - y.mean()) / (y - y.mean()).square().sum())
+
+
+def test_a_control_that_is_worse_than_the_mean_does_not_count_for_the_probe():
+    """With few rows, shuffled numbers are fitted and missed: their R^2 is far below 0, which a constant has."""
+    found = probe(rows(60, 40), rows(60, 1, seed=9)[:, 0], seeds=3)
+    assert max(found.controls["shuffled"]) < 0 and found.selectivity == found.score
+    held = replace(found, controls={"shuffled": (-1.0, 0.2)})
+    assert held.selectivity == pytest.approx(found.score - 0.1)
 
 
 def test_anisotropic_states_need_centring():
