@@ -43,7 +43,7 @@ def agreement_scatter(
         _, ax = plt.subplots(figsize=(3.4, 3.2), constrained_layout=True)
     x, y = (grid.effect().detach().cpu().double().flatten().numpy() for grid in (exact, estimate))
     words = [
-        f"{name} {value:.2f} [{low:.2f}, {high:.2f}]"
+        f"{name} {value:.2f}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
         for name, (value, low, high) in (("r", found.pearson), ("ρ", found.spearman))
     ]
     ax.plot(x, y, ls="", marker="o", ms=2, mew=0, alpha=0.5, color=colour, rasterized=True)

@@ -1,6 +1,7 @@
 """The agreement of two sweeps against scipy's correlations, and the picture of it."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -76,3 +77,5 @@ def test_the_picture_has_every_cell_and_the_line_of_equality():
     assert line.get_xy1() == (0, 0) and line.get_xy2() == (1, 1)
     assert ax.get_xlim() == ax.get_ylim() and ax.get_xlim()[1] >= estimate.values.abs().max()
     assert ax.get_xlabel() == "exact effect (nats)" and ax.texts[0].get_text().startswith("plain: r ")
+    one = [replace(g, values=g.values[..., :1], base=g.base[:1], donor=g.donor[:1]) for g in (estimate, exact)]
+    assert re.fullmatch(r"r -?\d\.\d\d, ρ -?\d\.\d\d", agreement_scatter(*one).texts[0].get_text())  # no interval
