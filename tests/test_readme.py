@@ -21,8 +21,8 @@ def test_the_first_example_is_short_and_hands_over_the_value():
     assert len(BLOCKS[0].strip().splitlines()) <= 22
     with contextlib.redirect_stdout(printed):
         exec(compile(BLOCKS[0], "README.md", "exec"), {})
-    answer, shape = printed.getvalue().splitlines()[:2]
-    assert answer == "4"
+    conv, ssm, shape = printed.getvalue().splitlines()[:3]
+    assert (conv, ssm) == ("4", "0")
     assert shape == "torch.Size([1, 160, 3])"
 
 

@@ -1,7 +1,7 @@
 """Hidden reasoning: train the models, ask what they can, where the hidden value is, and draw what was found."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,11 +17,12 @@ from minimal_mamba.errors import MambascopeError
 from minimal_mamba.files import write_text
 
 from .errors import TaskError, TrainingError
-from .experiments.accuracy import NoneHeldOut, Score, packed, score
+from .experiments.accuracy import Score, packed, score
 from .experiments.results import Results, fingerprint
 from .organism import load_folder, load_settings, organism_folder, write_organism
-from .task import MASKED, Task, Tokenizer
+from .task import MASKED, Task
 from .task.shortcuts import bounds
+from .terminal import shown
 from .training.settings import Settings, read_settings
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -83,7 +84,9 @@ def train(
         model = _trainer()(settings, run, resume=resume, device=device)
         words = settings.load_tokenizer()
         n = min(prompts, 100) if quick else prompts
-        found = _evaluate(model, range(1, settings.max_length + 1), n, EVALUATION_SEED, settings.task, words)
+        typer.echo(f"exact final answers on at most {n} prompts a length; chance is {1 / settings.modulus:.0%}")
+        ask = partial(score, model, n=n, seed=EVALUATION_SEED, task=settings.task, tokenizer=words, written=True)
+        found = shown(settings.task, range(1, settings.max_length + 1), ask)
         folder = write_organism(run, model, words, settings, packed(found, EVALUATION_SEED))
         typer.echo(f"written: {folder}" if out or not quick else "a quick run is not kept; name a folder with --out")
 
@@ -124,14 +127,12 @@ def evaluate(
         typer.echo(f"exact final answers on at most {prompts} prompts a length; chance is {1 / settings.modulus:.0%}")
         for what in ("concealed", "shown") if settings.task_name == "masked" else ("concealed",):
             typer.echo({"concealed": "the values are not written", "shown": "the text shows every value"}[what])
-            best = _shortcuts(settings.task, max_length) if what == "concealed" else {}
-            for length in range(1, max_length + 1):
-                one = partial(ask, concealed=what == "concealed")
-                try:
-                    found = kept.part(f"{what}, length {length}", partial(_asdict, one, length, prompts, seed))
-                    typer.echo(line(length, Score(**found), best.get(length)))
-                except NoneHeldOut as error:
-                    typer.echo(f"  {length:2d}  {error}")
+
+            def kept_score(length: int, what: str = what) -> Score:
+                found = partial(ask, length, prompts, seed, concealed=what == "concealed")
+                return Score(**kept.part(f"{what}, length {length}", lambda: asdict(found())))
+
+            shown(settings.task, range(1, max_length + 1), kept_score, beside=what == "concealed")
 
 
 @app.command()
@@ -313,41 +314,6 @@ def _trainer() -> Callable[..., nn.Module]:
     except ModuleNotFoundError as error:
         raise TrainingError(f"training needs {error.name}: pip install 'mambascope[train]'.") from None
     return train_model
-
-
-def _evaluate(
-    model: nn.Module, lengths: Sequence[int], prompts: int, seed: int, task: Task, tokenizer: Tokenizer
-) -> dict[int, Score]:
-    found, best = {}, _shortcuts(task, max(lengths))
-    typer.echo(f"exact final answers on at most {prompts} prompts a length; chance is {1 / task.modulus:.0%}")
-    for length in lengths:
-        try:
-            found[length] = score(model, length, prompts, seed, task=task, tokenizer=tokenizer, written=True)
-            typer.echo(line(length, found[length], best.get(length)))
-        except NoneHeldOut as error:
-            typer.echo(f"  {length:2d}  {error}")
-    return found
-
-
-def _shortcuts(task: Task, max_length: int) -> dict[int, float]:
-    """The best shortcut's accuracy by length; none where they are too many to list."""
-    try:
-        found = bounds(task, range(1, max_length + 1)).values()
-    except TaskError:
-        return {}
-    return {n: max(share[n] for share in found) for n in range(1, max_length + 1)}
-
-
-def _asdict(ask: Callable[..., Score], *given: int) -> dict[str, Any]:
-    return asdict(ask(*given))
-
-
-def line(length: int, found: Score, shortcut: float | None = None) -> str:
-    """One length's score, as the terminal shows it, beside the best shortcut's."""
-    alone = "" if found.written is None else f"  written whole {found.written / found.prompts:7.2%}"
-    bar = f"{'█' * round(40 * found.share):40}  {found.share:7.2%} of {found.prompts}{alone}"
-    beside = "" if shortcut is None else f"  best shortcut {shortcut:4.0%}"
-    return f"  {length:2d}  {bar}{beside}{'  (may be trained on)' if found.seen else ''}"
 
 
 def _command(kind: str, name: str, **numbers: int) -> str:

@@ -112,6 +112,8 @@ def test_help_and_quick_leave_nothing_behind(command, tmp_path, monkeypatch):
         ("evaluate --max-length 0", "at least one step"),
         ("patch --model transformer --quick", "no state"),
         ("patch --differ 9 --num-steps 3", "operations 1..3"),
+        ("demo --num-steps 6 --differ 6", "one of 1..5 may differ"),
+        ("train --quick --report-to nowhere", "nowhere"),
         ("shortcuts --task maskd", "'masked'"),
         ("shortcuts --max-length 60", "multisets"),
         ("figures --results nowhere", "no results"),
@@ -124,6 +126,35 @@ def test_errors_are_a_sentence(arguments, says, tmp_path, monkeypatch):
     assert says in found.stderr
     assert "Traceback" not in found.output
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_training_whose_prompts_are_too_few_to_hold_any_out_keeps_its_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--operations", "double,triple", "--max-length", "4", "--steps", "10", "--prompts", "8"]
+    said = invoke("train", "--quick", "--out", "run", *options)
+    assert "of the 16 prompts of 4 operations none was held out" in said
+    kept = json.loads((tmp_path / "run/organism/evaluation.json").read_text())
+    assert [*kept["lengths"]] == ["1", "2", "3"]
+    said = invoke("evaluate", "--model", "run/organism", "--max-length", "4", "--prompts", "8")
+    assert "none was held out" in said
+
+
+def test_results_that_are_drawn_together_are_of_one_model_and_of_one_kind_of_run(trained, tmp_path):
+    out = tmp_path / "patch-masked.json"
+    invoke("patch", "--quick", "--model", trained["masked"], "--out", out)
+    whole = ["patch", "--num-steps", "3", "--differ", "1", "--pairs", "6", "--prompts", "20", "--out", str(out)]
+    found = RUNNER.invoke(app, [*whole, "--model", str(trained["masked"])])  # of the same numbers, but all layers
+    assert found.exit_code == 2 and "quick=True (now False)" in found.stderr
+    invoke("evaluate", "--quick", "--model", trained["masked"], "--out", tmp_path / "evaluate-masked.json")
+    other = json.loads((tmp_path / "evaluate-masked.json").read_text())
+    for key, says in ({"model": "other"}, "another model"), ({"modulus": 4}, "another modulus"):
+        (tmp_path / "evaluate-masked.json").write_text(json.dumps(other | {"key": other["key"] | key}))
+        invoke("shortcuts", "--quick", "--out", tmp_path / "shortcuts-masked-arithmetic.json")
+        found = RUNNER.invoke(app, ["figures", "--quick", "--results", str(tmp_path)])
+        assert found.exit_code == 2 and says in found.stderr
+    (tmp_path / "evaluate-masked.json").write_text('{"kind": "evaluate", "version": 1}')
+    found = RUNNER.invoke(app, ["figures", "--quick", "--results", str(tmp_path)])
+    assert found.exit_code == 2 and "is no results file" in found.stderr
 
 
 def test_a_model_of_another_task_is_refused_where_results_are(trained, tmp_path):
