@@ -255,7 +255,7 @@ def where(results: Results) -> str:
         f"out of the residual stream after layer 0, 1, .., leave {_listed(goes)} of the "
         f"answers right; spaces of as many dimensions, made in the same way of shuffled labels, which take "
         f"{min(controls):.0%} to {max(controls):.0%} of the stream's variance where those take {min(taken):.0%} to "
-        f"{max(taken):.0%}, leave in the mean of {len(erased[0]['controls'])} {_listed(stays)}.",
+        f"{max(taken):.0%}, leave, in the mean of {len(erased[0]['controls'])} draws, {_listed(stays)}.",
     )
 
 

@@ -30,6 +30,7 @@ def score_curve(
 def bound_curves(ax: Any, bounds: Read) -> None:
     """The shortcuts that reach most, and chance."""
     shown = {"multiset": ("which operations, unordered", "-"), "last 4": ("the last 4 operations", "--"),
+             "last 4, and multiset before": ("the last 4, and which before", "-."),
              "quotient of size 4": ("product of multipliers", ":")}  # fmt: skip
     for name, (label, line) in shown.items():
         if name in bounds:
