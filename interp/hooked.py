@@ -36,6 +36,7 @@ __all__ = ["Cache", "HookPoint", "HookedMamba"]
 
 Names = str | Callable[[str], bool]
 Hooks = Sequence[tuple[Names, HookFn]]
+WRITE = "mixer.hook_ssm_write"
 GONE = {
     "add_hook": "run_with_hooks(..., fwd_hooks=) or `with model.hooks(fwd_hooks=...):`",
     "add_perma_hook": "`with model.hooks(fwd_hooks=...):`",
@@ -147,8 +148,9 @@ class HookedMamba:
         Args:
             input: (b, l) or (l,) token ids, or text if there is a tokenizer.
             fwd_hooks: (name, or predicate of names, and fn(value, hook=)), in order. fn returns what replaces the
-                value, or None, after which the value stands as fn left it, changed in place or not. A predicate is
-                asked about MambaLens' names but hook_A, a parameter; about the others if it matches none of those.
+                value, or None, after which the value stands as fn left it, changed in place or not. Of what a
+                predicate matches, hook_A, a parameter, is left out, and mixer.hook_ssm_write where hook_B_bar, which
+                makes the same write, is matched too.
             return_type: "logits" (b, l, v); "loss", the mean next-token cross-entropy in nats, or (b, l-1) with
                 `loss_per_token`; "both"; or None.
             fast_ssm, fast_conv, warn_disabled_hooks: accepted and without effect; every hook fires on every backend.
@@ -297,12 +299,12 @@ class HookedMamba:
         return [chosen] if isinstance(chosen, str) else list(chosen)
 
     def _hooked(self, chosen: Names, length: int) -> list[str]:
-        """The names that a hook is for; a predicate must not name a parameter, nor one place twice, unasked."""
-        if callable(chosen):
-            usual = [n for n in self._chosen(None, length) if not n.endswith(f".{A}") and chosen(n)]
-            if usual:
-                return usual
-        return self._chosen(chosen, length)
+        """The names that a hook is for; a predicate must not name a parameter, nor one write twice, unasked."""
+        names = self._chosen(chosen, length)
+        if not callable(chosen):
+            return names
+        twice = {n for n in names if n.replace(WRITE, "hook_B_bar") in names and n.endswith(WRITE)}
+        return [n for n in names if not n.endswith(f".{A}") and n not in twice] or names
 
     def _run(
         self, input: str | Tensor | Sequence[Any], fwd_hooks: Hooks, bwd_hooks: Hooks, names: Sequence[str],

@@ -28,6 +28,7 @@ from torch import Tensor
 from kernels_bridge import resolve as resolve_backend
 from minimal_mamba import Address, Apply, Edit, Mamba, Plan, at
 from minimal_mamba.address import resolve, selector
+from minimal_mamba.block import wide
 from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 
 from .cutter import Cutter, LayerCuts, layer_cuts
@@ -194,9 +195,10 @@ def knockout_leak(
     fixed = baseline_of(model, model.check(ids, lengths)[0], baseline, (), lengths, backend)
 
     def outputs(edits: Sequence[Edit]) -> Tensor:
-        return knockout(
+        made = knockout(
             model, ids, found, record=everything, edits=edits, baseline=fixed, lengths=lengths, backend=backend
         )[everything]
+        return made.to(wide(made.dtype))  # squares of 16 bits overflow
 
     before, sizes = outputs(()), model.check(ids, lengths)[1]
     real = (torch.arange(before.shape[2]) < sizes[:, None]).to(before.device)  # (b, l)

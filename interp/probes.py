@@ -44,6 +44,8 @@ from .probe_rows import (
 from .recurrence import present
 from .run import Lengths, run
 
+FOLDS = 5
+
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
@@ -165,7 +167,7 @@ def collect(
 
 
 def probe(
-    features: Any, labels: Any, *, groups: Any = None, folds: int = 5, dims: int = 64, whiten: bool = True,
+    features: Any, labels: Any, *, groups: Any = None, folds: int = FOLDS, dims: int = 64, whiten: bool = True,
     centre: bool = True, shrinkage: float = 1e-3, kind: str = "ridge", seeds: int = 3, seed: int = 0,
     other: Any = None,
 ) -> LinearProbe:  # fmt: skip
@@ -312,8 +314,9 @@ def probe_grid(
         positions: the columns, ints (negative from each row's own end); a tuple in the list is one probe over several
             positions, whose rows share their prompt. All if None, which needs rows of one length.
         groups: (b,) what prompts share; None: in each cell, prompts that are the same up to the position are one group,
-            since the model cannot tell them apart there. So a label of the first words is read only as far as it is
-            read off words that no other prompt began with. `groups` of a probe, or `values("groups")`, says how many.
+            since the model cannot tell them apart there; of fewer groups than folds, each is a fold. So a label of the
+            first words is read only as far as it is read off words that no other prompt began with. `groups` of a
+            probe, or `values("groups")`, says how many.
         random_model: another model of the same sizes, such as one with fresh weights, for the control "random".
         options: of `probe`.
     Raises:
@@ -331,6 +334,13 @@ def probe_grid(
     wanted = sorted({p for column in columns for p in column})
     name = getattr(at, site)
     found = []
+    given = []  # of each column: labels, which rows have one, their groups
+    for column in columns:
+        y = torch.cat([labels_at(labels, p, sizes) for p in column])
+        has = y >= 0 if not y.is_floating_point() else ~y.isnan()
+        where = torch.stack([from_start(p, sizes) for p in column]).where(has.reshape(len(column), -1), -1)
+        of = same_so_far(ids, where) if groups is None else groups
+        given.append((y[has], has, read_groups(of, len(ids)).repeat(len(column))[has]))
     with tqdm(total=len(rows) * len(columns), desc=f"probe {site}", disable=not progress) as bar:
         for layer in rows:
             fields = {} if layer is None else {"layer": layer}
@@ -341,15 +351,13 @@ def probe_grid(
                 if m is not None
             ]
             cells = []
-            for column in columns:
-                y = torch.cat([labels_at(labels, p, sizes) for p in column])
-                has = y >= 0 if not y.is_floating_point() else ~y.isnan()
-                where = torch.stack([from_start(p, sizes) for p in column]).where(has.reshape(len(column), -1), -1)
-                of = same_so_far(ids, where) if groups is None else groups
-                shared = read_groups(of, len(ids)).repeat(len(column))[has]
+            for column, (y, has, shared) in zip(columns, given, strict=True):
                 xs = [torch.cat([k[places[p]] for p in column])[has] for k in kept]
+                how = dict(options)
+                if groups is None and 2 <= (there := len(shared.unique())) < how.get("folds", FOLDS):
+                    how["folds"] = there
                 try:
-                    cells.append(probe(xs[0], y[has], groups=shared, other=xs[1] if xs[1:] else None, **options))
+                    cells.append(probe(xs[0], y, groups=shared, other=xs[1] if xs[1:] else None, **how))
                 except InputError as error:
                     cell = name(**fields, pos=column if len(column) > 1 else column[0])
                     left = "" if has.all() else " Rows whose label is -1 or NaN are left out."

@@ -95,6 +95,8 @@ class Learner(nn.Module):
             CheckpointError: it holds other tensors.
         """
         stored = load_file(checkpoint / "model.safetensors")
+        if all(name.startswith("model.") for name in stored):  # of before `weights` had the model's own names
+            stored = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
         shapes, own = ({name: t.shape for name, t in x.items()} for x in (stored, self.weights()))
         if shapes != own:
             differ = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
@@ -153,7 +155,8 @@ WITHOUT = ("label_smoothing_factor", "neftune_noise_alpha", "gradient_checkpoint
 
 class MambaTrainer(Trainer):
     """transformers' `Trainer` for a `Mamba` on a backend. Beyond it: weight decay that spares A_log, D, biases and
-    norms; checkpoints that `Mamba.from_pretrained` reads.
+    norms; checkpoints that `Mamba.from_pretrained` reads. `eval_loss` is Trainer's, a mean over batches: where rows
+    differ in length it depends on how they are batched.
 
     Args:
         model: the model, or a `Learner` of it with a loss and operations of its own.

@@ -19,9 +19,10 @@ LONGEST = 12  # characters of a token
 LEAST, MOST = 1.5, 5.0  # inches of height: for a colour bar and its label; of a page
 
 
-def visible(token: str) -> str:
+def visible(token: object) -> str:
     r"""A token as text: quoted like '\n' where white space or what has no sign would not show, cut where it is long."""
-    shown = token if len(token) <= LONGEST else token[: LONGEST - 1] + "…"
+    shown = str(token)
+    shown = shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
     if not shown or shown != shown.strip() or not shown.isprintable():
         shown = repr(shown)
     return shown.replace("$", r"\$")  # else matplotlib reads mathematics

@@ -58,7 +58,9 @@ def draw_map(
     shown = np.ma.compressed(values)  # without the cells that a mask leaves out on purpose
     gaps = np.argwhere(~np.isfinite(np.ma.filled(values, 0.0)))
     if len(gaps):
-        squares = [Rectangle((x - 0.5, y - 0.5), 1, 1) for y, x in gaps]
+        begins = np.append(True, (np.diff(gaps[:, 0]) != 0) | (np.diff(gaps[:, 1]) != 1)).nonzero()[0]
+        wide = np.diff(np.append(begins, len(gaps)))  # runs along a row: a square each would take seconds
+        squares = [Rectangle((x - 0.5, y - 0.5), w, 1) for (y, x), w in zip(gaps[begins], wide, strict=True)]
         hatched = PatchCollection(squares, facecolor="0.8", edgecolor="0.45", hatch="//////", linewidth=0)
         ax.add_collection(hatched, autolim=False)
         notes.append("hatched: not finite")
@@ -70,5 +72,5 @@ def draw_map(
         label = ax.figure.colorbar(image, ax=ax, extend=extend).ax.yaxis.label
         lines = [bar, *notes]
         # as large as is no longer than the bar, if that can be read
-        fits = 72 * ax.bbox.height / ax.figure.dpi / (0.55 * max(map(len, lines)))
+        fits = 72 * ax.bbox.height / ax.figure.dpi / (0.55 * max(1, *map(len, lines)))
         label.set(text="\n".join(lines), fontsize=min(label.get_fontsize(), max(6, fits)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError
 
 Layers = int | tuple[int, ...]
@@ -87,7 +88,7 @@ class Grid:
         return b
 
     def _gap(self) -> Tensor:
-        gap = (self.donor - self.base).mean()
+        gap = (self.donor.to(wide(self.donor.dtype)) - self.base).mean()
         if bool(self.donor.isnan().all()):
             raise InputError("this sweep has no donor to normalise by: give donor_ids, or use effect().")
         if vanishes(gap, self.base, self.donor):
@@ -100,5 +101,6 @@ class Grid:
 
 def vanishes(gap: Tensor, base: Tensor, donor: Tensor) -> bool:
     """Whether a mean difference of two metrics is no number, or no more than a few roundings of them."""
-    rounding = max(1e-9, 16 * torch.finfo(gap.dtype).eps)
+    # one step of a metric in 16 bits is large, and a difference all the same; its sums are in 32
+    rounding = max(1e-9, 16 * torch.finfo(wide(gap.dtype)).eps)
     return not gap.isfinite() or bool(gap.abs() <= rounding * (base.abs() + donor.abs()).mean())

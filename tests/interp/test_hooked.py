@@ -301,7 +301,7 @@ def test_hooks_see_their_name_and_may_return_nothing():
 
 @torch.no_grad()
 def test_a_predicate_hooks_one_name_a_value():
-    """MambaLens' names without the parameter; TransformerLens' where it matches nothing else."""
+    """All that it matches but the parameter, and a write's second name."""
     hooked = HookedMamba(MODEL_)
 
     def fired(predicate):
@@ -309,9 +309,11 @@ def test_a_predicate_hooks_one_name_a_value():
         hooked.run_with_hooks(IDS, fwd_hooks=[(predicate, lambda v, hook: seen.append(hook.name))])
         return sorted(seen)
 
-    usual = sorted(n for n in NAMES if ".mixer." not in n and not n.endswith("hook_A"))
+    usual = sorted(n for n in NAMES if not n.endswith(("hook_A", "mixer.hook_ssm_write")))
     assert fired(lambda n: True) == usual
     assert fired(lambda n: n.startswith("blocks.0")) == [n for n in usual if n.startswith("blocks.0")]
+    both = ["blocks.0.hook_y", "blocks.0.mixer.hook_ssm_state"]
+    assert fired(lambda n: n in both) == both
     assert fired(lambda n: "mixer" in n) == sorted(n for n in NAMES if ".mixer." in n)
     assert fired(lambda n: n.endswith("1.mixer.hook_ssm_write")) == ["blocks.1.mixer.hook_ssm_write"]
     with pytest.raises(EditError, match="is a parameter"):

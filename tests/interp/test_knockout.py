@@ -158,6 +158,13 @@ def test_a_leak_is_a_share_of_what_the_layer_writes():
         large.backbone.layers[1].mixer.out_proj.weight *= 1000
     leaks = [knockout_leak(m, IDS, cuts) for m in (small, large)]
     assert leaks[0] == pytest.approx(leaks[1]) and 0.1 < leaks[0][0] < 10 and leaks[0][1] == 0.0
+    half = []
+    for size in (0.1, 10):  # of the larger one the squares are beyond what 16 bits hold
+        m = tiny()
+        with torch.no_grad():
+            m.backbone.layers[1].mixer.out_proj.weight *= size
+        half.append(knockout_leak(m.half(), IDS, cuts)[0])
+    assert 0.05 < half[0] == pytest.approx(half[1], rel=0.01)
 
 
 @BOTH

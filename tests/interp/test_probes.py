@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from helpers import names_drawn, tiny
 from analyses.planted import plant
 from interp import Add, Project, at, collect, probe, probe_curves, probe_grid, run
 from interp.probe_fit import PENALTIES, How, MissingExtra, Space, fit, like
-from interp.probe_rows import permute
+from interp.probe_rows import alike, permute, same_so_far
 from interp.probes import LinearProbe, ProbeGrid
 from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.errors import AddressError, EditError, InputError
@@ -549,7 +550,8 @@ def test_what_cannot_be_probed_raises(monkeypatch):
         InputError,
         match=r"u\(layer=0, pos=1\): folds=5: from 2 to the number of groups, 2\. Where `groups` is left out",
     ):
-        probe_grid(MODEL, **twice, progress=False)
+        probe_grid(MODEL, **twice, groups=[0, 1] * 10, progress=False)
+    assert probe_grid(MODEL, **twice, progress=False)[0, 0].score == 0  # of two prompts each is a fold, and a class
     for label, text in (
         (-2, "hold -2: .* -1 says"),
         (-1, r"pos=1\): all labels are \(1,\).* label is -1 or NaN are left"),
@@ -648,3 +650,28 @@ def test_what_is_collected_does_not_depend_on_the_batch():
             found = collect(model, ids, places, batch=batch, lengths=lengths)
             for place in places:
                 torch.testing.assert_close(found[place], want[place], equal_nan=True)
+
+
+def test_a_column_of_few_beginnings_has_as_many_folds_as_beginnings():
+    """Of the first token there are three; the grid's other columns are probed all the same."""
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 29, (60, 4), generator=rng)
+    ids[:, 0] = torch.arange(60) % 3
+    grid = probe_grid(tiny(), ids, ids[:, 1] % 2, site="resid_post", seeds=0, progress=False)
+    assert grid.values("groups")[:, 0].tolist() == [3.0] * len(grid.layers)
+    assert int(grid[0, 0].fold.max()) == 2 and int(grid[0, 3].fold.max()) == 4
+
+
+def test_copies_from_batches_of_another_size_are_copies():
+    """Which can differ in the last digits."""
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = alike(torch.cat([x, x * (1 + 1e-9)]))
+    assert sum(a == b for a, b in zip(found[:20], found[20:], strict=True)) >= 19 and len(set(found[:20])) == 20
+
+
+def test_prompts_with_one_beginning_are_grouped_in_no_time():
+    ids = torch.randint(0, 29, (6000, 6), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 1
+    begin = time.perf_counter()
+    groups = same_so_far(ids, torch.tensor([[0], [5]]).expand(2, 6000))
+    assert len(set(groups)) == 1 and time.perf_counter() - begin < 1.0
