@@ -303,7 +303,7 @@ class HookedMamba:
         names = self._chosen(chosen, length)
         if not callable(chosen):
             return names
-        twice = {n for n in names if n.replace(WRITE, "hook_B_bar") in names and n.endswith(WRITE)}
+        twice = {n for n in names if n.endswith(WRITE) and n.replace(WRITE, "hook_B_bar") in names}
         return [n for n in names if not n.endswith(f".{A}") and n not in twice] or names
 
     def _run(

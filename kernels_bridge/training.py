@@ -78,7 +78,7 @@ class Learner(nn.Module):
         logits = self.model(input_ids, lengths=lengths, ops=self.ops).logits  # (b, l, v)
         if labels is None:
             return {"logits": logits}
-        scores, following = logits[:, :-1].flatten(0, 1), targets(labels, attention_mask).flatten()
+        scores, following = logits[:, :-1].flatten(0, 1), targets(labels, real).flatten()
         total = F.cross_entropy(scores.to(wide(scores.dtype)), following, ignore_index=IGNORED, reduction="sum")
         count = (following != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / torch.as_tensor(count, device=total.device).clamp(min=1), "logits": logits}

@@ -1,6 +1,7 @@
 """How often a model is right, by length, on prompts that it was never trained on, and how sure that is."""
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -82,6 +83,7 @@ class NoneHeldOut(TaskError):
     """A length of which training may have seen every prompt."""
 
 
+@cache
 def listed(num_steps: int, task: Task) -> Ints | None:
     """(n, s) all prompts that may be asked, held out where a length has any to spare; None where they are too many."""
     k = len(task.operations)
