@@ -305,6 +305,12 @@ def test_results_are_written_part_by_part_and_resumed(tmp_path):
         again.part("y", lambda: 1 / 0)
     assert read(path, "patch")["parts"].keys() == {"x"}
     assert read(path, "patch")["provenance"]["command"] == "c"
+    assert "continued" not in read(path, "patch")
+    for name in "zw":  # by another command: its parts say so, the first one's do not
+        Results(path, "patch", {"n": 1}, command="d").part(name, lambda: 2)
+    made = read(path, "patch")
+    assert made["provenance"]["command"] == "c" and len(made["continued"]) == 1
+    assert made["continued"][0]["parts"] == ["z", "w"] and made["continued"][0]["provenance"]["command"] == "d"
 
 
 def test_results_of_another_kind_version_or_key_are_refused(tmp_path):

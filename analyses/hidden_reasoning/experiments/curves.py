@@ -1,5 +1,7 @@
 """Many short trainings, to see what makes the task learnable: the loss, the depth, and which group the words generate.
 
+Deeper models have more parameters; so some models are as large as others of another depth, `WIDTHS`.
+
 Each run is a folder of its own under `runs`, resumed where it stood, and a part of the results when it has ended.
 """
 
@@ -16,6 +18,7 @@ LOSS = {"max_length": 6, "steps": 1500, "decay_steps": 200, "early": 1.0}
 DEPTH = {"max_length": 12, "steps": 1500, "decay_steps": 300, "early": 1.0}
 REACH = DEPTH | {"max_length": 16}
 DEPTHS = (2, 4, 6, 8, 10, 12)
+WIDTHS = ((12, 40), (6, 116), (4, 144))  # layers, d_model: as large as 4 layers of 80, and twice as 12 layers of 80
 RATE = 8e-4  # of transformers: of 3e-4, 8e-4 and 1.5e-3 the one that was furthest after 400 steps of 12 layers
 SOLVED = 0.9  # running accuracy from which a length counts as solved
 QUICK = {"max_length": 2, "d_model": 16, "d_state": 4, "batch_size": 8, "steps": 4, "warmup_steps": 1, "decay_steps": 1,
@@ -23,7 +26,7 @@ QUICK = {"max_length": 2, "d_model": 16, "d_state": 4, "batch_size": 8, "steps":
 
 
 def runs(quick: bool = False) -> Iterator[tuple[str, Settings]]:
-    """Every run by name: of the loss, to length 6; of the depth, to length 12, and where that is too short to 16."""
+    """Every run by name: of the loss, to length 6; of depth and width, to length 12, of the depth to 16 too."""
     shared: dict[str, Any] = {"save_every": 250, "log_every": 50} | (QUICK if quick else {})
     for seed in SEEDS[: 1 if quick else None]:
         for n_layer in (2, 6):
@@ -40,6 +43,12 @@ def runs(quick: bool = False) -> Iterator[tuple[str, Settings]]:
                 yield name, Settings(**{**DEPTH, **shared, **made})
         name = f"reach mamba, arithmetic, {DEPTHS[-1]} layers, seed {seed}"
         yield name, Settings(**{**REACH, **shared, "n_layer": DEPTHS[-1], "seed": seed})
+        for n_layer, d_model in WIDTHS[: 1 if quick else None]:
+            made = {"n_layer": n_layer, "seed": seed} | ({} if quick else {"d_model": d_model})
+            yield (
+                f"width mamba, arithmetic, {n_layer} layers, d_model {d_model}, seed {seed}",
+                Settings(**{**DEPTH, **shared, **made}),
+            )
 
 
 def train_all(results: Results, folder: Path, *, quick: bool = False) -> None:

@@ -1,4 +1,8 @@
-"""Results files: each part is computed once and written at once, so that a command that was stopped goes on."""
+"""Results files: each part is computed once and written at once, so that a command that was stopped goes on.
+
+`provenance` is of the first part; parts that another commit, machine or package made later are listed under `continued`
+with their own.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -36,8 +40,8 @@ class Results:
 
     def __init__(self, path: Path, kind: str, key: Mapping[str, Any], *, command: str):
         self.path, self.key = path, json.loads(json.dumps(dict(key)))
-        self.made: Read = {"kind": kind, "version": VERSION, "key": self.key, "parts": {}}
-        self.made["provenance"] = provenance(command=command, threads=torch.get_num_threads())
+        self.here = provenance(command=command, threads=torch.get_num_threads())
+        self.made: Read = {"kind": kind, "version": VERSION, "key": self.key, "parts": {}, "provenance": self.here}
         if path.exists():
             there = read(path, kind)
             differs = [k for k in {**there["key"], **self.key} if there["key"].get(k) != self.key.get(k)]
@@ -50,9 +54,18 @@ class Results:
         """A part of the results: from the file, or computed now and written."""
         if name not in self.made["parts"]:
             self.made["parts"][name] = plain(compute())
+            self._sign(name)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.made)
         return self.made["parts"][name]
+
+    def _sign(self, part: str) -> None:
+        if self.here == self.made["provenance"]:
+            return
+        later = self.made.setdefault("continued", [])
+        if not later or later[-1]["provenance"] != self.here:
+            later.append({"provenance": self.here, "parts": []})
+        later[-1]["parts"].append(part)
 
 
 def read(path: Path, kind: str) -> Read:
