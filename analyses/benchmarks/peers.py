@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from interp import Set, at, generate, patch_grid, run
 from kernels_bridge.backends import BACKENDS, resolve
+from kernels_bridge.harness.watch import hf_cache
 from minimal_mamba import Mamba
 
 from .sweeps import Cell, hf_resid, hf_state, hf_twin
@@ -114,7 +115,7 @@ class HF(Peer):
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             ids = torch.cat([ids, token], 1)
             if i < new - 1:
-                out = self.hf(token, cache_params=out.cache_params, use_cache=True)
+                out = self.hf(token, use_cache=True, **hf_cache(out))
         return ids
 
 

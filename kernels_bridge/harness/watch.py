@@ -198,7 +198,7 @@ class Theirs(Implementation):
             for key, value in seen.items():
                 seen[key] = value * mask[:, :, None] if value.shape[:2] == mask.shape else value
         if more:
-            seen |= self._cached(out.cache_params if self.hf else more["inference_params"])
+            seen |= self._cached(*hf_cache(out).values() if self.hf else more.values())
         return seen
 
     def _cached(self, cache: Any) -> Seen:
@@ -308,12 +308,13 @@ class Theirs(Implementation):
             return self._decode_hf(ids) if self.hf else self._decode_mamba_ssm(ids)
 
     def _decode_hf(self, ids: Tensor) -> Seen:
-        cache, logits = None, []
+        cache: dict[str, Any] = {}
+        logits = []
         for t in range(ids.shape[1]):
-            out = self.module(ids[:, t : t + 1], cache_params=cache, use_cache=True)
-            cache = out.cache_params
+            out = self.module(ids[:, t : t + 1], use_cache=True, **cache)
+            cache = hf_cache(out)
             logits.append(out.logits)
-        return {("logits", None): torch.cat(logits, 1), **self._cached(cache)}
+        return {("logits", None): torch.cat(logits, 1), **self._cached(*cache.values())}
 
     def _decode_mamba_ssm(self, ids: Tensor) -> Seen:
         params, logits = _cache(ids), []
@@ -321,6 +322,12 @@ class Theirs(Implementation):
             logits.append(self.module(ids[:, t : t + 1], inference_params=params).logits)
             params.seqlen_offset += 1
         return {("logits", None): torch.cat(logits, 1), **self._cached(params)}
+
+
+def hf_cache(out: Any) -> dict[str, Any]:
+    """The cache in what an HF Mamba gave, by the name under which it takes it again: `cache` from 5.24 on."""
+    name = "cache" if "cache" in out else "cache_params"  # 5.24 has the old name too, and warns where it is used
+    return {name: out[name]}
 
 
 def _cache(ids: Tensor) -> Any:

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from forks import ask, failed, model, plain, swapped
+from transformers.utils import ModelOutput
 from typer.testing import CliRunner
 
 from kernels_bridge import resolve
@@ -14,6 +15,7 @@ from kernels_bridge.harness import Ours, Theirs, bisect, check, target
 from kernels_bridge.harness.check import SHORT
 from kernels_bridge.harness.draw import SMALL, draw_edits, draw_model
 from kernels_bridge.harness.rows import compare, table
+from kernels_bridge.harness.watch import hf_cache
 from minimal_mamba import Ops
 from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError
 from minimal_mamba.sites import SITES
@@ -197,11 +199,22 @@ def test_frozen_weights_and_other_shapes_get_a_verdict():
     assert report.passed and {"d mixer.D", "d backbone.embedding.weight"} <= set(report.unseen)
 
     short = plain()
-    short.register_forward_hook(
-        lambda module, args, out: out.__class__(logits=out.logits[:, -1:], cache_params=out.cache_params)
-    )
+    short.register_forward_hook(lambda module, args, out: out.__class__(logits=out.logits[:, -1:], **hf_cache(out)))
     report = check(Theirs(short, "fork"), weights, kinds=["layers"], lengths=[5], progress=False)
     assert report.first.site == "logits" and report.first.position is None
+
+
+def test_hf_caches_are_known_by_either_name():
+    """`cache_params`, or `cache` as transformers has it from 5.24 on: here each version under the other's name."""
+    theirs = plain()
+    names = {"cache", "cache_params"}
+    (mine,) = hf_cache(theirs(torch.tensor([[1]]), use_cache=True))
+    (other,) = names - {mine}
+    theirs.register_forward_pre_hook(
+        lambda module, args, more: (args, {mine if k == other else k: v for k, v in more.items()}), with_kwargs=True
+    )
+    theirs.register_forward_hook(lambda module, args, out: ModelOutput(logits=out.logits, **{other: out.get(mine)}))
+    assert ask(Theirs(theirs, "renamed"), model(), kinds=["model", "decoding"]).passed
 
 
 def test_one_channel_of_many_is_enough():
