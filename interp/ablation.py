@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minimal_mamba import Add, Address, Edit, Mamba, Mean, Scale, Set, Zero, at
-from minimal_mamba.address import EVERYTHING, Span, selector
+from minimal_mamba.address import EVERYTHING, selector
 from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
 
@@ -70,7 +70,7 @@ def ablate(
         wanted = "run_[place] of a run" if how == "resample" else "with a mask, the mean itself, as mean_of makes it"
         raise EditError(f"{place}: {how} needs values, {wanted}.")
     if how == "resample" and values is not None:
-        axis = 1 if isinstance(place.layer, Span | tuple) else 0
+        axis = int(place.layer_axis)  # the batch's
         order = derangement(values.shape[axis] if values.dim() > axis else 1, seed)
         values = values.index_select(axis, order.to(values.device))
     if mask is not None:
@@ -148,7 +148,7 @@ def mean_of(
     Cost: one forward a batch, and one recording of the place.
     """
     several = [edits] if isinstance(edits, Edit) else list(edits)
-    axis = 1 if isinstance(place.layer, Span | tuple) else 0
+    axis = int(place.layer_axis)  # the batch's
     over = (axis,) if by_position or isinstance(place.pos, int) else (axis, axis + 1)
     total = count = before = None
     dtype = torch.float64

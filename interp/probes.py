@@ -143,7 +143,7 @@ def collect(
         raise InputError(f"batch={batch}: at least 1 row at a time.")
     ids, sizes = model.check(ids, lengths)
     every = Plan(model.config, (), places, torch.zeros_like(sizes), sizes)
-    axis = {a: int(a.layer is not None and not isinstance(a.layer, int)) for a in places}
+    axis = {a: int(a.layer_axis) for a in places}  # the batch's
     found: dict[Address, Tensor] = {}
     for i in range(0, len(ids), batch):
         some = slice(i, i + batch)

@@ -75,7 +75,7 @@ def contrast(place: Address, positive: Tensor, negative: Tensor) -> Direction:
         Marks & Tegmark 2023 (arXiv:2310.06824).
     """
     axes = sum(not isinstance(f, int) for f in place.features)
-    if axes == 0 or not (place.layer is None or isinstance(place.layer, int)):
+    if axes == 0 or place.layer_axis:
         raise EditError(f"{place}: a direction lives in one layer, with at least one feature axis left by the address.")
     means = []
     for what, values in (("positive", positive), ("negative", negative)):

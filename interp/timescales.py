@@ -202,7 +202,7 @@ def gradient_field(
     site = at.embed() if site is None else site
     sizes = model.check(ids, lengths, state)[1]
     axes = sum(not isinstance(f, int) for f in site.features)
-    if site.pos != EVERYTHING or axes != 1 or not (site.layer is None or isinstance(site.layer, int)):
+    if site.pos != EVERYTHING or axes != 1 or site.layer_axis:
         raise InputError(f"site={site}: name a site with one vector a position, of one layer, and all positions.")
     found = gradients(model, ids, metric, wrt=[site], edits=edits, lengths=lengths, state=state, backend=backend)[site]
     norms = along(found.norm(dim=-1), ids.shape[1])  # (b, l)

@@ -99,6 +99,11 @@ class Address:
         """The site's row in the table."""
         return ADDRESSABLE[self.site]
 
+    @property
+    def layer_axis(self) -> bool:
+        """Whether what it records has an axis of layers, in front: where a slice or a list names them."""
+        return isinstance(self.layer, Span | tuple)
+
     def __str__(self) -> str:
         parts = [] if self.layer is None else [f"layer={_show(self.layer)}"]
         parts.append(f"pos={_show(self.pos)}")

@@ -119,7 +119,7 @@ class Plan(Tap):
         value = edit.value if edit else None
         if value is not None:
             full = [len(layers), len(rows), pos.shape[1], *map(len, index)]
-            gone = [not isinstance(address.layer, Span | tuple), False, *dropped]
+            gone = [not address.layer_axis, False, *dropped]
             value = (
                 fit_basis(source, value, full, gone) if isinstance(edit, Project) else fit(source, value, full, gone)
             )
@@ -146,7 +146,7 @@ class Plan(Tap):
         fields = zip(address.spec.features, address.features, strict=True)
         kept = [len(resolve(sel, self.config.size(axis), axis)) for axis, sel in fields]
         full = [len(first.layers), len(first.rows), first.pos.shape[1], *kept]
-        gone = [not isinstance(address.layer, Span | tuple), False, *first.dropped]
+        gone = [not address.layer_axis, False, *first.dropped]
         return tuple(size for size, g in zip(full, gone, strict=True) if not g)
 
     def present(self, source: Edit | Address) -> Tensor:
@@ -360,7 +360,7 @@ class Plan(Tap):
         out = torch.cat([p.to(wide) for p in parts], -1) if len(parts) > 1 else parts[0]  # (layers, b, P, *features)
         address = items[0].source
         assert isinstance(address, Address)
-        gone = [0] if not isinstance(address.layer, Span | tuple) else []
+        gone = [] if address.layer_axis else [0]
         gone += [2 + a for a, g in enumerate(items[0].dropped) if g]
         return out.squeeze(tuple(gone)) if gone else out
 
