@@ -94,9 +94,7 @@ class Plan(Tap):
     # -- making the plan ------------------------------------------------------------------------------------------
 
     def _resolve(self, source: Edit | Address) -> list[Item]:
-        edit = source if isinstance(source, Edit) else None
-        address = edit.address if edit else source
-        assert isinstance(address, Address)
+        edit, address = source if isinstance(source, Edit) else None, _address(source)
         b, spec = len(self.start), address.spec
         layers: list[int | None] = [None]
         if address.layer is not None:
@@ -142,7 +140,7 @@ class Plan(Tap):
     def shape(self, source: Edit | Address) -> tuple[int, ...]:
         """Shape of what an address of this plan records."""
         items = self.of[id(source)]
-        first, address = items[0], source.address if isinstance(source, Edit) else source
+        first, address = items[0], _address(source)
         fields = zip(address.spec.features, address.features, strict=True)
         kept = [len(resolve(sel, self.config.size(axis), axis)) for axis, sel in fields]
         full = [len(first.layers), len(first.rows), first.pos.shape[1], *kept]
@@ -155,7 +153,7 @@ class Plan(Tap):
 
     def columns(self, source: Edit | Address) -> list[int]:
         """What the columns of a slice's recording are: offsets from the rows' own ends, or counts from its start."""
-        pos, sel = self.of[id(source)][0].pos, (source.address if isinstance(source, Edit) else source).pos
+        pos, sel = self.of[id(source)][0].pos, _address(source).pos
         if not (isinstance(sel, Span) and sel.from_end):
             return [*range(pos.shape[1])]
         return (pos - self.origin[:, None]).where(pos >= 0, -self.origin.max() - 1).amax(0).tolist()
@@ -209,11 +207,10 @@ class Plan(Tap):
         where = () if everywhere else index_of(item, value.device)
         old = value if everywhere else value[where]  # (R, c, *features)
         share = item.share(layer)
-        if share is not None and not isinstance(item.edit, Project) and share.shape[1] > 1:
-            share = share[:, item.cols]
-        if share is not None:
-            share = share if isinstance(item.edit, Project) else cast(item.edit, item.visible(share, 2), old.dtype)
-            share = share.to(old.device)
+        if share is not None and not isinstance(item.edit, Project):  # a basis is the same at every place
+            share = share[:, item.cols] if share.shape[1] > 1 else share
+            share = cast(item.edit, item.visible(share, 2), old.dtype)
+        share = None if share is None else share.to(old.device)
         seen = item.visible(old, 2)
         valid = item.valid.to(value.device)
 
@@ -248,16 +245,15 @@ class Plan(Tap):
         else:
             old = value if where is None else value[where]  # (K, *features)
         share = item.share(layer)
-        if share is not None:
-            if not isinstance(item.edit, Project):
-                if len(i) == len(share) and share.shape[1] == 1:
-                    share = share[:, 0]  # each row its own, in order
-                else:
-                    share = share[i if share.shape[0] > 1 else 0, j if share.shape[1] > 1 else 0]
-                if share.dim() < old.dim():  # both were 1: one value for all rows
-                    share = share[None]
-                share = cast(item.edit, item.visible(share, 1), old.dtype)
-            share = share.to(old.device)
+        if share is not None and not isinstance(item.edit, Project):
+            if len(i) == len(share) and share.shape[1] == 1:
+                share = share[:, 0]  # each row its own, in order
+            else:
+                share = share[i if share.shape[0] > 1 else 0, j if share.shape[1] > 1 else 0]
+            if share.dim() < old.dim():  # both were 1: one value for all rows
+                share = share[None]
+            share = cast(item.edit, item.visible(share, 1), old.dtype)
+        share = None if share is None else share.to(old.device)
         seen = item.visible(old, 1)
         new = item.edit.new(seen, share, lambda: seen.mean(0, keepdim=True)).to(old.dtype).reshape(old.shape)
         keep = item.write[i]
@@ -358,11 +354,13 @@ class Plan(Tap):
         parts = [joined(item) for item in items]
         wide = parts[0].dtype if len(parts) == 1 else torch.promote_types(parts[0].dtype, parts[1].dtype)
         out = torch.cat([p.to(wide) for p in parts], -1) if len(parts) > 1 else parts[0]  # (layers, b, P, *features)
-        address = items[0].source
-        assert isinstance(address, Address)
-        gone = [] if address.layer_axis else [0]
+        gone = [] if _address(items[0].source).layer_axis else [0]
         gone += [2 + a for a, g in enumerate(items[0].dropped) if g]
         return out.squeeze(tuple(gone)) if gone else out
+
+
+def _address(source: Edit | Address) -> Address:
+    return source.address if isinstance(source, Edit) else source
 
 
 def _named(source: object, fn: Callable[..., list[int]], *args: object) -> list[int]:
