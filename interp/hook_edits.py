@@ -132,7 +132,7 @@ class Compiled:
             times = self.times[layer]
             return records[at.ssm_state(layer=layer, pos=times)][:, times.index(_time(point))]
         if point.kind == A:
-            return -torch.exp(module.mixer.A_log)
+            return module.mixer.A(module.mixer.A_log.dtype)
         if point.kind == START:
             start = self.starts.get(layer)
             return self.model.initial_state(len(self.ids)).ssm_state[layer] if start is None else start

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minimal_mamba import Address, MambaConfig, at
-from minimal_mamba.block import Layer
+from minimal_mamba.block import Layer, wide
 from minimal_mamba.errors import AddressError, UnknownSiteError, nearest
 
 MODEL = {"hook_embed": "embed", "hook_norm": "final_norm", "hook_logits": "logits"}  # without a layer
@@ -84,12 +84,8 @@ class Derived:
 
 def _delta_2(layer: Layer, seen: Seen) -> Tensor:
     weight, bias, low = layer.mixer.dt_proj.weight, layer.mixer.dt_proj.bias, seen("dt_low")
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return F.linear(low, weight).to(wide) + bias.to(wide)  # as in Mixer.forward
-
-
-def _a(layer: Layer, like: Tensor) -> Tensor:
-    return -torch.exp(layer.mixer.A_log.to(like.dtype))  # (e, n)
+    w = wide(weight.dtype)
+    return F.linear(low, weight).to(w) + bias.to(w)  # as in Mixer.scan
 
 
 def _b_bar(layer: Layer, seen: Seen) -> Tensor:
@@ -112,7 +108,7 @@ DERIVED = {
     "hook_A_bar": Derived(
         ("dt",),
         "decay",
-        lambda layer, seen: torch.exp(seen("dt")[..., None] * _a(layer, seen("dt"))),
+        lambda layer, seen: torch.exp(seen("dt")[..., None] * layer.mixer.A(seen("dt").dtype)),
         lambda layer, seen, v: v,
     ),
     "hook_B_bar": Derived(

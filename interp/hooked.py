@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minimal_mamba import Mamba
+from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError, NotReached, NotRecorded, UnknownSiteError, nearest
 
 from .hook_edits import Compiled, HookFn, HookPoint
@@ -329,7 +330,7 @@ class HookedMamba:
             return None, kept
         if ids.shape[1] == 1:
             raise InputError(f"return_type={return_type!r}: rows of one token have no next token to be scored.")
-        logits = out.logits[:, :-1].to(torch.promote_types(out.logits.dtype, torch.float32))
+        logits = out.logits[:, :-1].to(wide(out.logits.dtype))
         loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none" if per_token else "mean")
         return (loss if return_type == "loss" else (out.logits, loss)), kept
 

@@ -12,6 +12,7 @@ the same either way.
 import torch
 from torch import Tensor
 
+from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError
 
 from .run import Run
@@ -22,7 +23,7 @@ Tokens = int | Tensor  # one id for all rows, or (b,)
 def _last(logits: Tensor | Run) -> Tensor:
     if isinstance(logits, Run):
         real = logits.last_logits[:, : logits.vocab_size]
-        return real.to(torch.promote_types(real.dtype, torch.float32))
+        return real.to(wide(real.dtype))
     if logits.dim() not in (2, 3):
         raise InputError(f"logits have shape {tuple(logits.shape)}; a metric takes (b, v) or (b, l, v).")
     last = logits if logits.dim() == 2 else logits[:, -1]
@@ -35,7 +36,7 @@ def _last(logits: Tensor | Run) -> Tensor:
             f"the logits of row {int(blank.nonzero()[0])} are all zero at the last position, as on padding, "
             "and others are not. Pass the run, which knows where each row ends: logit_diff(run_, ...)."
         )
-    return last.to(torch.promote_types(last.dtype, torch.float32))
+    return last.to(wide(last.dtype))
 
 
 def _pick(scores: Tensor, tokens: Tokens) -> Tensor:

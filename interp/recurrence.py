@@ -59,7 +59,7 @@ def recurrence(model: Mamba, out: Run, layer: int, state: MambaState | None) -> 
     """One layer's `Recurrence`, from a run that recorded `recurrence_sites(layer)`."""
     dt, u, B, C = (on_tokens(out, a).to(wide(model.dtype)) for a in recurrence_sites(layer))
     before = model.initial_state(len(out.ids)) if state is None else state
-    A = -torch.exp(model.backbone.layers[layer].mixer.A_log.to(dt.dtype))
+    A = model.backbone.layers[layer].mixer.A(dt.dtype)
     return Recurrence(dt, u, B, C, A, before.ssm_state[layer])
 
 

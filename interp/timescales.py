@@ -77,7 +77,7 @@ def half_lives(model: Mamba, dt: Tensor | float | None = None) -> Tensor:
             f"dt has shape {tuple(given.shape)}, smallest {float(given.min()):.3g}; give one number, ({c.d_inner},) "
             f"or ({c.n_layer}, {c.d_inner}), none below 0."
         )
-    rates = torch.stack([layer.mixer.A_log.to(given.dtype).exp() for layer in model.backbone.layers])  # (layers, e, n)
+    rates = -torch.stack([layer.mixer.A(given.dtype) for layer in model.backbone.layers])  # (layers, e, n)
     return math.log(2) / (given.expand(c.n_layer, c.d_inner)[..., None] * rates)
 
 

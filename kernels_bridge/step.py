@@ -32,7 +32,7 @@ def weights(mixer: Mixer) -> Weights:
     m, w = mixer, wide(mixer.x_proj.weight.dtype)
     conv = m.conv1d.weight.squeeze(1).to(w)
     bias = conv.new_zeros(len(conv)) if m.conv1d.bias is None else m.conv1d.bias.to(w)
-    A, D, dt_bias = -torch.exp(m.A_log.to(w)), m.D.to(w), m.dt_proj.bias.to(w)
+    A, D, dt_bias = m.A(w), m.D.to(w), m.dt_proj.bias.to(w)
     return Weights(m.in_proj.weight, m.in_proj.bias, conv, bias, m.x_proj.weight, m.dt_proj.weight, dt_bias, A, D,
                    m.out_proj.weight, m.out_proj.bias)  # fmt: skip
 

@@ -121,8 +121,11 @@ class Mixer(nn.Module):
             dt = dt * mask[:, :, None]  # no time passes on padding: decay 1, nothing written
         dt = tap("dt", dt)
 
-        A = -torch.exp(self.A_log.to(h.dtype))  # (e, n)
-        return ops.scan(u, dt, A, B, C, h, tap=tap)
+        return ops.scan(u, dt, self.A(h.dtype), B, C, h, tap=tap)
+
+    def A(self, dtype: torch.dtype) -> Tensor:
+        """A = -exp(A_log) (e, n), the rates < 0 at which states decay, in this type."""
+        return -torch.exp(self.A_log.to(dtype))
 
 
 class Layer(nn.Module):

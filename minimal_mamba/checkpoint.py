@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .block import wide
 from .config import MambaConfig
 from .errors import CheckpointError, ConfigError
 from .files import write_files
@@ -341,7 +342,7 @@ def _assemble(
     def copy(name: str, tensor: Tensor) -> Tensor:
         own = dtype
         if dtype is not None and name.endswith((".A_log", ".D")):
-            own = torch.promote_types(dtype, torch.float32)
+            own = wide(dtype)
         return tensor.detach().to(device, own, copy=True, memory_format=torch.contiguous_format)
 
     model.load_state_dict({name: copy(name, tensor) for name, tensor in found.items()}, strict=False, assign=True)

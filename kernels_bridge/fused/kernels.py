@@ -105,7 +105,7 @@ class Kernels:
         mixed = self.mamba_inner_fn(
             xz, m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight,
             None,  # the bias of out_proj: its backward there sums over all axes
-            -torch.exp(m.A_log.to(w)), None, None, m.D.to(w), delta_bias=m.dt_proj.bias.to(w), delta_softplus=True,
+            m.A(w), None, None, m.D.to(w), delta_bias=m.dt_proj.bias.to(w), delta_softplus=True,
         )[:, : x.shape[1]]  # fmt: skip
         return mixed if m.out_proj.bias is None else mixed + m.out_proj.bias.to(mixed.dtype)
 

@@ -52,12 +52,11 @@ def operations(case: str, ops: Ops, true: Ours, model: Mamba, ids: Tensor, posit
         b, e, n, k = len(ids), model.config.d_inner, model.config.d_state, model.config.d_conv
         bias = () if m.conv1d.bias is None else (m.conv1d.bias.detach(),)
         conv = (seen["x", i].to(dtype), m.conv1d.weight.detach().squeeze(1), *bias, drawn(b, e, k, like=dtype))
-        A = -torch.exp(m.A_log.detach().to(w))
         steps = seen["dt", i].clone()  # 5e-2 to 2 mostly: a channel of shorter and one of longer ones than any model's
         steps[..., 0] *= 1e-4
         steps[..., -1] *= 30
         u, B, C = (seen[site, i].to(dtype) for site in ("u", "B", "C"))
-        scan = (u, steps.to(w), A, B, C, drawn(b, e, n, like=w))
+        scan = (u, steps.to(w), m.A(w).detach(), B, C, drawn(b, e, n, like=w))
         names = ("x", "weight", *("bias",) * len(bias), "window")
         rows += _one(case, "conv", i, ops, conv, names, positions, dtype)
         rows += _one(case, "scan", i, ops, scan, ("u", "dt", "A", "B", "C", "h"), positions, dtype)
