@@ -18,7 +18,7 @@ from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
 
 from .recurrence import columns, present
-from .run import run
+from .run import each, run
 
 Which = int | slice | Sequence[int]
 EVERY = slice(None)
@@ -147,7 +147,7 @@ def mean_of(
         InputError: no batches, or batches that disagree about the positions.
     Cost: one forward a batch, and one recording of the place.
     """
-    several = [edits] if isinstance(edits, Edit) else list(edits)
+    several = each(edits, Edit)
     axis = int(place.layer_axis)  # the batch's
     over = (axis,) if by_position or isinstance(place.pos, int) else (axis, axis + 1)
     total = count = before = None

@@ -21,7 +21,7 @@ from minimal_mamba.errors import AddressError, EditError, InputError
 from minimal_mamba.sites import ADDRESSABLE, RECURRENT_STATE
 from minimal_mamba.tap import ScanInputs, Toward
 
-from .run import Lengths, Metric, Run, apply_metric, differentiate, run
+from .run import Lengths, Metric, Run, apply_metric, differentiate, each, run, same_shape
 from .sweep import Grid
 from .sweep.parts import groups
 from .sweep.patch import chosen_layers, chosen_positions
@@ -100,16 +100,12 @@ def attribution_grid(
         axes = ", ".join(kept)
         raise InputError(f"keep={keep!r}: {site} has the feature axes {axes}; keep one of them, or None.")
     (ids, sizes), (donor_ids, _) = model.check(ids, lengths, state), model.check(donor_ids, lengths, donor_state)
-    if ids.shape != donor_ids.shape:
-        raise InputError(
-            f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
-            "rows and positions must match."
-        )
+    same_shape(ids, donor_ids)
     ids, donor_ids = (given[:, : int(sizes.max())] for given in (ids, donor_ids))  # the rest is padding in every row
     rows = chosen_layers(layers, site, model.config.n_layer)
     if any(len(row) > 1 for row in rows):
         raise InputError(f"layers={layers!r}: an attribution is of one layer; patch_grid patches several together.")
-    changes = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    changes = each(edits, Edit)
     if (
         steps
         and path == "embed"

@@ -33,7 +33,7 @@ from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 
 from .cutter import Cutter, LayerCuts, layer_cuts
 from .recurrence import of_tokens
-from .run import Lengths, Run, _each, run, span
+from .run import Lengths, Run, each, run, span
 
 ROUTES = ("scan", "conv", "selection", "all")
 Baseline = str | Tensor
@@ -148,7 +148,7 @@ def knockout(
     b, l = ids.shape
     layers = cuts_of(model, found, sizes, l)
     blocks = 1 + max(len(layer.slots) for layer in layers.values())
-    changes, places = _each(edits, Edit), _each(record, Address)
+    changes, places = each(edits, Edit), each(record, Address)
     start, stop = span(ids, sizes, None)
     plans = [Plan(model.config, changes, (), start, stop) for _ in range(blocks)]
     kept = Plan(model.config, (), places, start, stop)

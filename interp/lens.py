@@ -21,7 +21,7 @@ from minimal_mamba.block import LayerNorm, RMSNorm, wide
 from minimal_mamba.errors import EditError, InputError
 
 from .recurrence import local, one_position, outside, recurrence, recurrence_sites
-from .run import Lengths, Run, run
+from .run import Lengths, Run, each, run
 
 AXES = {"pos": "l", "e": "e", "n": "n"}
 
@@ -48,7 +48,7 @@ def logit_lens(
     Cost: one forward, and the head layers + 1 times; with `tokens` one layer's (b, positions, v) at a time.
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
-    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    edits = each(edits, Edit)
     for edit in edits:
         if getattr(edit, "address", None) is not None and edit.address.site in ("final_norm", "logits"):
             raise EditError(f"{edit}: the lens reads the residual stream, before {edit.address.site}. Leave it out.")
@@ -123,9 +123,7 @@ def direct_logit(
     Source: direct logit attribution as in Elhage et al. 2021, "A mathematical framework for transformer circuits", with
         the layernorm held as TransformerLens's `apply_ln_to_stack` holds it.
     """
-    return _direct(
-        model, ids, answer, foil, pos, [edits] if isinstance(edits, Edit) else edits, lengths, state, backend, []
-    )[0]
+    return _direct(model, ids, answer, foil, pos, each(edits, Edit), lengths, state, backend, [])[0]
 
 
 @dataclass(frozen=True, eq=False)

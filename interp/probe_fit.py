@@ -14,17 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minimal_mamba.errors import InputError, MambascopeError
+from minimal_mamba.errors import InputError, MissingExtra
 
 PENALTIES = tuple(10.0**i for i in range(-1, 5))  # of a sum of squares over rows, on coordinates of variance one
 INNER = 3  # folds of the inner cross-validation
 FLAT = 1e-7  # of its own size: a coordinate that varies by less is constant
 Z95 = 1.96
 DRAWS = 1000  # of the bootstrap
-
-
-class MissingExtra(MambascopeError, ImportError):
-    """A package of one of mambascope's extras is not installed."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from .probe_rows import (
     same_so_far,
 )
 from .recurrence import present
-from .run import Lengths, run
+from .run import Lengths, each, run
 
 FOLDS = 5
 
@@ -138,7 +138,7 @@ def collect(
     Returns:
         address -> on the CPU, what one run of all rows would record, NaN in the cells of a slice that a row lacks.
     """
-    places = [record] if isinstance(record, Address) else list(record)
+    places = each(record, Address)
     if batch < 1:
         raise InputError(f"batch={batch}: at least 1 row at a time.")
     ids, sizes = model.check(ids, lengths)

@@ -13,7 +13,7 @@ from minimal_mamba.address import resolve, selector
 from minimal_mamba.block import wide
 from minimal_mamba.errors import EditError, InputError
 
-from .run import Run, span
+from .run import Run, each, span
 
 INSIDE = ("decay", "state_write", "ssm_state", "state_read", "recurrent_state", "y")
 
@@ -118,7 +118,7 @@ def one_position(pos: int) -> int:
 
 def outside(edits: Edit | Iterable[Edit], layers: Sequence[int], n_layer: int) -> list[Edit]:
     """The edits as a list; raises EditError for one that overrules what these layers' dt, B, C and u make."""
-    several = [edits] if isinstance(edits, Edit) else list(edits)
+    several = list(each(edits, Edit))
     for edit in several:
         place = getattr(edit, "address", None)  # what is no edit, `run` refuses
         if place is None or place.site not in INSIDE:

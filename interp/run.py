@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels_bridge import resolve
 from minimal_mamba import Address, Edit, Mamba, MambaState, Plan
 from minimal_mamba.block import wide
-from minimal_mamba.errors import EditError, InputError, MambascopeError, NotRecorded
+from minimal_mamba.errors import EditError, InputError, MetricError, NotRecorded
 from minimal_mamba.item import Probe
 from minimal_mamba.tap import NO_TAP, Toward
 
@@ -95,7 +95,7 @@ def run(
         NotReached: an edit or recording did not happen.
     Cost: one forward; on `torch` each position that an edit of the recurrence touches costs one readable step.
     """
-    return _run(model, ids, _each(edits, Edit), _each(record, Address), backend, state, keep_state, lengths, last_only)
+    return _run(model, ids, each(edits, Edit), each(record, Address), backend, state, keep_state, lengths, last_only)
 
 
 def _run(
@@ -154,7 +154,7 @@ def generate(
     ids, sizes = model.check(ids, lengths)
     b, l = ids.shape
     start = torch.zeros(b, dtype=torch.long)
-    plan = Plan(model.config, _each(edits, Edit), _each(record, Address), start, sizes + n_tokens - 1, origin=sizes)
+    plan = Plan(model.config, each(edits, Edit), each(record, Address), start, sizes + n_tokens - 1, origin=sizes)
     draw = torch.Generator(model.device).manual_seed(int(seed))
     heat = max(float(temperature), torch.finfo(torch.float32).tiny)
     chosen, steps, lost = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -248,7 +248,7 @@ def gradients(
     Cost: memory of what is asked, and on `torch` no readable steps for `ssm_state`, `state_write` and all sites along
         the sequence.
     """
-    places, changes = list(dict.fromkeys(_each(wrt, Address))), _each(edits, Edit)
+    places, changes = list(dict.fromkeys(each(wrt, Address))), each(edits, Edit)
     if not places:
         raise InputError("wrt is empty: name at least one address, at.<site>(...).")
     return differentiate(model, ids, metric, places, changes, backend, state, lengths)[0]
@@ -286,14 +286,11 @@ def differentiate(
         last = lengths is not None
         done = _run(model, ids, [*changes, *probes], (), backend, state, False, lengths, last, moves)
         values = apply_metric(metric, done.logits)
-        if not values.requires_grad:
-            raise MetricError("the metric gave numbers without a gradient (an argmax, an accuracy, a detached tensor).")
-        leaves = [move.size for move in moves.values()]
-        found = torch.autograd.grad(values.sum(), [*zeros, *leaves], materialize_grads=True)
+        found = gradient(values, [*zeros, *(move.size for move in moves.values())])
     return Gradients(values.detach(), dict(zip(places, found, strict=False))), list(found[len(places) :])
 
 
-def _each(given: Iterable[T] | T, kind: type[T]) -> tuple[T, ...]:
+def each(given: Iterable[T] | T, kind: type[T]) -> tuple[T, ...]:
     """One edit or address, or several, as a tuple; raises EditError for one in the place of the other."""
     several = (given,) if isinstance(given, Edit | Address) else tuple(given)
     for one in several:
@@ -323,5 +320,17 @@ def apply_metric(metric: Metric, logits: Tensor) -> Tensor:
     return values
 
 
-class MetricError(MambascopeError, ValueError):
-    """A metric that does not give one number a row, or that changes the logits."""
+def gradient(values: Tensor, wrt: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradient of what `apply_metric` gave, summed over the rows; zero where it does not depend on something."""
+    if not values.requires_grad:
+        raise MetricError("the metric gave numbers without a gradient (an argmax, an accuracy, a detached tensor).")
+    return torch.autograd.grad(values.sum(), wrt, materialize_grads=True)
+
+
+def same_shape(ids: Tensor, donor_ids: Tensor) -> None:
+    """Raises InputError where base and donor are not as many rows of one length."""
+    if ids.shape != donor_ids.shape:
+        raise InputError(
+            f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
+            "rows and positions must match."
+        )

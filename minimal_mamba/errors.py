@@ -1,4 +1,4 @@
-"""Every error of the toolkit: what was asked, what is true here, what to do.
+"""The errors of `minimal_mamba`, `kernels_bridge` and `interp`: what was asked, what is true here, what to do.
 
 All share one base, `MambascopeError`, and each is also the builtin that a caller would expect.
 """
@@ -52,6 +52,14 @@ class NotRecorded(MambascopeError, KeyError):
 
 class BackendUnavailable(MambascopeError, RuntimeError):
     """A backend was asked for by name and cannot run here."""
+
+
+class MissingExtra(MambascopeError, ImportError):
+    """A package of one of mambascope's extras is not installed."""
+
+
+class MetricError(MambascopeError, ValueError):
+    """A metric that does not give one number a row, gives one without a gradient, or changes the logits."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

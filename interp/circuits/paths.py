@@ -13,7 +13,7 @@ from tqdm import tqdm
 from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.errors import AddressError, EditError, InputError
 
-from ..run import Lengths, Metric, MetricError, apply_metric
+from ..run import Lengths, Metric, apply_metric, gradient, same_shape
 from .graph import Edge, Group, position
 from .graph import edges as all_edges
 from .views import Values, layout, send
@@ -207,13 +207,9 @@ def edge_attribution(
                 alphas[group][..., where] = point
                 alphas[group].requires_grad_()
             scores = apply_metric(metric, send(model, ids, values, alphas, fixed, lengths, backend)[0])
-            if not scores.requires_grad:
-                raise MetricError(
-                    "the metric gave numbers without a gradient (an argmax, an accuracy, a detached tensor)."
-                )
-            found = torch.autograd.grad(scores.sum(), list(alphas.values()), materialize_grads=True)
-        for group, gradient in zip(alphas, found, strict=True):
-            total[group] += gradient[0] / len(points)
+            found = gradient(scores, list(alphas.values()))
+        for group, slope in zip(alphas, found, strict=True):
+            total[group] += slope[0] / len(points)
     found_at = [total[e.group][:, position(e.receiver)] for e in named]
     effects = torch.stack(found_at) if named else base.new_zeros(0, len(base))
     donor = _donor(metric, values, lengths)
@@ -225,11 +221,7 @@ def check(
 ) -> tuple[Tensor, Tensor, list[Edge]]:
     """The two prompts, without what is padding in every row, and the edges, all there are if None, once all fit."""
     (ids, sizes), (donor_ids, _) = model.check(ids, lengths), model.check(donor_ids, lengths)
-    if ids.shape != donor_ids.shape:
-        raise InputError(
-            f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
-            "rows and positions must match."
-        )
+    same_shape(ids, donor_ids)
     layers, l = model.config.n_layer, int(sizes.max())
     named = list(all_edges(model.config, l) if edges is None else edges)
     for edge in named:

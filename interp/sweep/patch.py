@@ -17,7 +17,7 @@ from minimal_mamba.provenance import model_digest
 from minimal_mamba.sites import ADDRESSABLE
 
 from ..ablation import set_where
-from ..run import Lengths, Metric, run
+from ..run import Lengths, Metric, run, same_shape
 from .engine import MEMORY, run_cells
 from .grid import Grid, Layers
 from .parts import Part, check
@@ -96,11 +96,7 @@ def patch_grid(
     ids, sizes = model.check(ids, lengths)
     if donor_ids is not None:
         donor_ids, _ = model.check(donor_ids)
-        if ids.shape != donor_ids.shape:
-            raise InputError(
-                f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
-                "rows and positions must match."
-            )
+        same_shape(ids, donor_ids)
     _check_source(source, donor_ids, both, len(ids))
     if source != "noise" and (std, seed) != (1.0, 0):
         raise EditError(f"std={std}, seed={seed} are of source='noise'; source={source!r} draws nothing.")
