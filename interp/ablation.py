@@ -17,7 +17,7 @@ from minimal_mamba.address import EVERYTHING, selector
 from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
 
-from .recurrence import columns, present
+from .positions import columns, present
 from .run import each, run
 
 Which = int | slice | Sequence[int]

@@ -28,7 +28,8 @@ from minimal_mamba import Mamba, at
 from minimal_mamba.address import Selector, resolve, selector
 from minimal_mamba.errors import InputError, nearest
 
-from .recurrence import Recurrence, on_tokens, one_layer, recurrence, recurrence_sites
+from .positions import on_tokens, one_layer
+from .recurrence import Recurrence, recurrence, recurrence_sites
 from .run import Lengths, run
 
 FORMS = ("scan", "block")

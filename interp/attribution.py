@@ -21,6 +21,7 @@ from minimal_mamba.errors import AddressError, EditError, InputError
 from minimal_mamba.sites import ADDRESSABLE, RECURRENT_STATE
 from minimal_mamba.tap import ScanInputs, Toward
 
+from .positions import from_start
 from .run import Lengths, Metric, Run, apply_metric, differentiate, each, run, same_shape
 from .sweep import Grid
 from .sweep.parts import groups
@@ -130,7 +131,7 @@ def attribution_grid(
             effect, base, donor = pair.cells(site, wanted, columns, keep, steps, bar.update)
         else:
             whole, base, donor = pair.everywhere(site, wanted, keep, steps, bar.update)  # (layers, l, [keep,] b)
-            local = torch.stack([sizes + p if p < 0 else torch.full_like(sizes, p - start) for p in columns])
+            local = torch.stack([from_start(p, sizes + start) - start for p in columns])
             index = local.to(whole.device).reshape(1, len(columns), *[1] * (whole.dim() - 3), len(ids))
             effect = whole.gather(1, index.expand(len(wanted), -1, *whole.shape[2:]))
     parts = tuple(groups(model, keep)) if keep else None

@@ -32,7 +32,7 @@ from minimal_mamba.block import wide
 from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 
 from .cutter import Cutter, LayerCuts, layer_cuts
-from .recurrence import of_tokens
+from .positions import of_tokens
 from .run import Lengths, Run, each, run, span
 
 ROUTES = ("scan", "conv", "selection", "all")

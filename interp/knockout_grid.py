@@ -20,7 +20,7 @@ from minimal_mamba.errors import InputError
 from .cutter import Cutter
 from .knockout import Baseline, Knockout, baseline_of, cuts_of
 from .logits import Logits
-from .recurrence import one_position
+from .positions import one_position
 from .run import Lengths, Metric, apply_metric, span
 from .sweep.base import Base
 from .sweep.patch import LayerSpec, chosen_layers

@@ -20,7 +20,8 @@ from minimal_mamba.address import resolve, selector
 from minimal_mamba.block import LayerNorm, RMSNorm, wide
 from minimal_mamba.errors import EditError, InputError
 
-from .recurrence import local, one_position, outside, recurrence, recurrence_sites
+from .positions import local, one_position
+from .recurrence import outside, recurrence, recurrence_sites
 from .run import Lengths, Run, each, run
 
 AXES = {"pos": "l", "e": "e", "n": "n"}

@@ -10,6 +10,8 @@ from torch import Tensor
 from minimal_mamba.address import resolve, selector
 from minimal_mamba.errors import AddressError, InputError
 
+from .positions import from_start
+
 
 def read_ints(**given: Any) -> list[int]:
     """Each as an int, numpy's and torch's too."""
@@ -142,8 +144,3 @@ def labels_at(labels: Any, pos: int, sizes: Tensor) -> Tensor:
     if y.dim() != 2 or len(y) != len(sizes) or y.shape[1] < int(sizes.max()):
         raise InputError(f"labels {tuple(y.shape)}: (b,), or (b, l) for {len(sizes)} rows of up to {int(sizes.max())}.")
     return y[torch.arange(len(sizes)), from_start(pos, sizes)]
-
-
-def from_start(pos: int, sizes: Tensor) -> Tensor:
-    """(b,) a position that is counted from each row's own end if negative, counted from its start."""
-    return sizes + pos if pos < 0 else torch.full_like(sizes, pos)

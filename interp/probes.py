@@ -28,10 +28,10 @@ from minimal_mamba.address import named_site, resolve, selector
 from minimal_mamba.errors import EditError, InputError, nearest
 from minimal_mamba.sites import ADDRESSABLE
 
+from .positions import from_start, present
 from .probe_fit import How, Space, commonest, decide, fit, interval, like, patterns, score
 from .probe_rows import (
     alike,
-    from_start,
     labels_at,
     permute,
     read_columns,
@@ -41,7 +41,6 @@ from .probe_rows import (
     read_labels,
     same_so_far,
 )
-from .recurrence import present
 from .run import Lengths, each, run
 
 FOLDS = 5

@@ -15,18 +15,8 @@ from minimal_mamba.address import EVERYTHING
 from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError
 
-from .recurrence import (
-    along,
-    local,
-    of_tokens,
-    one_layer,
-    one_position,
-    outside,
-    present,
-    recurrence,
-    recurrence_sites,
-    tokens,
-)
+from .positions import along, local, of_tokens, one_layer, one_position, present, tokens
+from .recurrence import outside, recurrence, recurrence_sites
 from .run import Lengths, Metric, gradients, run
 
 
@@ -235,7 +225,6 @@ def state_flow(
     """Split each state, and what is read of it, into what this token wrote and what was kept of the past.
 
         h_t = write_t + keep_t, keep_t = decay_t h_{t-1}        y_t = C_t write_t + C_t keep_t
-
 
     Raises:
         EditError: an edit inside this layer's recurrence, and what `run` raises.
