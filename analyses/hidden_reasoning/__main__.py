@@ -18,7 +18,7 @@ from minimal_mamba.files import write_text
 
 from .errors import TaskError, TrainingError
 from .experiments.accuracy import Score, packed, score
-from .experiments.results import Results, fingerprint
+from .experiments.results import RESULTS, Results, fingerprint
 from .organism import load_folder, load_settings, organism_folder, write_organism
 from .task import MASKED, Task
 from .task.shortcuts import bounds
@@ -31,7 +31,6 @@ QUICK = {
     "decay_steps": 12, "log_every": 20, "save_every": 60,
 }  # fmt: skip
 EVALUATION_SEED = 0
-RESULTS = Path(__file__).parent / "results"
 
 
 @app.command()

@@ -12,10 +12,9 @@ from .drawing.probes import layers_of
 from .drawing.trainings import GROUPS, LOSSES, scores
 from .experiments.accuracy import Score, wilson
 from .experiments.curves import DEPTHS
-from .experiments.results import Read, ResultsError, read, together
+from .experiments.results import RESULTS, Read, ResultsError, read, together
 from .organism import MODELS
 
-RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "README.md"
 
 
@@ -36,8 +35,8 @@ def few(share: float, n: int) -> str:
 
 
 @dataclass(frozen=True)
-class Results:
-    """The parts of the results files of a folder."""
+class Folder:
+    """A folder of results files: `results["patch-masked"]` is what one of them holds, part by part."""
 
     folder: Path
 
@@ -49,7 +48,7 @@ class Results:
         return read(self.folder / f"{name}.json", name.split("-")[0])
 
 
-def models(results: Results) -> str:
+def models(results: Folder) -> str:
     """What ships."""
     rows = []
     for name in ("masked", "doublethink", "transformer", "state_only", "shallow"):
@@ -67,7 +66,7 @@ def models(results: Results) -> str:
     return table(["model", "size", "to length", "training, one core", "command"], rows)
 
 
-def accuracy(results: Results) -> str:
+def accuracy(results: Folder) -> str:
     """Exact final answers by length, the text before it given, and rows written whole."""
     masked, shown = scores(results["evaluate-masked"]), scores(results["evaluate-masked"], "shown")
     others = [scores(results[f"evaluate-{name}"]) for name in ("state_only", "transformer", "doublethink")]
@@ -82,7 +81,7 @@ def accuracy(results: Results) -> str:
     return table([*head, "`state_only`", "`transformer`", "`doublethink`", "best shortcut"], rows)
 
 
-def shortcuts(results: Results) -> str:
+def shortcuts(results: Folder) -> str:
     """What the best functions of less than the whole prompt reach."""
     found = {acts: results[f"shortcuts-masked-{acts}"]["bounds"] for acts in ("arithmetic", "s5")}
     rows = [
@@ -100,7 +99,7 @@ def shortcuts(results: Results) -> str:
     return table(["best function of", "arithmetic, 6", "arithmetic, 12", "S5, 6", "S5, 12"], rows)
 
 
-def losses(results: Results) -> str:
+def losses(results: Folder) -> str:
     """Steps until all of lengths 1 to 6 are solved, by loss and depth."""
     found = results["curves-all"]
     rows = []
@@ -114,7 +113,7 @@ def losses(results: Results) -> str:
     return table(["loss", "2 layers: solved at step", "longest", "6 layers: solved at step", "longest"], rows)
 
 
-def depth(results: Results) -> str:
+def depth(results: Folder) -> str:
     """The longest length that is solved, by depth."""
     rows = []
     for name, caption in (("depth", "to length 12"), ("reach", "to length 16")):
@@ -193,7 +192,7 @@ def _handed(rows: list[Read]) -> tuple[Read, str]:
     return worst, f"{value['alone']} of {value['of']} cases ({low:.1%} .. {high:.1%})"
 
 
-def where(results: Results) -> str:
+def where(results: Folder) -> str:
     """Where the running value is, in the model `masked`."""
     differ = results.whole("patch-masked")["key"]["differ"]
     found, probes = results["patch-masked"], results["probe-masked"]
@@ -259,7 +258,7 @@ def where(results: Results) -> str:
     )
 
 
-def shifted(results: Results) -> str:
+def shifted(results: Folder) -> str:
     """Hand-overs from one step to another, by the steps between them and the operations of the prompts."""
     found = {int(k.split()[1]): v for k, v in results["patch-masked"].items() if k.startswith("shifted, ")}
     most = max(found) - 2
@@ -276,7 +275,7 @@ def shifted(results: Results) -> str:
     return table(["donor's step - base's", *heads], rows)
 
 
-def overt(results: Results) -> str:
+def overt(results: Folder) -> str:
     """Hidden and overt value, in the model `doublethink`."""
     found = results["patch-doublethink"]
     between, pairs = _between(found)[:-1], found["value: pairs"]
@@ -307,7 +306,7 @@ def overt(results: Results) -> str:
     )
 
 
-def alone(results: Results) -> str:
+def alone(results: Folder) -> str:
     """The model that has no conv's memory."""
     found, probes = results["patch-state_only"], results["probe-state_only"]
     none = _without(found)
@@ -337,7 +336,7 @@ def _bullets(*lines: str) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-BLOCKS: dict[str, Callable[[Results], str]] = {
+BLOCKS: dict[str, Callable[[Folder], str]] = {
     "models": models, "accuracy": accuracy, "shortcuts": shortcuts, "losses": losses, "depth": depth, "where": where,
     "shifted": shifted, "overt": overt, "alone": alone,
 }  # fmt: skip
@@ -349,7 +348,7 @@ def page(text: str, folder: Path = RESULTS) -> str:
     Raises:
         ResultsError: results that are not there, or not whole. PageError: a page without the marks.
     """
-    results = Results(folder)
+    results = Folder(folder)
     together({path.stem: results.whole(path.stem) for path in sorted(folder.glob("*.json"))})
     for name, make in BLOCKS.items():
         try:

@@ -16,6 +16,7 @@ from minimal_mamba.errors import MambascopeError
 from minimal_mamba.files import write_json
 from minimal_mamba.provenance import digest, provenance
 
+RESULTS = Path(__file__).parents[1] / "results"  # what the study's page is made of
 VERSION = 1
 Read = dict[str, Any]
 
