@@ -23,11 +23,12 @@ Sources = Mapping[str, frozenset[int]]
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """What one block leaves out, as masks (b, l) of positions.
+    """What one block leaves out: at which positions, as masks (b, l).
 
     Args:
-        into: mixer_in is the baseline. every: the gate too. own: the token's own tap of the conv is given back.
-        mute: nothing is written. select: the block that dt_low, B and C are taken from.
+        into: `mixer_in` is the baseline there. every: the gate is made of the baseline too.
+        own: the token's own tap of the conv is put back, so that only later tokens miss it.
+        mute: nothing is written into the state. select: the number of the block whose dt_low, B and C are taken.
     """
 
     into: Tensor

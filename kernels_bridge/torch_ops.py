@@ -165,7 +165,7 @@ def _gone_on(move: Toward, states: list[Tensor]) -> Toward:
 
 
 class _Moved(Tap):
-    """A tap for the readable step at t, after which it makes the move; `rest` is the move after this token."""
+    """The tap of the readable step at t, which makes the move there, after the edits; `rest`: the move from then on."""
 
     def __init__(self, tap: Tap, move: Toward, A: Tensor, t: int):
         self.tap, self.move = tap, move

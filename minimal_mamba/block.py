@@ -140,10 +140,12 @@ class Layer(nn.Module):
         self, resid: Tensor, memory: Memory, mask: Tensor | None, tap: Tap, ops: Ops, normal: Tensor | None = None,
         following: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor | None, Memory]:  # fmt: skip
-        """Residual stream (b, l, d) and memory before the layer -> after it.
+        """The residual stream (b, l, d) and the memory before the layer -> the stream, its norm, the memory after it.
 
-        `normal` is the norm of the stream where the layer before has made it, as this one does with the `following`
-        norm if the backend can.
+        Args:
+            normal: the norm of the stream, if the layer before has taken it; else None.
+            following: the norm that comes after this layer. A backend with `add_norm` takes it together with the sum;
+                otherwise None comes in its place, and the next layer takes it.
         """
         resid = tap("resid_pre", resid)
         if normal is None or tap.touches("resid_pre"):

@@ -129,8 +129,16 @@ class Item:
 def positions(
     address: Address, rows: list[int], write: Tensor, source: Edit | Address, start: Tensor, stop: Tensor, ends: Tensor
 ) -> Tensor:
-    """(R, P) positions, -1 where a row has none. A column is one offset from the rows' own ends where a slice
-    starts with a negative number, else one count from the first position that the row has of it.
+    """The positions (R, P) that an address means in each row, -1 where a row has none.
+
+    Columns line up over the rows: where a slice starts with a negative number, a column is an offset from each row's
+    own end; otherwise column j is the j-th of the positions that a row has.
+
+    Args:
+        write: (R,) bool: the rows that must have the positions.
+        start, stop: (b,) first position of each row, and one past its last. ends: what negative positions count from.
+    Raises:
+        AddressError: a row that must have a position has it not, or has one twice.
     """
     sel, found = address.pos, dict[tuple[object, ...], dict[int, int]]()  # rows that are alike are looked at once
     from_end = isinstance(sel, Span) and sel.from_end

@@ -132,7 +132,7 @@ class Mamba(nn.Module):
         self, ids: Tensor, sizes: Tensor, state: MambaState | None, keep_state: bool, last_only: bool, tap: Tap,
         ops: Ops,
     ) -> MambaOutput:  # fmt: skip
-        """`forward` of what `check` gives: for callers that know their ids and their state, one token after another."""
+        """`forward` without its checks, of ids and sizes as `check` gives them: for callers that go token by token."""
         b, l = ids.shape
         mask = self.mask(sizes, l)  # (b, l)
         start = torch.zeros(b, dtype=torch.long) if state is None else state.position

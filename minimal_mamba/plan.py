@@ -80,8 +80,11 @@ class Plan(Tap):
             self.items.setdefault((item.site, layer), []).append(item)
 
     def beside(self, other: "Plan", first: int, taken: Callable[[str, int | None], bool]) -> None:
-        """Take in another plan's edits of the sites and layers that are `taken`, at the same absolute positions; its
-        row 0 is this plan's row `first`."""
+        """Take in those of another plan's edits whose site and layer are `taken`, at the same absolute positions.
+
+        Args:
+            first: which of this plan's rows is row 0 of the other.
+        """
         for item in other.edits():
             layers = [layer for layer in item.layers if taken(item.site, layer)]
             if layers:

@@ -1,7 +1,8 @@
 """The two recurrences of Mamba, one token at a time: the causal convolution and the selective scan.
 
-These are the readable operations. A backend replaces `Ops.conv` and `Ops.scan`, with the same meaning: up to the first
-position that an edit touches, one readable step there, on to the next, the state handed from one to the other.
+`causal_conv` and `selective_scan` are the readable operations. A backend puts others in their place (`Ops`) that mean
+the same: it runs the stretches that no edit touches in its own way and takes one readable step at each position that
+an edit touches, the state handed from one to the next.
 """
 
 from collections.abc import Callable
@@ -94,24 +95,25 @@ def selective_scan(
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations that a backend replaces.
+    """The operations of a backend.
+
+    Only `conv` and `scan` are needed. The others are for backends whose kernels do several lines of the forward at
+    once; where one is None or cannot run, the forward goes line by line.
 
     Args:
         conv, scan: with the signatures of `causal_conv` and `selective_scan`.
-    Those of a backend whose kernels do several lines of the forward at once; None: line by line.
-        block: (mixer, x (b, l, d), memory, mask, tap) -> mixer_out, the memory after it, all of `Mixer.forward`; runs
-            where no site inside is edited, and none recorded but those of `records`, which it hands over to the tap.
-            With the tap's `last_only` of each row's last token, (b, 1, d).
-        records: the sites inside that `block` can record.
-        step: mixer -> its single step, a function of x (b, 1, d) and the memory -> mixer_out, the memory after it: all
-            of `Mixer.forward` for one token, before `block`; runs where no gradient is wanted and no site inside is
-            edited or recorded at this token.
-        add_norm: (resid, mixed, norm) -> their sum, and its norm; runs where no site between is edited or recorded, and
-            with None for mixed before the first layer.
-            `mixed` is None where there is nothing to add.
-        begin: (model, fresh, keep) -> the operations of one forward, `fresh` if it starts from a blank memory, `keep`
-            if the memory after it is asked for. It refuses a model that the kernels cannot run.
-        carry: what changes of the state do to later tokens, with the signature of `kernels_bridge.carry`; None: that.
+        block: all of `Mixer.forward`, (mixer, x (b, l, d), memory, mask, tap) -> mixer_out (b, l, d), the memory after
+            it. It runs where no site inside the mixer is edited and only those of `records` are recorded. Where the tap
+            says `last_only`, it gives each row's last token alone, (b, 1, d).
+        records: the sites inside the mixer that `block` can record; it hands their values to the tap.
+        step: mixer -> all of `Mixer.forward` for a single token, a function (x (b, 1, d), memory) -> mixer_out, the
+            memory after it. It is preferred to `block`, and runs where no gradient is wanted and no site inside the
+            mixer is edited or recorded at this token.
+        add_norm: (resid, mixed, norm) -> resid + mixed, and its norm; `mixed` is None where only the norm is wanted. It
+            runs where no site between the two is edited or recorded.
+        begin: (model, fresh, keep) -> the operations of one forward; `fresh` says that it starts from a blank memory,
+            `keep` that the memory after it is asked for. It raises for a model that the kernels cannot run.
+        carry: what changes of the state do to later tokens; `kernels_bridge.carry.carry` where it is None.
     """
 
     name: str

@@ -8,7 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScanInputs:
-    """What a run's scan is remade from: u, dt (b, l, e) and B (b, l, n) of a layer, h (b, e, n) before the first."""
+    """What the states of a layer in some run can be made from again.
+
+    Args:
+        u, dt: (b, l, e). B: (b, l, n). h: (b, e, n) the state before the first token.
+    """
 
     u: Tensor
     dt: Tensor
@@ -18,17 +22,17 @@ class ScanInputs:
 
 @dataclass(frozen=True)
 class Toward:
-    """A move of one site of the scan from one run toward another, at every position at once.
+    """A site of the scan, moved from one run's values (the base's) toward another's (the donor's), at all positions.
 
         site_t + size_t (donor_t - base_t)
 
-    The size is zero and changes nothing; its gradient is dL/dsite times (donor - base), summed over the axes along
-    which the size is 1. A scan can give it block by block, so that no site is held for all positions.
+    The size is zero and changes nothing. Its gradient is what is wanted: dL/dsite times (donor - base), summed over the
+    axes along which the size is 1. A scan can make it block by block, without the site being held at all positions.
 
     Args:
         site: decay, state_write, ssm_state or state_read.
         size: (b, l, e or 1, n or 1) zeros.
-        runs: of the run to move to and of the one to move from; of the former alone: from the present run's site.
+        runs: the donor's and the base's; or the donor's alone, where the base is the present run.
     """
 
     site: str
@@ -39,8 +43,8 @@ class Toward:
 class Tap:
     """A tap that changes and records nothing; `Plan` is the one that does.
 
-    Positions here are local: 0 is the first token of this call of the model.
-    `last_only`: behind the scan of this layer only the last token of each row is wanted.
+    Positions here are local: 0 is the first token of this call of the model. `last_only` says that after the scan of
+    this layer only the last token of each row is wanted.
     """
 
     last_only = False
@@ -57,22 +61,22 @@ class Tap:
         return value
 
     def edited(self, *sites: str) -> list[int]:
-        """The positions that need a readable step for one of these sites of this layer, ascending.
+        """The positions that need a readable step because of one of these sites of this layer, ascending.
 
-        Those of its edits, and of gradients wanted in it; not of gradients in `ssm_state` and `state_write`, which a
-        scan can take by adding what `probed` gives.
+        Every edit needs one. A gradient needs one too, unless it is wanted in `ssm_state` or `state_write`: for those a
+        scan adds what `probed` gives to its state.
         """
         return []
 
     def only_probed(self, *sites: str) -> list[int]:
-        """The positions at which gradients in these sites are wanted and no edit acts: `probed` can serve them too."""
+        """The positions at which a gradient in these sites is wanted and no edit acts, so that `probed` can serve."""
         return []
 
     def overwritten(self) -> list[int]:
-        """Those positions whose edits put a state in place of whatever `ssm_state` was there, in all rows, ascending.
+        """The positions at which edits replace the whole `ssm_state` in all rows, ascending.
 
-        What `ssm_state` becomes there does not depend on what the tap is given, and neither `decay` nor `state_write`
-        is edited or takes a gradient.
+        What the state would have been there does not matter, so it need not be made: `decay` and `state_write` are
+        neither edited there nor take a gradient.
         """
         return []
 
@@ -81,11 +85,15 @@ class Tap:
         return []
 
     def record(self, site: str, values: Tensor, times: Sequence[int]) -> None:
-        """Hand over the values (b, len(times), ...) of positions that no edit touches."""
+        """Take the values (b, len(times), ...) of recorded positions that no edit touches."""
 
     def room(self, site: str, times: Sequence[int], like: Tensor) -> Tensor | None:
-        """Where the values (b, len(times), ...) of positions that no edit touches can be written, to be handed to
-        `record` in place; `like` (b, ...) is of their type. None: in memory of your own.
+        """Memory into which an operation can write what it will give to `record`, which spares a copy.
+
+        Args:
+            times: the positions. like: (b, ...), the value of one position.
+        Returns:
+            (b, len(times), ...), or None: take memory of your own.
         """
         return None
 
