@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from minimal_mamba import Mamba, Ops
 from minimal_mamba.block import wide
+from minimal_mamba.checkpoint import HEAD, unwrapped
 from minimal_mamba.errors import CheckpointError, ConfigError, InputError, nearest
 from minimal_mamba.files import write_json
 
@@ -86,7 +87,7 @@ class Learner(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors by its own names, each once; a tied head is the embedding."""
         tied = self.model.config.tie_embeddings
-        return {name: t for name, t in self.model.state_dict().items() if not (tied and name == "lm_head.weight")}
+        return {name: t for name, t in self.model.state_dict().items() if not (tied and name == HEAD)}
 
     def load(self, checkpoint: Path) -> None:
         """Take over the weights of one of Trainer's checkpoints.
@@ -94,9 +95,7 @@ class Learner(nn.Module):
         Raises:
             CheckpointError: it holds other tensors.
         """
-        stored = load_file(checkpoint / "model.safetensors")
-        if all(name.startswith("model.") for name in stored):  # of before `weights` had the model's own names
-            stored = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
+        stored = unwrapped(load_file(checkpoint / "model.safetensors"))  # older ones have this module's prefix
         shapes, own = ({name: t.shape for name, t in x.items()} for x in (stored, self.weights()))
         if shapes != own:
             differ = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))

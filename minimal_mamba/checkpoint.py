@@ -274,20 +274,22 @@ def _check_types(tensors: Mapping[str, Tensor], source: str) -> None:
         )
 
 
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the prefix, if a wrapper's module has put one before all their names."""
+    prefix = next((p for p in ("module.", "model.") if all(name.startswith(p) for name in tensors)), "")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
 def _renamed(tensors: Mapping[str, Tensor], tied: bool, source: str) -> dict[str, Tensor]:
     """The tensors under mamba-ssm's names, as far as they are told by their prefixes."""
-    for prefix in ("module.", "model."):
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            break
-    if tensors and all(name.startswith(("embedding.", "embeddings.", "layers.", "norm_f.")) for name in tensors):
+    found = unwrapped(tensors)
+    if found and all(name.startswith(("embedding.", "embeddings.", "layers.", "norm_f.")) for name in found):
         if not tied:
             raise CheckpointError(
                 f"{source} is a base model, and its config says that the head is not tied to the embedding, so "
                 f"{HEAD} is missing. Save the whole MambaForCausalLM."
             )
-        tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
-    found = dict(tensors)
+        found = {f"backbone.{name}": tensor for name, tensor in found.items()}
     if HF_EMBEDDING in found and EMBEDDING not in found:
         found[EMBEDDING] = found.pop(HF_EMBEDDING)
     return found
