@@ -1,1 +1,1 @@
-"""benchmarks: what mambascope costs beside HF transformers and mambapy, on the same weights in the same process."""
+"""benchmarks: what mambascope costs beside what people use now, on the same weights in the same process."""

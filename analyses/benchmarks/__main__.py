@@ -12,8 +12,9 @@ from tqdm import tqdm
 from minimal_mamba.files import write_json, write_text
 from minimal_mamba.provenance import provenance
 
+from .report import RESULTS
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-RESULTS = Path(__file__).parent / "results"
 Again = Annotated[bool, typer.Option(help="measure anew what this commit has measured already")]
 Rounds = Annotated[float, typer.Option(min=0.0, help="times the usual duration of each piece; at least 3 rounds")]
 Out = Annotated[Path, typer.Option(help="the folder of the results")]

@@ -85,8 +85,7 @@ def measure(device: str = "cuda", rounds: int = 20) -> dict[str, Any]:
     b, l, dtype = (8, 2048, torch.bfloat16) if real else (2, 130, torch.float32)
     backend = "fused" if real else "torch"
     found = bench.measure(config, b, l, rounds, dtype, device, backend)
-    small = MambaConfig(768, 24, 50277) if real else MambaConfig(16, 2, 32)
-    found["sweep"] = sweep(small, 4, 32 if real else 8, min(rounds, 3), device, backend)
+    found["sweep"] = sweep(config, 4, 32 if real else 8, min(rounds, 3), device, backend)
     found["ratios"]["state sweep, readable over fused"] = found["sweep"]["ratio"]
     return found | {"floor": floor(config, b, l, dtype, device), "backend": backend, "rehearsal": not real}
 

@@ -29,7 +29,6 @@ class Implementation:
 
     name: str
     config: MambaConfig
-    takes_edits = False
 
     def forward(
         self, ids: Tensor, *, lengths: Sequence[int] | None = None, feed: Mapping[int, Tensor] | None = None,
@@ -70,8 +69,6 @@ def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
 
 class Ours(Implementation):
     """A `Mamba` on the operations of one backend."""
-
-    takes_edits = True
 
     def __init__(self, model: Mamba, ops: Ops, name: str | None = None):
         self.model, self.ops, self.name, self.config = model, ops, name or ops.name, model.config
