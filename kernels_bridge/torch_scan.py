@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minimal_mamba.tap import Toward
 
+from .by_hand import by_hand
 from .threads import free, over
 
 # A block is some rows of the batch, some tokens and, where one row is too large, some channels. It has at least TOKENS
@@ -127,7 +127,7 @@ class _Scan(torch.autograd.Function):
         return y, last, kept
 
     @staticmethod
-    @once_differentiable
+    @by_hand
     def backward(ctx: Any, dy: Tensor, dlast: Tensor, dkept: Tensor) -> tuple[Tensor | None, ...]:
         u, dt, A, B, C, added, starts = ctx.saved_tensors
         (b, l, e), n = u.shape, A.shape[1]

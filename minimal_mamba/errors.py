@@ -51,7 +51,7 @@ class NotRecorded(MambascopeError, KeyError):
 
 
 class BackendUnavailable(MambascopeError, RuntimeError):
-    """A backend was asked for by name and cannot run here."""
+    """A backend was asked for by name and cannot run here, or for what it does not have."""
 
 
 class MissingExtra(MambascopeError, ImportError):

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..by_hand import by_hand
 from ..step import Weights
 from ..threads import free, over
 from .loop import run
@@ -42,7 +42,7 @@ class _Mixer(torch.autograd.Function):
         return forward(w, x, memory, sizes, ([], x.new_empty(b, 0, e, n)), False, False, saved)[0]
 
     @staticmethod
-    @once_differentiable
+    @by_hand
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, sizes, *others = ctx.saved_tensors
         many = len(Saved._fields)

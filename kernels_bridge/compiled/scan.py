@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minimal_mamba.tap import Toward
 
+from ..by_hand import by_hand
 from ..torch_scan import STATES
 from .loop import run
 
@@ -59,7 +59,7 @@ class _Scan(torch.autograd.Function):
         return y, last, kept[1]
 
     @staticmethod
-    @once_differentiable
+    @by_hand
     def backward(ctx: Any, dy: Tensor, dlast: Tensor, dkept: Tensor) -> tuple[Tensor | None, ...]:
         from . import kernels
 
@@ -154,7 +154,7 @@ class _Conv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @by_hand
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from . import kernels
 

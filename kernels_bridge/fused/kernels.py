@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from minimal_mamba.block import wide
 from minimal_mamba.errors import BackendUnavailable
 
+from ..by_hand import refuse_second
+
 NAME = "fused"
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRID = 2**16 - 1  # channels of one launch of the scan, which are an axis of its grid
@@ -102,11 +104,11 @@ class Kernels:
         _reach(x.shape[0], xz.shape[2], len(m.A_log))
         if m.in_proj.bias is not None:
             xz = xz + m.in_proj.bias.to(xz.dtype)[:, None]
-        mixed = self.mamba_inner_fn(
+        mixed = _first_gradients(self.mamba_inner_fn(
             xz, m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight,
             None,  # the bias of out_proj: its backward there sums over all axes
             m.A(w), None, None, m.D.to(w), delta_bias=m.dt_proj.bias.to(w), delta_softplus=True,
-        )[:, : x.shape[1]]  # fmt: skip
+        ))[:, : x.shape[1]]  # fmt: skip
         return mixed if m.out_proj.bias is None else mixed + m.out_proj.bias.to(mixed.dtype)
 
     def add_norm(self, resid: Tensor, mixed: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -118,7 +120,7 @@ class Kernels:
             mixed, n.weight, getattr(n, "bias", None), residual=resid, eps=n.eps, prenorm=True,
             residual_in_fp32=resid.dtype == torch.float32, is_rms_norm=not isinstance(norm, nn.LayerNorm),
         )  # fmt: skip
-        return resid, normal
+        return _first_gradients(resid), _first_gradients(normal)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -160,6 +162,14 @@ def _aligned_backward(y: Tensor) -> Tensor:
     """y (b, e, l), whose gradient reaches the kernel's backward aligned."""
     if y.requires_grad:
         y.register_hook(aligned)
+    return _first_gradients(y)
+
+
+def _first_gradients(y: Tensor) -> Tensor:
+    """y, of which no gradient can be differentiated again: what the kernels' backward gives, autograd takes for
+    constants."""
+    if y.requires_grad:
+        y.register_hook(lambda _: refuse_second())
     return y
 
 

@@ -117,6 +117,17 @@ def test_stretches_that_are_loaded_sixteen_bytes_at_once(site: str, stop: int) -
             assert error(got_g[place], want_g[place]) < 2e-5, place
 
 
+@pytest.mark.parametrize("site", ["resid_pre", "dt", "x", "mixer_out"])  # the block, the scan, the conv, the norm
+def test_second_gradients_are_refused(site: str) -> None:
+    """What the kernels' backward gives, autograd takes for constants."""
+    ids, place = draw_ids(1, 6), getattr(at, site)(layer=2, pos=2)
+    value = run(SINGLE, ids, record=[place], backend="reference")[place].detach()
+    with pytest.raises(BackendUnavailable, match="create_graph"):
+        torch.autograd.functional.hessian(
+            lambda v: run(SINGLE, ids, Set(place, v), backend="fused").logits.sum(), value
+        )
+
+
 def test_gradients_of_biases() -> None:
     """mamba-ssm's own backward of the block sums that of `out_proj.bias` over all axes; ours keeps it outside."""
     small = tiny(seed=5, bias=True, dtype=torch.float32)
