@@ -43,7 +43,7 @@ class Logits(Tensor):
 
     def __getitem__(self, where: Any) -> Tensor:
         rows, pos, *more = where if isinstance(where, tuple) and len(where) > 1 else (None, None)
-        if rows == slice(None) and type(pos) is int and pos in (-1, self.shape[1] - 1):
+        if isinstance(rows, slice) and rows == slice(None) and type(pos) is int and pos in (-1, self.shape[1] - 1):
             return self.last[(rows, *more)]
         return self.whole()[where]
 

@@ -303,7 +303,11 @@ def each(given: Iterable[T] | T, kind: type[T]) -> tuple[T, ...]:
 
 
 def apply_metric(metric: Metric, logits: Tensor) -> Tensor:
-    """Call a metric, and see that it gave one number a row and left the logits as they were."""
+    """Call a metric, and see that it gave one number a row and left the logits as they were.
+
+    Returns:
+        (b,) float32 or wider: of bools, ints and 16 bits, too, differences and means are meant.
+    """
     if not callable(metric):
         raise MetricError(f"metric={metric!r:.60} is no function of logits (b, l, v).")
     logits = countable(logits)
@@ -317,7 +321,9 @@ def apply_metric(metric: Metric, logits: Tensor) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (len(logits),):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise MetricError(f"a metric maps logits (b, l, v) to ({len(logits)},), one number a row; this one gave {got}.")
-    return values
+    if values.is_complex():
+        raise MetricError(f"a metric gives real numbers; this one gave {values.dtype}.")
+    return values.to(wide(values.dtype))
 
 
 def gradient(values: Tensor, wrt: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -4,11 +4,28 @@ import importlib.util
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny
 
-from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, knockout_grid, logit_diff, run, sweep
+from interp import (
+    Add,
+    Apply,
+    Mean,
+    Project,
+    Scale,
+    Set,
+    Zero,
+    at,
+    edges,
+    knockout_grid,
+    logit_diff,
+    patch_grid,
+    path_patch,
+    run,
+    sweep,
+)
 from interp.logits import Logits
 from interp.run import MetricError
 from interp.sweep import batch
@@ -171,6 +188,7 @@ def test_logits_are_made_when_a_metric_asks_for_them():
         lambda x: x[:, torch.tensor(-1)], lambda x: x[torch.tensor([0]), -1], lambda x: x.softmax(-1)[:, -1],
         lambda x: torch.stack([x, x]), lambda x: x + whole, lambda x: whole - x, lambda x: x.argmax(-1), torch.clone,
         lambda x: torch.einsum("blv,blv->b", x, x), lambda x: x[x > 0],
+        lambda x: x[np.arange(2), -1],
     ]  # fmt: skip
     for way in ways:
         found = way(lazy := Logits(whole[:, -1], 5, make))
@@ -178,6 +196,29 @@ def test_logits_are_made_when_a_metric_asks_for_them():
         assert type(found) is torch.Tensor and made == [1] and way(lazy) is not None and made == [1]
         made.clear()
     assert lazy.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float16])
+def test_a_metric_of_any_real_type_has_differences_and_means(kind):
+    """Of bytes 0 - 1 would be 255; of bools there is no difference, of ints no mean, of 16 bits no quantile."""
+
+    def right(logits):
+        return (logits[:, -1, 4] > logits[:, -1, 1]).float()
+
+    def typed(logits):
+        return right(logits).to(kind)
+
+    one, two = (patch_grid(MODEL, IDS, DONOR, site="resid_post", metric=f, progress=False) for f in (typed, right))
+    assert two.base.tolist() == [1, 0, 1, 0] and two.donor.tolist() == [0, 1, 0, 0] and two.effect().min() == -1
+    ways = [lambda g: g.effect(), lambda g: g.recovered(), lambda g: g.recovered_error(), lambda g: g.interval()]
+    for way in ways:
+        torch.testing.assert_close(way(one), way(two), rtol=0, atol=0, equal_nan=True)
+    one, two = (knockout_grid(MODEL, IDS, f, progress=False).error() for f in (typed, right))
+    assert torch.equal(one, two)
+    one, two = (path_patch(MODEL, IDS, DONOR, edges(MODEL.config, L)[:5], f, progress=False) for f in (typed, right))
+    assert torch.equal(one.size(), two.size()) and torch.equal(one.towards(), two.towards())
+    with pytest.raises(MetricError, match="real numbers"):
+        sweep(MODEL, IDS, [], lambda logits: logits[:, -1, 3] + 0j, progress=False)
 
 
 def masks(logits):
