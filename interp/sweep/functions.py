@@ -18,12 +18,15 @@ PLAIN = (
     bool, int, float, complex, str, bytes, range, slice, type(None), type(...), np.dtype, torch.dtype, torch.device,
     torch.Size,
 )  # fmt: skip
+CONSTANTS = (*PLAIN, Tensor, np.ndarray, list, tuple, set, frozenset, dict)
+ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 def known_by(fn: Callable[..., Any]) -> str:
     """A digest of a function's code and of all that it holds: captured and global values, defaults, bound arguments.
 
-    So too of the functions that it holds or that stand beside it in its module; of others their names.
+    So too of the functions that it holds or that stand beside it in its module; of others their names. Of a module,
+    class or function among its global names, the constants that it reads there, as in `config.SCALE`.
 
     Raises:
         EditError: it holds something else, such as an object, by whose state two functions could differ unseen.
@@ -95,8 +98,13 @@ class _Known:
                 parts.append("empty")
             else:
                 parts += self.parts(inside, held)
-        for name in _names(fn.__code__):
+        read = {*_names(fn.__code__, *ATTRIBUTES)}
+        for name in _names(fn.__code__, "LOAD_GLOBAL"):
             value = fn.__globals__.get(name)
+            if isinstance(value, types.ModuleType | type | types.FunctionType):  # its constants, such as config.SCALE
+                there = vars(value)
+                held_there = (n for n in sorted(read & there.keys()) if isinstance(there[n], CONSTANTS))
+                parts += [x for n in held_there for x in (n, *self.parts(there[n], held=False))]
             if not isinstance(value, types.FunctionType):
                 parts += [name, *self.parts(value, held)]
             elif value.__module__ in (fn.__module__, "__main__") or value.__name__ == "<lambda>":
@@ -106,10 +114,10 @@ class _Known:
         return parts + self.parts((fn.__defaults__, fn.__kwdefaults__), held)
 
 
-def _names(code: types.CodeType) -> list[str]:
-    """The global names that it reads."""
-    inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c)]
-    return [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"] + inner
+def _names(code: types.CodeType, *operations: str) -> list[str]:
+    """The names that it reads by one of these operations."""
+    inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c, *operations)]
+    return [i.argval for i in dis.get_instructions(code) if i.opname in operations] + inner
 
 
 def _code(code: types.CodeType, doc: str | None = None) -> list[object]:

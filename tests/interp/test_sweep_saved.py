@@ -170,6 +170,27 @@ def test_what_a_function_is_known_by(monkeypatch):
     assert never_asked(unset) == 0
 
 
+class Settings:
+    HALF, TOKENS = 0.5, [1, 2]
+
+
+def reads_constants(x):
+    return sum(x * Settings.HALF for _ in Settings.TOKENS) * contextlib.SCALE * reads_constants.power
+
+
+@pytest.mark.parametrize(("owner", "name", "value"), [
+    (Settings, "HALF", 0.25), (Settings, "TOKENS", [1]), (contextlib, "SCALE", 3.0), (reads_constants, "power", 3),
+])  # fmt: skip
+def test_the_constants_that_a_function_reads_from_a_module_or_a_class_are_its_own(owner, name, value, monkeypatch):
+    monkeypatch.setattr(contextlib, "SCALE", 2.0, raising=False)
+    monkeypatch.setattr(reads_constants, "power", 2, raising=False)
+    before = known_by(reads_constants)
+    monkeypatch.setattr(contextlib, "UNREAD", 2.0, raising=False)
+    assert known_by(reads_constants) == before
+    monkeypatch.setattr(owner, name, value)
+    assert known_by(reads_constants) != before
+
+
 def is_token(k, logits):
     return (logits[:, -1] > 1e6)[:, k].float()
 
