@@ -16,6 +16,7 @@ from minimal_mamba.block import Memory
 from minimal_mamba.errors import InputError
 
 CUT = ("mixer_in", "x", "z", "conv", "dt_low", "B", "C", "mixer_out")  # the sites at which a cut acts
+MADE = ("conv", "mixer_out")  # those that it makes, where edits change what it made
 
 # the sources of one target: a set of positions for each route
 Sources = Mapping[str, frozenset[int]]
@@ -109,10 +110,12 @@ class Cutter(Tap):
     ) -> Tensor:
         """Edit every block, cut, and record block 0."""
         b = len(self.kept.start)
+        if cut is not None and site in MADE:
+            value = cut(site, value, b)
         if (site, layer) in self.edits[0].items:
             blocks = zip(self.edits, value.split(b), strict=False)  # plans for the largest layer, blocks of this one
             value = torch.cat([plan.pass_by(site, layer, block, t) for plan, block in blocks])
-        if cut is not None:
+        if cut is not None and site not in MADE:
             value = cut(site, value, b)
         if (site, layer) in self.kept.items:
             self.kept.pass_by(site, layer, value[:b], t)

@@ -13,6 +13,7 @@ from interp import (
     Add,
     Apply,
     Knockout,
+    Mean,
     Set,
     Zero,
     at,
@@ -46,8 +47,11 @@ def clean(model, ids, *places, **options):
     return [found[p] for p in places]
 
 
-def written_out(mixer, value, t, cut, baseline):
-    """mixer_out at t, (d,), of mixer_in (l, d), with the sources of `cut` {route: set} left out: loops, no tap."""
+def written_out(mixer, value, t, cut, baseline, change=lambda conv: conv):
+    """mixer_out at t, (d,), of mixer_in (l, d), with the sources of `cut` {route: set} left out: loops, no tap.
+
+    `change` is what becomes of each conv output.
+    """
     e, n = mixer.A_log.shape
     everything = cut.get("all", set())
 
@@ -65,7 +69,7 @@ def written_out(mixer, value, t, cut, baseline):
             q = r - K + 1 + i
             if q >= 0:
                 total = total + weight[:, i] * (own if q == r else others)[q]
-        return F.silu(total)
+        return F.silu(change(total))
 
     u, dt, B, C = [], [], [], []
     for r in range(t + 1):
@@ -295,6 +299,29 @@ def test_edits_are_made_in_the_cut_outputs_too(backend):
         by_hand = run(MODEL, IDS, [Zero(at.mixer_in(layer=1, pos=2)), *edits], OUT, backend)[OUT]
         got = knockout(MODEL, IDS, Knockout(2, 6, 1), edits=edits, record=OUT, backend=backend)[OUT]
     torch.testing.assert_close(got[1, :, 6], by_hand[1, :, 6], rtol=1e-10, atol=1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("change", [lambda conv: conv * 0 + 0.7, torch.tanh])
+def test_an_edit_of_the_conv_changes_what_the_cut_leaves_of_it(change, backend):
+    value, edit = clean(MODEL, IDS, at.mixer_in(layer=1))[0], Apply(at.conv(layer=1), change)
+    for routes in ("conv", "selection", "all", ("conv", "selection"), ("scan", "conv", "selection")):
+        with torch.no_grad():
+            got = knockout(MODEL, IDS, Knockout(2, 4, 1, routes), edits=edit, record=OUT, backend=backend)[OUT][1]
+            cut = {route: {2} for route in ([routes] if isinstance(routes, str) else routes)}
+            for row in range(2):
+                expected = written_out(MODEL.backbone.layers[1].mixer, value[row], 4, cut, 0.0, change)
+                torch.testing.assert_close(got[row, 4], expected, rtol=1e-10, atol=1e-11)
+
+
+@BOTH
+def test_the_mean_of_outputs_is_that_of_the_cut_ones(backend):
+    cut, place = Knockout(2, 4, 1, rows=0), at.mixer_out(layer=1, pos=4)
+    with torch.no_grad():
+        outputs = knockout(MODEL, IDS, cut, record=place, backend=backend)[place]
+        got = knockout(MODEL, IDS, cut, edits=Mean(place), record=place, backend=backend)[place]
+    torch.testing.assert_close(got, outputs.mean(0, keepdim=True).expand(2, -1), rtol=1e-10, atol=1e-12)
+    assert (outputs[0] - clean(MODEL, IDS, place)[0][0]).abs().max() > 1e-3
 
 
 def test_recordings_are_those_of_the_run_and_states_do_not_change():
