@@ -60,7 +60,7 @@ def sweep(
 def sweep(
     model: Mamba,
     ids: Tensor,
-    cells: Sequence[Edit | Iterable[Edit]],
+    cells: Iterable[Edit | Iterable[Edit]],
     metric: Metric | Mapping[str, Metric],
     *,
     lengths: Lengths = None,
@@ -94,9 +94,10 @@ def sweep(
         and whole.
     """
     named = metric if isinstance(metric, Mapping) else {"metric": metric}
-    if isinstance(cells, Edit) or not all(isinstance(cell, Edit | Iterable) for cell in cells):
+    given = list(cells) if isinstance(cells, Iterable) else [cells]  # once: a generator has its cells only once
+    if isinstance(cells, Edit) or not all(isinstance(cell, Edit | Iterable) for cell in given):
         raise EditError(f"cells={cells!r:.80}: a list, of each run the edits: one, or several in a list of their own.")
-    made = run_cells(model, ids, [_each(cell) for cell in cells], named, lengths, backend, memory, progress, path)
+    made = run_cells(model, ids, [_each(cell) for cell in given], named, lengths, backend, memory, progress, path)
     return made if isinstance(metric, Mapping) else made["metric"]
 
 

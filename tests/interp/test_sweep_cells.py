@@ -375,3 +375,11 @@ def test_the_time_after_a_reset_has_all_its_digits():
     still = Scanned(*[dt] * len(SCANNED))._still
     exact = torch.stack([dt.double()[:, t + 1 :].sum(1) for t in range(9)], 1)
     torch.testing.assert_close(still.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_cells_that_a_generator_makes_are_all_swept():
+    cells = [[Zero(at.y(layer=i, pos=3)), Scale(at.z(layer=i), 0.5)] for i in range(N)]
+    made = sweep(MODEL, IDS, ((edit for edit in cell) for cell in cells), score, progress=False)
+    close(made.values, by_hand(cells, score))
+    with pytest.raises(EditError, match="cells=None"):
+        sweep(MODEL, IDS, None, score, progress=False)
