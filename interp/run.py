@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels_bridge import resolve
 from minimal_mamba import Address, Edit, Mamba, MambaState, Plan
 from minimal_mamba.block import wide
+from minimal_mamba.edits import edit_or_address
 from minimal_mamba.errors import EditError, InputError, MetricError, NotRecorded
 from minimal_mamba.item import Probe
 from minimal_mamba.tap import NO_TAP, Toward
@@ -31,7 +32,7 @@ class Run:
         ids: (b, l) the tokens; of `generate`, with what was generated.
         logits: (b, l, v), zero on padding; (b, 1, v) with `last_only`.
         lengths: (b,) tokens in each row of `ids`.
-        state: the memory after each row's last token, if it was kept.
+        kept: the memory after each row's last token, if it was to be kept; read it as `state`.
         backend: the name of the operations that ran.
         vocab_size: how many of the v columns of `logits` are tokens; the others are padding of the embedding.
     `run_[address]` is a copy of what was recorded there.
@@ -40,7 +41,7 @@ class Run:
     ids: Tensor
     logits: Tensor
     lengths: Tensor
-    state: MambaState | None
+    kept: MambaState | None = field(repr=False)
     backend: str
     vocab_size: int
     records: Mapping[Address, Tensor] = field(repr=False)
@@ -52,6 +53,13 @@ class Run:
                 f"{address} was not recorded; this run recorded {made}. Name it in run(..., record=[...])."
             )
         return self.records[address].clone()
+
+    @property
+    def state(self) -> MambaState:
+        """The memory after each row's last token; raises NotRecorded where it was not kept: None would start afresh."""
+        if self.kept is None:
+            raise NotRecorded("the memory after this run was not kept; ask for it with run(..., keep_state=True).")
+        return self.kept
 
     @property
     def last_logits(self) -> Tensor:
@@ -291,10 +299,12 @@ def differentiate(
 
 
 def each(given: Iterable[T] | T, kind: type[T]) -> tuple[T, ...]:
-    """One edit or address, or several, as a tuple; raises EditError for one in the place of the other."""
-    several = (given,) if isinstance(given, Edit | Address) else tuple(given)
+    """One edit or address, or several, as a tuple; raises EditError for anything else."""
+    alone = isinstance(given, Edit | Address | str) or not isinstance(given, Iterable)
+    several = cast(tuple[T, ...], (given,) if alone else tuple(cast(Iterable[T], given)))
     for one in several:
-        if isinstance(one, Edit | Address) and not isinstance(one, kind):
+        edit_or_address(one)
+        if not isinstance(one, kind):
             what = "edits and not addresses" if kind is Edit else "addresses and not edits"
             raise EditError(
                 f"{one} is given where {what} are meant; edits= takes Set, Add, ..., record= and wrt= at.<site>(...)."

@@ -260,6 +260,16 @@ class Apply(Edit):
         return cast(self, made, old.dtype)
 
 
+def edit_or_address(given: object) -> Edit | Address:
+    """What is given; raises EditError for what is neither."""
+    if not isinstance(given, Edit | Address):
+        raise EditError(
+            f"{given!r:.80} is neither an edit nor an address; edits are Set, Add, ..., addresses at.<site>(...), and "
+            "() is none."
+        )
+    return given
+
+
 KINDS: dict[str, type[Edit]] = {kind.__name__: kind for kind in (Set, Add, Scale, Zero, Mean, Project, Apply)}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .address import Address, Span, resolve
 from .config import MambaConfig
-from .edits import Apply, Edit, Project, cast
+from .edits import Apply, Edit, Project, cast, edit_or_address
 from .errors import AddressError, EditError, NotReached
 from .item import (
     Item,
@@ -66,11 +66,7 @@ class Plan(Tap):
         self._resolved: list[Item] = []  # of every edit in turn, also of one that is named twice
         self._own: Tensor | None = None  # the copy that the edits of the present place write into
         for source in [*edits, *self.record_at]:
-            if not isinstance(source, Edit | Address):
-                raise EditError(
-                    f"{source!r} is neither an edit nor an address; edits are Set, Add, ..., addresses at.<site>(...)."
-                )
-            self.of[id(source)] = self._resolve(source)
+            self.of[id(source)] = self._resolve(edit_or_address(source))
             for item in self.of[id(source)]:
                 self._add(item)
 

@@ -260,6 +260,9 @@ def test_edits_without_a_meaning():
         )
     fails(EditError, "'u' is neither an edit nor an address", run, MODEL, IDS, ["u"])
     fails(EditError, "is neither an edit nor an address", run, MODEL, IDS, [], ["u"])
+    for wrong in (None, "ssm_state", at.u, [[at.u()]]):
+        fails(EditError, "is neither an edit nor an address", run, MODEL, IDS, (), wrong)
+        fails(EditError, "is neither an edit nor an address", gradients, MODEL, IDS, lambda x: x[:, -1, 0], wrong)
 
 
 # -- a backend that passes something over -------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, generate, ru
 from kernels_bridge import resolve
 from kernels_bridge.backends import BACKENDS
 from minimal_mamba import MambaState
-from minimal_mamba.errors import EditError, InputError
+from minimal_mamba.errors import EditError, InputError, NotRecorded
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
 HERE = ["reference", *(n for n in ("torch", "compiled") if not BACKENDS[n].missing(torch.device("cpu")))]
@@ -118,7 +118,8 @@ def test_the_fields_of_a_run(backend):
     lengths = [8, 3, 5]
     with torch.no_grad():
         out = run(MODEL, IDS, lengths=lengths, backend=backend)
-        assert out.state is None
+        with pytest.raises(NotRecorded, match="keep_state=True"):  # None, handed on, would start afresh
+            out.state  # noqa: B018
         assert out.backend == backend
         assert torch.equal(out.ids, IDS)
         assert out.logits.shape == (3, 8, CONFIG.padded_vocab)
