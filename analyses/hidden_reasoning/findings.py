@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from minimal_mamba import Mamba
+
 from ..pages import placed
 from .drawing.probes import layers_of
 from .drawing.trainings import GROUPS, LOSSES, scores
 from .experiments.accuracy import Score, wilson
-from .experiments.curves import DEPTHS
+from .experiments.curves import DEPTHS, runs
 from .experiments.results import RESULTS, Read, ResultsError, read, together
 from .organism import MODELS
 
@@ -124,6 +126,18 @@ def depth(results: Folder) -> str:
                 cells = [[str(v["longest"]) for v in mine if v["n_layer"] == n] for n in DEPTHS]
                 rows.append([f"{label}, {caption}", *(", ".join(c) or "-" for c in cells)])
     return table(["longest length solved, each seed", *(f"{n} layers" for n in DEPTHS)], rows)
+
+
+def width(results: Folder) -> str:
+    """The longest length that is solved, by size: what the depth decides, and what the parameters."""
+    whole = results.whole("curves-all")
+    shapes: dict[tuple[int, int, int], list[str]] = {}
+    for name, s in runs(whole["key"]["quick"]):
+        if name.startswith(("width mamba, arithmetic", "depth mamba, arithmetic")):
+            count = sum(p.numel() for p in Mamba(s.mamba(s.task.tokenizer.vocab_size)).parameters())
+            shapes.setdefault((count, s.n_layer, s.d_model), []).append(str(whole["parts"][name]["longest"]))
+    rows = [[f"{n:,}", str(layers), str(d), ", ".join(longest)] for (n, layers, d), longest in sorted(shapes.items())]
+    return table(["parameters", "layers", "d_model", "longest length solved, each seed"], rows)
 
 
 def _between(found: Read) -> list[int]:
@@ -337,8 +351,8 @@ def _bullets(*lines: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[Folder], str]] = {
-    "models": models, "accuracy": accuracy, "shortcuts": shortcuts, "losses": losses, "depth": depth, "where": where,
-    "shifted": shifted, "overt": overt, "alone": alone,
+    "models": models, "accuracy": accuracy, "shortcuts": shortcuts, "losses": losses, "depth": depth, "width": width,
+    "where": where, "shifted": shifted, "overt": overt, "alone": alone,
 }  # fmt: skip
 
 

@@ -44,11 +44,8 @@ def runs(quick: bool = False) -> Iterator[tuple[str, Settings]]:
         name = f"reach mamba, arithmetic, {DEPTHS[-1]} layers, seed {seed}"
         yield name, Settings(**{**REACH, **shared, "n_layer": DEPTHS[-1], "seed": seed})
         for n_layer, d_model in WIDTHS[: 1 if quick else None]:
-            made = {"n_layer": n_layer, "seed": seed} | ({} if quick else {"d_model": d_model})
-            yield (
-                f"width mamba, arithmetic, {n_layer} layers, d_model {d_model}, seed {seed}",
-                Settings(**{**DEPTH, **shared, **made}),
-            )
+            settings = Settings(**{**DEPTH, "d_model": d_model, **shared, "n_layer": n_layer, "seed": seed})
+            yield f"width mamba, arithmetic, {n_layer} layers, d_model {settings.d_model}, seed {seed}", settings
 
 
 def train_all(results: Results, folder: Path, *, quick: bool = False) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_bridge.training import Learner
-from minimal_mamba import Mamba, MambaConfig, Ops
+from minimal_mamba import Mamba, Ops
 
 from ..errors import TrainingError
 from ..organism import logits_of
@@ -55,7 +55,7 @@ def build(settings: Settings, tokenizer: Tokenizer) -> nn.Module:
     if settings.architecture == "transformer":
         return _transformer(settings, tokenizer)
     if settings.pretrained is None:
-        return Mamba(mamba_config(settings, tokenizer))
+        return Mamba(settings.mamba(tokenizer.vocab_size))
     model = Mamba.from_pretrained(settings.pretrained, n_layer=settings.n_layer, dtype=torch.float32)
     if model.config.vocab_size < tokenizer.vocab_size:
         raise TrainingError(
@@ -65,17 +65,11 @@ def build(settings: Settings, tokenizer: Tokenizer) -> nn.Module:
     return model
 
 
-def mamba_config(settings: Settings, tokenizer: Tokenizer) -> MambaConfig:
-    """A Mamba from scratch."""
-    s = settings
-    return MambaConfig(s.d_model, s.n_layer, tokenizer.vocab_size, d_state=s.d_state, d_conv=s.d_conv)
-
-
 def _transformer(settings: Settings, tokenizer: Tokenizer) -> nn.Module:
     """A GPT-2 of as many layers whose width makes its parameters as many as the Mamba's, as near as heads allow."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    wanted = sum(p.numel() for p in Mamba(mamba_config(settings, tokenizer)).parameters())
+    wanted = sum(p.numel() for p in Mamba(settings.mamba(tokenizer.vocab_size)).parameters())
 
     def config(width: int) -> Any:
         return GPT2Config(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from minimal_mamba import MambaConfig
 from minimal_mamba.errors import nearest
 from minimal_mamba.files import write_json
 
@@ -128,6 +129,10 @@ class Settings:
         found = HubTokenizer(path)
         check(self.task, found)
         return found
+
+    def mamba(self, vocab_size: int) -> MambaConfig:
+        """A Mamba of these sizes."""
+        return MambaConfig(self.d_model, self.n_layer, vocab_size, d_state=self.d_state, d_conv=self.d_conv)
 
     @property
     def decay_from(self) -> int:
