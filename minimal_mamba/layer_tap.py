@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .edits import Apply
 from .item import Item, is_edit, is_probe
 from .sites import SITES
 from .tap import Tap, Toward
@@ -41,17 +42,20 @@ class LayerTap(Tap):
 
     def overwritten(self) -> list[int]:
         asked: dict[int, set[int]] = {}  # position -> the rows in which what was there still counts
+        looked_at: set[int] = set()  # by a function, which the edits after it do not undo
         for item in self.plan.items.get(("ssm_state", self.layer), []):
             if item.edit is None:
                 continue
             for t, (i, _) in item.by_time.items():
                 left = asked.setdefault(t, {*range(len(self.plan.start))})
                 rows, changed = item.rows[i], item.rows[i][item.write[i]].tolist()
+                if isinstance(item.edit, Apply) and left.intersection(rows.tolist()):
+                    looked_at.add(t)
                 if item.edit.over_batch and left.intersection(rows.tolist()):
                     left.update(changed)
                 elif item.edit.blind and item.index is None:
                     left.difference_update(changed)
-        found = {t for t, left in asked.items() if not left}
+        found = {t for t, left in asked.items() if not left} - looked_at
         return sorted(found - set(self._times(("decay", "state_write"), lambda item: item.edit is not None)))
 
     def touches(self, *sites: str) -> bool:

@@ -75,8 +75,8 @@ class Tap:
     def overwritten(self) -> list[int]:
         """The positions at which edits replace the whole `ssm_state` in all rows, ascending.
 
-        What the state would have been there does not matter, so it need not be made: `decay` and `state_write` are
-        neither edited there nor take a gradient.
+        What the state would have been there does not matter, so it need not be made: no function looks at it, and
+        `decay` and `state_write` are neither edited there nor take a gradient.
         """
         return []
 

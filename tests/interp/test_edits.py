@@ -545,6 +545,24 @@ def test_apply_sees_only_the_positions_that_a_row_has(pos, e, backend):
     assert seen == [(B, len(list(range(L))[pos]))]
 
 
+@BOTH
+def test_a_function_sees_the_state_that_a_later_edit_replaces(backend):
+    """What is there does not count for what follows, and a fast path need not make it; but the function looks at it."""
+    place, seen = at.ssm_state(layer=1, pos=4), []
+
+    def look(state):
+        seen.append(state)
+        return state
+
+    edits = [Scale(place, 2.0), Apply(place, look), Zero(place)]
+    run(MODEL, IDS, edits, backend=backend)
+    want = run(MODEL, IDS, record=[place], backend="reference")[place]
+    torch.testing.assert_close(seen[0], 2 * want, rtol=1e-10, atol=1e-10)
+    seen.clear()
+    run(MODEL, IDS, [Set(place, 0.5), *edits], backend=backend)
+    assert bool((seen[0] == 1).all())
+
+
 def one_by_one(ids, edits, record, backend, pieces=None):
     """Feed pieces of the sequence to the model with one plan for all."""
     from kernels_bridge import resolve
