@@ -62,6 +62,16 @@ class Item:
         return self.source if isinstance(self.source, Edit) else None
 
     @property
+    def is_probe(self) -> bool:
+        """Whether it is there for its gradient alone."""
+        return isinstance(self.source, Probe)
+
+    @property
+    def is_edit(self) -> bool:
+        """Whether it changes something."""
+        return self.edit is not None and not self.is_probe
+
+    @property
     def expected(self) -> int:
         return len(self.layers) * int(((self.pos >= 0) & self.write[:, None]).sum())
 
@@ -125,6 +135,64 @@ class Item:
             return self.value
         return self.value[self.layers.index(layer) if self.value.shape[0] > 1 else 0]
 
+    def covers(self, value: Tensor) -> bool:
+        """Whether the item selects the whole tensor (b, l, ...) in its order, so that no index is needed."""
+        b, l = value.shape[:2]
+        if self.index is not None or self.valid.shape != (b, l) or not self.valid.all():
+            return False
+        return bool((self.rows == torch.arange(b)).all() and (self.local == torch.arange(l)).all())
+
+    def index_along(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Index of a whole (b, l, *features) tensor that selects (R, c, *features); position 0 where one is missing."""
+        rows, times = self.rows[:, None].expand_as(self.local), self.local.where(self.valid, 0)
+        if self.index is not None:
+            spread = (...,) + (None,) * len(self.index)
+            rows, times = rows[spread], times[spread]
+            return tuple(i.to(device) for i in (rows, times, *self.features(2)))
+        return rows.to(device), times.to(device)
+
+    def index_at(self, rows: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
+        """Index of a (b, *features) tensor that selects (K, *features); None where that is the tensor itself."""
+        if self.index is None:
+            same = len(rows) == len(value) and bool((rows == torch.arange(len(value))).all())
+            return None if same else (rows.to(value.device),)
+        at = (rows.reshape((-1,) + (1,) * len(self.index)), *self.features(1))
+        return tuple(i.to(value.device) for i in at)
+
+    def row_by_row(self, edit: Apply, old: Tensor) -> Tensor:
+        """An Apply on `old` (R, c, *features) where rows lack some of the c: each row in a call of its own."""
+        new = old.clone()
+        for i, has in enumerate(self.valid):
+            c = has.nonzero()[:, 0].to(old.device)
+            if len(c):
+                own = old[i : i + 1, c]  # (1, its positions, *features)
+                made = edit.on(self.visible(own, 2)).reshape(own.shape)
+                new = new.index_put((torch.full_like(c, i), c), made[0])
+        return new
+
+    def _join(self, layer: int | None) -> Tensor:
+        """One layer's recording (R, P, *features) from its pieces; positions that a row lacks are NaN."""
+        pieces = self.pieces[layer]
+        if all(valid is None for _, valid, _ in pieces):
+            cols = torch.cat([c for c, _, _ in pieces])
+            joined = pieces[0][2] if len(pieces) == 1 else torch.cat([got for *_, got in pieces], 1)
+            in_order = bool((cols == torch.arange(len(cols))).all())
+            return joined if in_order else joined[:, cols.argsort().to(joined.device)]
+        first = pieces[0][2]
+        out = first.new_full((len(self.rows), self.pos.shape[1], *first.shape[2:]), torch.nan)
+        for cols, valid, got in pieces:
+            mask = torch.ones(got.shape[:2], dtype=torch.bool) if valid is None else valid
+            i, c = mask.nonzero(as_tuple=True)
+            out = out.index_put((i.to(out.device), cols[c].to(out.device)), got[i.to(got.device), c.to(got.device)])
+        return out
+
+    def joined(self) -> Tensor:
+        """The recording (layers, R, P, *features)."""
+        layers = [self._join(layer) for layer in self.layers]
+        if self.room is not None and all(same(one, self.place(i)) for i, one in zip(self.layers, layers, strict=True)):
+            return self.room
+        return layers[0][None] if len(layers) == 1 else torch.stack(layers)  # one needs no copy
+
 
 def positions(
     address: Address, rows: list[int], write: Tensor, source: Edit | Address, start: Tensor, stop: Tensor, ends: Tensor
@@ -169,70 +237,6 @@ def positions(
     columns = sorted({column for places in found.values() for column in places})
     lines = {kind: [places.get(column, -1) for column in columns] for kind, places in found.items()}
     return torch.tensor([lines[kind] for kind in kinds], dtype=torch.long)
-
-
-def covers(item: Item, value: Tensor) -> bool:
-    """Whether the item selects the whole tensor (b, l, ...) in its order, so that no index is needed."""
-    b, l = value.shape[:2]
-    if item.index is not None or item.valid.shape != (b, l) or not item.valid.all():
-        return False
-    return bool((item.rows == torch.arange(b)).all() and (item.local == torch.arange(l)).all())
-
-
-def index_of(item: Item, device: torch.device) -> tuple[Tensor, ...]:
-    """Index of a whole (b, l, *features) tensor that selects (R, c, *features); missing positions read position 0."""
-    rows, times = item.rows[:, None].expand_as(item.local), item.local.where(item.valid, 0)
-    if item.index is not None:
-        spread = (...,) + (None,) * len(item.index)
-        rows, times = rows[spread], times[spread]
-        return tuple(i.to(device) for i in (rows, times, *item.features(2)))
-    return rows.to(device), times.to(device)
-
-
-def index_at(item: Item, rows: Tensor, value: Tensor) -> tuple[Tensor, ...] | None:
-    """Index of a (b, *features) tensor that selects (K, *features); None where that is the tensor itself."""
-    if item.index is None:
-        same = len(rows) == len(value) and bool((rows == torch.arange(len(value))).all())
-        return None if same else (rows.to(value.device),)
-    at = (rows.reshape((-1,) + (1,) * len(item.index)), *item.features(1))
-    return tuple(i.to(value.device) for i in at)
-
-
-def row_by_row(item: Item, edit: Apply, old: Tensor) -> Tensor:
-    """What an Apply makes of `old` (R, c, *features) where rows lack some of the c: one row's own positions a call."""
-    new = old.clone()
-    for i, has in enumerate(item.valid):
-        c = has.nonzero()[:, 0].to(old.device)
-        if len(c):
-            own = old[i : i + 1, c]  # (1, its positions, *features)
-            made = edit.on(item.visible(own, 2)).reshape(own.shape)
-            new = new.index_put((torch.full_like(c, i), c), made[0])
-    return new
-
-
-def join(item: Item, layer: int | None) -> Tensor:
-    """One layer's recording (R, P, *features) from its pieces; positions that a row lacks are NaN."""
-    pieces = item.pieces[layer]
-    if all(valid is None for _, valid, _ in pieces):
-        cols = torch.cat([c for c, _, _ in pieces])
-        joined = pieces[0][2] if len(pieces) == 1 else torch.cat([got for *_, got in pieces], 1)
-        in_order = bool((cols == torch.arange(len(cols))).all())
-        return joined if in_order else joined[:, cols.argsort().to(joined.device)]
-    first = pieces[0][2]
-    out = first.new_full((len(item.rows), item.pos.shape[1], *first.shape[2:]), torch.nan)
-    for cols, valid, got in pieces:
-        mask = torch.ones(got.shape[:2], dtype=torch.bool) if valid is None else valid
-        i, c = mask.nonzero(as_tuple=True)
-        out = out.index_put((i.to(out.device), cols[c].to(out.device)), got[i.to(got.device), c.to(got.device)])
-    return out
-
-
-def joined(item: Item) -> Tensor:
-    """The recording (layers, R, P, *features)."""
-    layers = [join(item, layer) for layer in item.layers]
-    if item.room is not None and all(same(one, item.place(i)) for i, one in zip(item.layers, layers, strict=True)):
-        return item.room
-    return layers[0][None] if len(layers) == 1 else torch.stack(layers)  # one needs no copy
 
 
 def same(a: Tensor, b: Tensor | None) -> bool:
@@ -280,13 +284,3 @@ def fit_basis(source: object, value: Tensor, full: list[int], gone: list[bool]) 
             f"{source}: a basis here is (m, {', '.join(map(str, tail))}); this one is {tuple(value.shape)}."
         )
     return value
-
-
-def is_probe(item: Item) -> bool:
-    """Whether an item is there for its gradient alone."""
-    return isinstance(item.edit, Probe)
-
-
-def is_edit(item: Item) -> bool:
-    """Whether an item changes something."""
-    return item.edit is not None and not is_probe(item)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .edits import Apply
-from .item import Item, is_edit, is_probe
+from .item import Item
 from .sites import SITES
 from .tap import Tap, Toward
 
@@ -34,11 +34,12 @@ class LayerTap(Tap):
         return sorted(found)
 
     def edited(self, *sites: str) -> list[int]:
-        probed = self._times([s for s in sites if s not in ADDED], is_probe)
-        return sorted({*self._times(sites, is_edit), *probed})
+        probed = self._times([s for s in sites if s not in ADDED], lambda item: item.is_probe)
+        return sorted({*self._times(sites, lambda item: item.is_edit), *probed})
 
     def only_probed(self, *sites: str) -> list[int]:
-        return sorted({*self._times(sites, is_probe)} - {*self._times(sites, is_edit)})
+        probed = self._times(sites, lambda item: item.is_probe)
+        return sorted({*probed} - {*self._times(sites, lambda item: item.is_edit)})
 
     def overwritten(self) -> list[int]:
         asked: dict[int, set[int]] = {}  # position -> the rows in which what was there still counts
@@ -78,7 +79,7 @@ class LayerTap(Tap):
 
     def probed(self, times: Sequence[int], *sites: str) -> tuple[list[int], Tensor] | None:
         items = [
-            item for site in sites or ADDED for item in self.plan.items.get((site, self.layer), []) if is_probe(item)
+            item for site in sites or ADDED for item in self.plan.items.get((site, self.layer), []) if item.is_probe
         ]
         taken = sorted({t for t in times for item in items if t in item.by_time})
         if not taken:

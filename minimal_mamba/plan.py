@@ -14,21 +14,7 @@ from .address import Address, Span, resolve
 from .config import MambaConfig
 from .edits import Apply, Edit, Project, cast, edit_or_address
 from .errors import AddressError, EditError, NotReached
-from .item import (
-    Item,
-    covers,
-    fit,
-    fit_basis,
-    index_at,
-    index_of,
-    is_edit,
-    is_probe,
-    joined,
-    positions,
-    row_by_row,
-    same,
-    spacious,
-)
+from .item import Item, fit, fit_basis, positions, same, spacious
 from .layer_tap import LayerTap
 from .sites import RECURRENT_STATE
 from .tap import Tap, Toward
@@ -182,9 +168,8 @@ class Plan(Tap):
         if not items:
             return value
         self._own = None
-        for kind in (is_edit, is_probe):
-            for item in filter(kind, items):
-                value = self._edit(item, layer, value) if t is None else self._edit_at(item, layer, value, t)
+        for item in [*(i for i in items if i.is_edit), *(i for i in items if i.is_probe)]:
+            value = self._edit(item, layer, value) if t is None else self._edit_at(item, layer, value, t)
         self._own = None
         for item in items:
             if item.edit is None:
@@ -202,8 +187,8 @@ class Plan(Tap):
         if not len(item.cols):
             return value
         assert item.edit is not None
-        everywhere = covers(item, value)
-        where = () if everywhere else index_of(item, value.device)
+        everywhere = item.covers(value)
+        where = () if everywhere else item.index_along(value.device)
         old = value if everywhere else value[where]  # (R, c, *features)
         share = item.share(layer)
         if share is not None and not isinstance(item.edit, Project):  # a basis is the same at every place
@@ -218,7 +203,7 @@ class Plan(Tap):
             return item.visible((old * weight).sum(0, keepdim=True) / weight.sum(0, keepdim=True), 2)
 
         if isinstance(item.edit, Apply) and not valid.all():
-            new = row_by_row(item, item.edit, old)
+            new = item.row_by_row(item.edit, old)
         else:
             new = item.edit.new(seen, share, mean).to(old.dtype).reshape(old.shape)
         written = item.valid & item.write[:, None]
@@ -238,7 +223,7 @@ class Plan(Tap):
             return value
         assert item.edit is not None
         i, j = item.by_time[t]
-        where = index_at(item, item.rows[i], value)
+        where = item.index_at(item.rows[i], value)
         if item.edit.blind and item.index is None:  # nothing of what is there is asked but its form
             old = value[:1].expand(len(i), *value.shape[1:])
         else:
@@ -259,14 +244,14 @@ class Plan(Tap):
         item.done += int(keep.sum())
         if keep.all():
             return new if where is None else self._put(value, where, new)
-        where = index_at(item, item.rows[i][keep], value)
+        where = item.index_at(item.rows[i][keep], value)
         assert where is not None
         return self._put(value, where, new[keep.to(new.device)])
 
     def _record(self, item: Item, layer: int | None, value: Tensor) -> None:
         if not len(item.cols):
             return
-        got = value.clone() if covers(item, value) else value[index_of(item, value.device)]
+        got = value.clone() if item.covers(value) else value[item.index_along(value.device)]
         valid = None if item.valid.all() else item.valid
         self._keep(item, layer, item.cols, valid, got)
 
@@ -274,7 +259,7 @@ class Plan(Tap):
         if t not in item.by_time:
             return
         i, j = item.by_time[t]
-        where = index_at(item, item.rows[i], value)
+        where = item.index_at(item.rows[i], value)
         got = (value.clone() if where is None else value[where])[:, None]  # (K, 1, *features)
         if len(i) == len(item.rows) and bool((j == j[0]).all()):
             return self._keep(item, layer, j[:1], None, got)
@@ -350,7 +335,7 @@ class Plan(Tap):
         return {a: self._assemble(self.of[id(a)]) for a in self.record_at}
 
     def _assemble(self, items: list[Item]) -> Tensor:
-        parts = [joined(item) for item in items]
+        parts = [item.joined() for item in items]
         wide = parts[0].dtype if len(parts) == 1 else torch.promote_types(parts[0].dtype, parts[1].dtype)
         out = torch.cat([p.to(wide) for p in parts], -1) if len(parts) > 1 else parts[0]  # (layers, b, P, *features)
         gone = [] if _address(items[0].source).layer_axis else [0]
