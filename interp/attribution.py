@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from kernels_bridge import resolve
 from minimal_mamba import Address, Edit, Mamba, MambaState, Set, at
-from minimal_mamba.address import named_site
+from minimal_mamba.address import address_of, named_site
 from minimal_mamba.block import wide
 from minimal_mamba.errors import AddressError, EditError, InputError
 from minimal_mamba.sites import ADDRESSABLE, RECURRENT_STATE
@@ -217,10 +217,9 @@ class _Pair:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Integrated gradients of each cell by itself, (layers, positions, [keep,] b), and the two runs' metrics."""
         rows = []
-        layered = ADDRESSABLE[site].layered
         for layer in layers:
             for pos in columns:
-                cell = getattr(at, site)(pos=pos, **({"layer": layer} if layered else {}))
+                cell = address_of(site, layer if ADDRESSABLE[site].layered else None, pos=pos)
                 donor, base = self.donor([cell]), self.base([cell])
                 total = torch.zeros_like(donor[cell])
                 for node, weight in _nodes(steps):
@@ -259,8 +258,7 @@ class _Pair:
 
 def _where(site: str, layers: list[int]) -> Address:
     """All positions of a site, with an axis for layers where it has one."""
-    place: Address = getattr(at, site)(**({"layer": layers} if ADDRESSABLE[site].layered else {}))
-    return place
+    return address_of(site, layers if ADDRESSABLE[site].layered else None)
 
 
 def _sum(products: Tensor, address: Address, keep: str | None) -> Tensor:

@@ -15,6 +15,7 @@ from minimal_mamba import Mamba, Ops, Plan, Tap
 from minimal_mamba.block import Memory
 from minimal_mamba.errors import InputError
 
+ROUTES = ("scan", "conv", "selection", "all")
 CUT = ("mixer_in", "x", "z", "conv", "dt_low", "B", "C", "mixer_out")  # the sites at which a cut acts
 MADE = ("conv", "mixer_out")  # those that it makes, where edits change what it made
 
@@ -53,7 +54,7 @@ def layer_cuts(rows: Sequence[Mapping[int, Sources]], length: int, device: torch
     sets = [list(dict.fromkeys(tuple(sorted(s.items())) for s in row.values())) for row in rows]
     take, slots = torch.zeros(b, length, dtype=torch.long), list[Slot]()
     for j in range(max(map(len, sets))):
-        masks = {route: torch.zeros(b, length, dtype=torch.bool) for route in ("scan", "conv", "selection", "all")}
+        masks = {route: torch.zeros(b, length, dtype=torch.bool) for route in ROUTES}
         for row, mine in enumerate(sets):
             for route, sources in mine[j] if j < len(mine) else ():
                 masks[route][row, list(sources)] = True

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minimal_mamba import Address, MambaConfig, at
+from minimal_mamba.address import address_of
 from minimal_mamba.block import Layer, wide
 from minimal_mamba.errors import AddressError, UnknownSiteError, nearest
 
@@ -161,7 +162,7 @@ def find(name: str, config: MambaConfig, length: int | None = None) -> Point:
         AddressError: a layer or position that this run does not have.
     """
     if name in MODEL:
-        return Point(name, name, None, getattr(at, MODEL[name])())
+        return Point(name, name, None, address_of(MODEL[name]))
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(name))
     if not match:
         raise _unknown(name, config)
@@ -179,7 +180,7 @@ def find(name: str, config: MambaConfig, length: int | None = None) -> Point:
         if length is not None and pos >= length:
             raise AddressError(f"{name}: this run has the positions 0..{length - 1}.")
         return Point(name, kind, layer, at.ssm_state(layer=layer, pos=pos))
-    return Point(name, kind, layer, getattr(at, BLOCK[kind])(layer=layer) if kind in BLOCK else None)
+    return Point(name, kind, layer, address_of(BLOCK[kind], layer) if kind in BLOCK else None)
 
 
 def address(name: str, config: MambaConfig) -> Address:

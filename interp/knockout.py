@@ -27,15 +27,14 @@ from torch import Tensor
 
 from kernels_bridge import resolve as resolve_backend
 from minimal_mamba import Address, Apply, Edit, Mamba, Plan, at
-from minimal_mamba.address import resolve, selector
+from minimal_mamba.address import resolve, row_selector, selector, shown
 from minimal_mamba.block import wide
 from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 
-from .cutter import Cutter, LayerCuts, layer_cuts
+from .cutter import ROUTES, Cutter, LayerCuts, layer_cuts
 from .positions import of_tokens
 from .run import Lengths, Run, each, run, span
 
-ROUTES = ("scan", "conv", "selection", "all")
 Baseline = str | Tensor
 
 
@@ -69,8 +68,7 @@ class Knockout:
         normal: dict[str, object] = {f: selector(getattr(self, f), f) for f in ("source", "target", "layer")}
         normal["through"] = tuple(r for r in ROUTES if r in routes)
         if self.rows is not None:
-            chosen = selector(self.rows, "rows")
-            normal["rows"] = (chosen,) if isinstance(chosen, int) else chosen
+            normal["rows"] = row_selector(self.rows)
         for name, value in normal.items():
             object.__setattr__(self, name, value)
 
@@ -98,9 +96,9 @@ class Knockout:
         return found
 
     def __str__(self) -> str:
-        parts = [f"{name}={_show(getattr(self, name))}" for name in ("source", "target", "layer")]
+        parts = [f"{name}={shown(getattr(self, name))}" for name in ("source", "target", "layer")]
         parts.append(f"through={(self.through[0] if len(self.through) == 1 else list(self.through))!r}")
-        return f"Knockout({', '.join(parts + ([] if self.rows is None else [f'rows={_show(self.rows)}']))})"
+        return f"Knockout({', '.join(parts + ([] if self.rows is None else [f'rows={shown(self.rows)}']))})"
 
     __repr__ = __str__
 
@@ -267,7 +265,3 @@ def baseline_of(
     if tuple(value.shape) not in fits:
         raise InputError(f"baseline has shape {tuple(value.shape)}; it is one of {', '.join(map(str, fits[:3]))}.")
     return value if value.dim() == 4 else value.expand(n_layer, d)[:, None, None]
-
-
-def _show(value: object) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minimal_mamba import Address, Mamba, Plan, at
-from minimal_mamba.address import named_site, resolve, selector
+from minimal_mamba import Address, Mamba, Plan
+from minimal_mamba.address import address_of, named_site, resolve, selector
 from minimal_mamba.errors import EditError, InputError, nearest
 from minimal_mamba.sites import ADDRESSABLE
 
@@ -331,7 +331,6 @@ def probe_grid(
     chosen = selector(slice(None) if layers is None else layers, "layer")
     rows: list[int | None] = [*resolve(chosen, model.config.n_layer, "layer")] if layered else [None]
     wanted = sorted({p for column in columns for p in column})
-    name = getattr(at, site)
     found = []
     given = []  # of each column: labels, which rows have one, their groups
     for column in columns:
@@ -342,8 +341,7 @@ def probe_grid(
         given.append((y[has], has, read_groups(of, len(ids)).repeat(len(column))[has]))
     with tqdm(total=len(rows) * len(columns), desc=f"probe {site}", disable=not progress) as bar:
         for layer in rows:
-            fields = {} if layer is None else {"layer": layer}
-            places = {p: name(**fields, pos=p) for p in wanted}
+            places = {p: address_of(site, layer, pos=p) for p in wanted}
             kept = [
                 collect(m, ids, list(places.values()), batch=batch, lengths=lengths, backend=backend)
                 for m in (model, random_model)
@@ -358,7 +356,7 @@ def probe_grid(
                 try:
                     cells.append(probe(xs[0], y, groups=shared, other=xs[1] if xs[1:] else None, **how))
                 except InputError as error:
-                    cell = name(**fields, pos=column if len(column) > 1 else column[0])
+                    cell = address_of(site, layer, pos=column if len(column) > 1 else column[0])
                     left = "" if has.all() else " Rows whose label is -1 or NaN are left out."
                     raise InputError(f"{cell}: {error}{left}") from None
                 bar.update()

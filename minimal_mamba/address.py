@@ -68,6 +68,12 @@ def selector(value: Any, what: str) -> Selector:
         raise AddressError(f"{what}={value!r}: give an int, a slice or a list of ints.") from None
 
 
+def row_selector(rows: Any) -> tuple[int, ...] | Span:
+    """`selector` of rows, whose axis an int does not drop."""
+    chosen = selector(rows, "rows")
+    return (chosen,) if isinstance(chosen, int) else chosen
+
+
 def resolve(sel: Selector, size: int, what: str) -> list[int]:
     """The non-negative indices that a selector means on an axis of this size; raises AddressError outside it."""
     if isinstance(sel, Span):
@@ -105,16 +111,17 @@ class Address:
         return isinstance(self.layer, Span | tuple)
 
     def __str__(self) -> str:
-        parts = [] if self.layer is None else [f"layer={_show(self.layer)}"]
-        parts.append(f"pos={_show(self.pos)}")
+        parts = [] if self.layer is None else [f"layer={shown(self.layer)}"]
+        parts.append(f"pos={shown(self.pos)}")
         chosen = zip(self.spec.features, self.features, strict=True)
-        parts += [f"{axis}={_show(s)}" for axis, s in chosen if s != EVERYTHING]
+        parts += [f"{axis}={shown(s)}" for axis, s in chosen if s != EVERYTHING]
         return f"{self.site}({', '.join(parts)})"
 
     __repr__ = __str__
 
 
-def _show(sel: Selector) -> str:
+def shown(sel: Selector) -> str:
+    """A selector as it was written."""
     return str(list(sel)) if isinstance(sel, tuple) else str(sel)
 
 
@@ -155,6 +162,12 @@ class _SiteAt:
 
 
 at = _At()
+
+
+def address_of(site: str, layer: Any = None, **fields: Any) -> Address:
+    """`at.<site>(layer=, ...)` of a site by its name; None for the layer where the site has none."""
+    address: Address = getattr(at, site)(**fields if layer is None else {"layer": layer, **fields})
+    return address
 
 
 def named_site(site: object) -> None:

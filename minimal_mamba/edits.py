@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .address import Address, Selector, selector
+from .address import Address, Selector, row_selector, shown
 from .errors import EditError
 from .sites import RECURRENT_STATE
 
@@ -73,8 +73,7 @@ class Edit:
         if not isinstance(self.address, Address):
             raise EditError(f"{type(self).__name__}: {self.address!r} is no address; make one with at.<site>(...).")
         if self.rows is not None:
-            chosen = selector(self.rows, "rows")
-            object.__setattr__(self, "rows", (chosen,) if isinstance(chosen, int) else chosen)
+            object.__setattr__(self, "rows", row_selector(self.rows))
         if self.tensor and not (self.optional and self.value is None):
             object.__setattr__(self, self.tensor, _value(self.value, self))
         if self.address.site == RECURRENT_STATE.name and not self.by_element:
@@ -129,7 +128,7 @@ class Edit:
             parts.append(f"value {tuple(self.value.shape)}")
         parts += [f"{k}={v!r}" for k, v in self.describe().items()]
         if self.rows is not None:
-            parts.append(f"rows={list(self.rows) if isinstance(self.rows, tuple) else self.rows}")
+            parts.append(f"rows={shown(row_selector(self.rows))}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     __repr__ = __str__

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minimal_mamba import Address, MambaConfig, at
-from minimal_mamba.address import EVERYTHING, resolve, selector
+from minimal_mamba.address import EVERYTHING, address_of, resolve, selector
 from minimal_mamba.errors import EditError, InputError
 
 RESIDUAL = ("x", "gate", "logits")  # what reads the residual stream; embed and mixer_out write to it
@@ -109,8 +109,7 @@ def _check(node: Address) -> None:
 
 def node(site: str, layer: int | None, pos: int) -> Address:
     """The address of a node."""
-    made: Address = getattr(at, site)(pos=pos) if layer is None else getattr(at, site)(layer=layer, pos=pos)
-    return made
+    return address_of(site, layer, pos=pos)
 
 
 def order(edge: Edge) -> tuple[int, int, int, int, int, int]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels_bridge import resolve
-from minimal_mamba import Mamba, Plan, at
+from minimal_mamba import Mamba, Plan
+from minimal_mamba.address import address_of
 from minimal_mamba.errors import NotReached
 from minimal_mamba.sites import SITES
 from minimal_mamba.tap import Tap
@@ -86,14 +87,13 @@ class Values:
         self.of: dict[tuple[str, int | None], tuple[dict[int, int], Tensor]] = {}
         places = {}
         for (site, layer), times in needed.items():
-            where = getattr(at, site)
             # sites along the sequence whole, so that rows of a padded batch may lack some
             pos: slice | list[int] = slice(0, None)
             if SITES[site].per_position:
                 pos = sorted(times)
                 if lengths is not None and max(times) >= int(torch.as_tensor(lengths).min()):
                     pos = slice(0, max(times) + 1)
-            places[site, layer] = (pos, where(pos=pos) if layer is None else where(layer=layer, pos=pos))
+            places[site, layer] = pos, address_of(site, layer, pos=pos)
         done = run(model, ids, record=[a for _, a in places.values()], lengths=lengths, backend=backend)
         plan = Plan(model.config, (), done.records, *span(done.ids, done.lengths, None))
         for key, (pos, address) in places.items():
