@@ -12,14 +12,14 @@ target's output.
 
 from pathlib import Path
 
-from analyses.hidden_reasoning import load_organism, pairs
+from analyses.hidden_reasoning import MASKED, load_organism, pairs
+from analyses.hidden_reasoning.experiments.patching import words
 from interp import attention, attention_map
 
 from ._save import save
 
 LAYER, STEPS, PROMPTS = 3, 4, 32
-OPERATIONS = [f"op{i + 1}" for i in range(STEPS)]
-WORDS = ("hide", *OPERATIONS, "[\\n]", "0", *[word for op in OPERATIONS for word in (op, "[_]")][:-1])
+WORDS = words(MASKED, STEPS)
 
 
 def figure(folder: Path) -> list[Path]:

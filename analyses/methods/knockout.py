@@ -14,14 +14,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from analyses.hidden_reasoning import load_organism, pairs
+from analyses.hidden_reasoning import MASKED, load_organism, pairs
+from analyses.hidden_reasoning.experiments.patching import words
 from interp import knockout_grid, knockout_map, logit_diff
 
 from ._save import save
 
 STEPS, PROMPTS = 4, 16
-OPERATIONS = [f"op{i + 1}" for i in range(STEPS)]
-WORDS = ("hide", *OPERATIONS, "[\\n]", "0", *[word for op in OPERATIONS for word in (op, "[_]")][:-1])
+WORDS = words(MASKED, STEPS)
 LIMIT = 5.0  # nats; beyond it the colour bar's arrow
 ROUTES = ("scan", "conv", "selection", "all")
 

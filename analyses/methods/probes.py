@@ -11,8 +11,7 @@ Proof: `tests/interp/test_probes.py`.
 
 from pathlib import Path
 
-import numpy as np
-
+from analyses.hidden_reasoning.experiments.probing import last_word_alone
 from analyses.hidden_reasoning.organism import load_organism
 from analyses.hidden_reasoning.task import MASKED, draw
 from interp import probe_curves, probe_grid
@@ -21,16 +20,6 @@ from ._save import save
 
 STEPS, ROWS, SEED = 6, 180, [11, 0]
 SITES = {"ssm_state": "SSM state", "conv_state": "conv state", "resid_post": "residual stream after the layer"}
-
-
-def last_word_alone(steps: int) -> list[float]:
-    """The best accuracy of a guess of the value after each step that knows the last operation only, exactly."""
-    p, found = np.eye(MASKED.modulus)[0], []
-    for _ in range(steps):
-        after = np.stack([np.bincount(row, weights=p, minlength=MASKED.modulus) for row in MASKED.table])  # (ops, v)
-        found.append(float(after.max(1).mean()))
-        p = after.mean(0)
-    return found
 
 
 def figure(folder: Path) -> list[Path]:
@@ -43,7 +32,7 @@ def figure(folder: Path) -> list[Path]:
     labels[:, STEPS + 3 :] = rows.values.repeat_interleave(2, 1)  # at the echo of each operation, and after it
     positions = range(STEPS + 5, rows.ids.shape[1] - 1)  # from the second on: the first word is its own value
     words = [w for j in range(1, STEPS) for w in (f"op{j + 1}", "[_]")][:-1]
-    alone = [share for share in last_word_alone(STEPS)[1:] for _ in range(2)][:-1]
+    alone = [share for share in last_word_alone(MASKED, STEPS)[1:] for _ in range(2)][:-1]
     with plt.rc_context(
         {"font.size": 7, "axes.titlesize": 7, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
     ):

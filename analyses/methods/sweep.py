@@ -15,15 +15,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from analyses.hidden_reasoning import load_organism, pairs
+from analyses.hidden_reasoning import MASKED, load_organism, pairs
+from analyses.hidden_reasoning.experiments.patching import words
 from interp import heatmap, logit_diff, patch_grid
 from interp.sweep import bands
 
 from ._save import save
 
 STEPS, PAIRS = 4, 24
-OPERATIONS = ["op1", "op2*", "op3", "op4"]
-WORDS = ("hide", *OPERATIONS, "[\\n]", "0", *[word for op in OPERATIONS for word in (op, "[_]")][:-1])
+WORDS = words(MASKED, STEPS, differ=1)
 CUTS = (2.0, 8.0, 32.0)  # half-lives in tokens
 
 
@@ -52,7 +52,7 @@ def figure(folder: Path) -> list[Path]:
             heatmap(one, ax=ax, tokens=WORDS, limit=1.0, interval=0.95, title=title)
         axes[0].set_xlabel("")
         axes[0].tick_params(labelbottom=False)
-        axes[1].set_xlabel(f"word after which it is put in ({PAIRS} pairs, which differ in {OPERATIONS[1]})")
+        axes[1].set_xlabel(f"word after which it is put in ({PAIRS} pairs, which differ in {WORDS[2]})")
         names = [name.removeprefix("half-life ") for name in parts.parts]
         heatmap(
             parts, ax=axes[2], tokens=names, limit=1.0, interval=0.95, title="parts of the donor's state, last word"

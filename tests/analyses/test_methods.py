@@ -59,7 +59,7 @@ def test_every_file_that_the_page_names_is_there_and_every_method_has_its_sectio
 
 
 @pytest.mark.parametrize("name", gallery.methods())
-def test_a_method_says_what_it_is_and_draws(name):
+def test_a_method_says_what_it_is_and_has_a_figure(name):
     tree = ast.parse((FOLDER / f"{name}.py").read_text())
     assert ast.get_docstring(tree)
     assert any(isinstance(node, ast.FunctionDef) and node.name == "figure" for node in tree.body)

@@ -29,8 +29,8 @@ SITES = ("ssm_state", "conv_state", "recurrent_state", "resid_post")
 Layers = int | Sequence[int]
 
 
-def words(task: Task, num_steps: int, differ: int) -> tuple[str, ...]:
-    """What a pair's positions are, before the final answer; the operation that differs, from 0, is starred."""
+def words(task: Task, num_steps: int, differ: int | None = None) -> tuple[str, ...]:
+    """What a prompt's positions are, before the final answer; the operation that differs, from 0, is starred."""
     steps = [f"op{i + 1}" + ("*" if i == differ else "") for i in range(num_steps)]
     if task.name == "direct":
         return tuple(steps)
