@@ -107,11 +107,8 @@ def attribution_grid(
     if any(len(row) > 1 for row in rows):
         raise InputError(f"layers={layers!r}: an attribution is of one layer; patch_grid patches several together.")
     changes = each(edits, Edit)
-    if (
-        steps
-        and path == "embed"
-        and (twice := [e for e in changes if isinstance(e, Edit) and e.address.site == "embed"])
-    ):
+    twice = [e for e in changes if isinstance(e, Edit) and e.address.site == "embed"]
+    if twice and steps and path == "embed":
         raise EditError(
             f"{twice[0]} with steps={steps} and path='embed': the embeddings are those of the line from base to donor. "
             "Edit resid_pre of layer 0, which is the same stream behind it, or take steps=0."
@@ -156,16 +153,14 @@ class _Pair:
         self.tokens = (torch.arange(ids.shape[1]) < sizes[:, None]).to(model.device)  # (b, l)
 
     def base(self, record: Sequence[Address]) -> Run:
-        return run(
-            self.model, self.ids, self.edits, record, self.backend, self.state, False, self.lengths,
-            self.lengths is not None,
-        )  # fmt: skip
+        return self._run(self.ids, self.edits, record, self.state)
 
     def donor(self, record: Sequence[Address]) -> Run:
-        return run(
-            self.model, self.donor_ids, (), record, self.backend, self.donor_state, False, self.lengths,
-            self.lengths is not None,
-        )  # fmt: skip
+        return self._run(self.donor_ids, (), record, self.donor_state)
+
+    def _run(self, ids: Tensor, edits: Sequence[Edit], record: Sequence[Address], state: MambaState | None) -> Run:
+        last_only = self.lengths is not None
+        return run(self.model, ids, edits, record, self.backend, state, lengths=self.lengths, last_only=last_only)
 
     def everywhere(
         self, site: str, layers: list[int], keep: str | None, steps: int, done: Callable[[], object]

@@ -171,9 +171,8 @@ def interval(
     if how.classes:
         p = score(y, guess, blind, how)
         middle, half = p + Z95**2 / (2 * n), Z95 * (p * (1 - p) / n + Z95**2 / (4 * n**2)) ** 0.5
-        return max(0.0, min(p, (middle - half) / (1 + Z95**2 / n))), min(
-            1.0, max(p, (middle + half) / (1 + Z95**2 / n))
-        )
+        low, high = ((middle + side) / (1 + Z95**2 / n) for side in (-half, half))
+        return max(0.0, min(p, low)), min(1.0, max(p, high))
     drawn = torch.randint(n, (DRAWS, n), generator=rng)
     times = torch.zeros(DRAWS, n, dtype=torch.float64).scatter_add(1, drawn, torch.ones(DRAWS, n, dtype=torch.float64))
     found = _scores(y, guess, blind, how, times[:, group])

@@ -70,11 +70,8 @@ def probe_curves(
         style = {"color": colours[i], "marker": MARKS[i] if few else "o", "ms": 2.5, "lw": 1.0, "elinewidth": 0.7}
         label = None if layer is None or not few else f"layer {layer}"
         ax.errorbar(at_x, score[i].tolist(), yerr=error, label=label, **style)  # type: ignore[arg-type]
-    chance, name = (
-        grid.values("chance").mean(0).tolist() * times,
-        "commonest class" if classes else "mean of the labels",
-    )
-    ax.plot(ends, chance, color="black", lw=0.8, ls="--", label=name)
+    chance = grid.values("chance").mean(0).tolist() * times
+    ax.plot(ends, chance, color="black", lw=0.8, ls="--", label="commonest class" if classes else "mean of the labels")
     ax.set_xlim(-0.5, n - 0.5)
     name_axis(ax.xaxis, names, upright=tokens is not None)
     ax.set_xlabel("position" if tokens is None else "token")
