@@ -82,6 +82,16 @@ def test_a_number_is_found_with_its_slope_and_an_interval():
     torch.testing.assert_close(found.patterns[0], centred.T @ (y - y.mean()) / (y - y.mean()).square().sum())
 
 
+def test_r_squared_is_against_the_mean_of_the_training_rows():
+    """By hand, from the held-out readings. The mean of all rows knows those held out too, and gives another number."""
+    x, y = rows(20, 4), rows(20, 1, seed=2)[:, 0] + torch.arange(20) / 5
+    found = probe(x, y, folds=5, seeds=0)
+    blind = torch.tensor([float(y[found.fold != fold].mean()) for fold in found.fold], dtype=torch.float64)
+    missed = (y - found.predicted).square().sum()
+    assert found.score == pytest.approx(float(1 - missed / (y - blind).square().sum()), abs=1e-12)
+    assert abs(found.score - float(1 - missed / (y - y.mean()).square().sum())) > 0.01
+
+
 def test_a_control_that_is_worse_than_the_mean_does_not_count_for_the_probe():
     """With few rows, shuffled numbers are fitted and missed: their R^2 is far below 0, which a constant has."""
     found = probe(rows(60, 40), rows(60, 1, seed=9)[:, 0], seeds=3)

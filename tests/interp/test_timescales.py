@@ -165,6 +165,9 @@ def test_the_width_is_the_first_distance_that_is_enough():
     assert field.width(0.5).tolist() == [0, 1] and field.width(0.7).tolist() == [1, 1]
     assert field.width(0.75).tolist() == [1, math.inf]  # the rest of the second row is older than the run
     assert field.width(0.76).tolist() == [2, math.inf] and field.width(1.0).tolist() == [2, math.inf]
+    for dtype in (torch.float32, torch.float64):  # 1 - 0.9 is not 0.1: what rounding adds is no part of the rest
+        edge = ReceptiveField(torch.tensor([[0.9, 0.1]], dtype=dtype), torch.zeros(1, dtype=dtype))
+        assert edge.width(0.9).tolist() == [0]
     assert_close(field.mean_distance(), torch.tensor([0.75, 3 / 7], dtype=torch.float64))
 
 
