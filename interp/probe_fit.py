@@ -166,15 +166,19 @@ def score(y: Tensor, guess: Tensor, blind: Tensor, how: How) -> float:
 def interval(
     y: Tensor, guess: Tensor, blind: Tensor, group: Tensor, how: How, rng: torch.Generator
 ) -> tuple[float, float]:
-    """95 % interval of `score`: Wilson's with each group counted once, or a bootstrap of R^2 over groups."""
-    n = int(group.max()) + 1
+    """95 % interval of `score`: Wilson's of as many draws as the groups are worth, or a bootstrap of R^2 over groups.
+
+    A group is one draw, and a large one weighs more in the score: n is (sum c)^2 / sum c^2, of groups of c rows (Kish
+    1965, Survey Sampling, section 11.7), the number of groups where they are of one size.
+    """
+    sizes = group.bincount()
     if how.classes:
-        p = score(y, guess, blind, how)
+        p, n = score(y, guess, blind, how), len(group) ** 2 / sizes.square().sum().item()
         middle, half = p + Z95**2 / (2 * n), Z95 * (p * (1 - p) / n + Z95**2 / (4 * n**2)) ** 0.5
         low, high = ((middle + side) / (1 + Z95**2 / n) for side in (-half, half))
         return max(0.0, min(p, low)), min(1.0, max(p, high))
-    drawn = torch.randint(n, (DRAWS, n), generator=rng)
-    times = torch.zeros(DRAWS, n, dtype=torch.float64).scatter_add(1, drawn, torch.ones(DRAWS, n, dtype=torch.float64))
+    drawn = torch.randint(len(sizes), (DRAWS, len(sizes)), generator=rng)
+    times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add(1, drawn, torch.ones_like(drawn).double())
     found = _scores(y, guess, blind, how, times[:, group])
     low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

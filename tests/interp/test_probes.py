@@ -12,7 +12,7 @@ from helpers import tiny
 
 from analyses.planted import plant
 from interp import Add, Project, at, collect, probe, probe_grid, run
-from interp.probe_fit import PENALTIES, How, MissingExtra, Space, fit, like
+from interp.probe_fit import PENALTIES, How, MissingExtra, Space, fit, interval, like
 from interp.probe_rows import alike, permute, same_so_far
 from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.errors import AddressError, EditError, InputError
@@ -173,6 +173,19 @@ def test_a_group_is_never_on_both_sides():
     assert sorted(split.fold.bincount().tolist()) == [48] * 5
     low, high = split.interval  # Wilson's with 40, not 240
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(split.score * (1 - split.score) / 40), rel=0.1)
+
+
+@pytest.mark.parametrize("sizes", [[5] * 20, [40] + [2] * 30, [round(60 / (i + 1)) for i in range(30)]])
+def test_an_interval_covers_the_truth_when_groups_differ_in_size(sizes):
+    """Rows of a group are right or wrong together; 95 % of the intervals, or more, should hold the share of right ones."""
+    rng, how, held = torch.Generator().manual_seed(0), How(2, True, True, 0.0, "ridge", 2), 0
+    group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    y = torch.ones(len(group), dtype=torch.long)
+    for _ in range(400):
+        guess = (torch.rand(len(sizes), generator=rng) < 0.7).long()[group]
+        low, high = interval(y, guess, y, group, how, rng)
+        held += low <= 0.7 <= high
+    assert held >= 0.92 * 400
 
 
 def test_copies_of_a_row_are_one_group():
