@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from minimal_mamba import Mamba
-
 from ..pages import placed
 from .drawing.probes import layers_of
 from .drawing.trainings import GROUPS, LOSSES, scores
 from .experiments.accuracy import Score, wilson
-from .experiments.curves import DEPTHS, runs
+from .experiments.curves import DEPTHS, sizes
 from .experiments.results import RESULTS, Read, ResultsError, read, together
 from .organism import MODELS
 
@@ -130,13 +128,10 @@ def depth(results: Folder) -> str:
 
 def width(results: Folder) -> str:
     """The longest length that is solved, by size: what the depth decides, and what the parameters."""
-    whole = results.whole("curves-all")
-    shapes: dict[tuple[int, int, int], list[str]] = {}
-    for name, s in runs(whole["key"]["quick"]):
-        if name.startswith(("width mamba, arithmetic", "depth mamba, arithmetic")):
-            count = sum(p.numel() for p in Mamba(s.mamba(s.task.tokenizer.vocab_size)).parameters())
-            shapes.setdefault((count, s.n_layer, s.d_model), []).append(str(whole["parts"][name]["longest"]))
-    rows = [[f"{n:,}", str(layers), str(d), ", ".join(longest)] for (n, layers, d), longest in sorted(shapes.items())]
+    rows = [
+        [f"{count:,}", str(n_layer), str(d_model), ", ".join(map(str, longest))]
+        for (count, n_layer, d_model), longest in sizes(results["curves-all"]).items()
+    ]
     return table(["parameters", "layers", "d_model", "longest length solved, each seed"], rows)
 
 

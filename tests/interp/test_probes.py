@@ -177,7 +177,7 @@ def test_a_group_is_never_on_both_sides():
 
 @pytest.mark.parametrize("sizes", [[5] * 20, [40] + [2] * 30, [round(60 / (i + 1)) for i in range(30)]])
 def test_an_interval_covers_the_truth_when_groups_differ_in_size(sizes):
-    """Rows of a group are right or wrong together; 95 % of the intervals, or more, should hold the share of right ones."""
+    """Rows of a group are right or wrong together; 95 % of the intervals, or more, should hold the true share."""
     rng, how, held = torch.Generator().manual_seed(0), How(2, True, True, 0.0, "ridge", 2), 0
     group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     y = torch.ones(len(group), dtype=torch.long)

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from ..experiments.accuracy import Score
-from ..experiments.curves import DEPTHS
+from ..experiments.curves import DEPTHS, sizes
 from ..experiments.results import Read
-from .style import BLUE, CHANCE, COLUMN, GREEN, ORANGE, PAGE, RED, SKY, legend_below
+from .style import BLUE, CHANCE, GREEN, ORANGE, PAGE, PINK, RED, SKY, legend_below
 
 
 def scores(parts: Read, what: str = "concealed") -> dict[int, Score]:
@@ -112,6 +112,24 @@ def depth_curve(ax: Any, curves_all: Read) -> None:
     ax.legend(loc="upper left")
 
 
+def size_curves(ax: Any, curves_all: Read) -> None:
+    """The longest length that was solved against parameters, one line a depth that was tried at several widths."""
+    found = sizes(curves_all)
+    depths = sorted({n for _, n, _ in found})
+    several = [n for n in depths if sum(layers == n for _, layers, _ in found) > 1]
+    for n, colour, mark in zip(several, (GREEN, PINK, BLUE), "vs^", strict=False):
+        mine = {count: longest for (count, layers, _), longest in found.items() if layers == n}
+        ax.plot(list(mine), [np.mean(longest) for longest in mine.values()], color=colour)
+        for i, (count, longest) in enumerate(mine.items()):
+            label = f"{n} layers" if i == 0 else None
+            ax.scatter([count] * len(longest), longest, s=11, color=colour, marker=mark, label=label)
+    ax.set(xlabel="parameters", xlim=(0, None))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:.1f} million" if x else "0")
+
+
 def depth(new: Any, curves_all: Read) -> None:
-    """How long a prompt is solved after 1,500 steps, by depth."""
-    depth_curve(new(figsize=(COLUMN, 2.3)), curves_all)
+    """How long a prompt is solved after 1,500 steps, by depth, and by size."""
+    deep, large = new(1, 2, figsize=(PAGE, 2.3), sharey=True)
+    depth_curve(deep, curves_all)
+    size_curves(large, curves_all)
+    large.legend(loc="lower right", title="Mamba, arithmetic")

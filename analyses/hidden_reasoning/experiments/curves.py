@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minimal_mamba import Mamba
+
 from ..training.settings import Settings
-from .results import Results
+from .results import Read, Results
 
 SEEDS = (0, 1, 2)
 LOSS = {"max_length": 6, "steps": 1500, "decay_steps": 200, "early": 1.0}
@@ -72,6 +74,7 @@ def summary(settings: Settings, place: Path) -> dict[str, Any]:
     rows = [{k: row[k] for k in ("step", "seconds", "loss", "accuracy")} for row in log]
     return {
         "n_layer": settings.n_layer,
+        "d_model": settings.d_model,
         "loss": settings.loss,
         "acts": settings.acts,
         "architecture": settings.architecture,
@@ -80,3 +83,14 @@ def summary(settings: Settings, place: Path) -> dict[str, Any]:
         "solved_at": next((r["step"] for r in rows if min(r["accuracy"]) >= SOLVED), None),
         "longest": max((i for i, a in enumerate(rows[-1]["accuracy"], 1) if a >= SOLVED), default=0),
     }
+
+
+def sizes(parts: Read) -> dict[tuple[int, int, int], list[int]]:
+    """(parameters, layers, d_model) -> the longest length of each seed: Mambas, arithmetic, trained to length 12."""
+    found: dict[tuple[int, int, int], list[int]] = {}
+    for name, part in parts.items():
+        if name.startswith(("depth mamba, arithmetic", "width mamba, arithmetic")):
+            s = Settings(n_layer=part["n_layer"], d_model=part.get("d_model", Settings.d_model))
+            count = sum(p.numel() for p in Mamba(s.mamba(s.task.tokenizer.vocab_size)).parameters())
+            found.setdefault((count, s.n_layer, s.d_model), []).append(part["longest"])
+    return dict(sorted(found.items()))
