@@ -118,13 +118,12 @@ def size_curves(ax: Any, curves_all: Read) -> None:
     depths = sorted({n for _, n, _ in found})
     several = [n for n in depths if sum(layers == n for _, layers, _ in found) > 1]
     for n, colour, mark in zip(several, (GREEN, PINK, BLUE), "vs^", strict=False):
-        mine = {count: longest for (count, layers, _), longest in found.items() if layers == n}
+        mine = {count / 1e6: longest for (count, layers, _), longest in found.items() if layers == n}
         ax.plot(list(mine), [np.mean(longest) for longest in mine.values()], color=colour)
         for i, (count, longest) in enumerate(mine.items()):
             label = f"{n} layers" if i == 0 else None
             ax.scatter([count] * len(longest), longest, s=11, color=colour, marker=mark, label=label)
-    ax.set(xlabel="parameters", xlim=(0, None))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:.1f} million" if x else "0")
+    ax.set(xlabel="parameters (millions)", xlim=(0, None))
 
 
 def depth(new: Any, curves_all: Read) -> None:
