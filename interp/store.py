@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from minimal_mamba.address import Address, Span, at
 from minimal_mamba.edits import KINDS, Apply, Edit, Rows, function_name, import_function
 from minimal_mamba.errors import CheckpointError, EditError
-from minimal_mamba.files import write_files
+from minimal_mamba.files import make_folder, write_files
 from minimal_mamba.sites import ADDRESSABLE
 
 VERSION = 1
@@ -40,7 +40,7 @@ def save_edits(edits: Edit | Iterable[Edit], folder: str | Path) -> None:
         rows.append(row | {"fields": fields})
         if edit.value is not None:
             values[str(i)] = edit.value.detach().cpu().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     data = save(values)
     head = {"version": VERSION, "values": hashlib.sha256(data).hexdigest(), "edits": rows}
     text = json.dumps(head, indent=1) + "\n"

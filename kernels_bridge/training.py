@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
 
 from minimal_mamba import Mamba, Ops
 from minimal_mamba.block import wide
@@ -27,6 +26,12 @@ from minimal_mamba.errors import CheckpointError, ConfigError, InputError, neare
 from minimal_mamba.files import write_json
 
 from .backends import resolve
+
+try:
+    from transformers import Trainer, TrainingArguments
+except ModuleNotFoundError as error:
+    why = f"training needs transformers ({error}): pip install 'mambascope[train]'."
+    raise ModuleNotFoundError(why, name=error.name) from error
 
 IGNORED = -100  # labels that no loss is taken of, as in torch and transformers
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .block import wide
 from .config import MambaConfig
 from .errors import CheckpointError, ConfigError
-from .files import write_files
+from .files import make_folder, write_files
 from .model import Mamba
 
 EMBEDDING, HF_EMBEDDING, HEAD = "backbone.embedding.weight", "backbone.embeddings.weight", "lm_head.weight"
@@ -138,11 +138,7 @@ def save(model: Mamba, path: str | Path, *, layout: str = "mamba_ssm", safetenso
     if safetensors and model.config.tie_embeddings:
         del tensors[HEAD]
 
-    folder, name = _path(path), "model.safetensors" if safetensors else "pytorch_model.bin"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise CheckpointError(f"{folder} is a file, or in one; give a folder, which is made if need be.") from error
+    folder, name = make_folder(_path(path)), "model.safetensors" if safetensors else "pytorch_model.bin"
     others = [other for other in WEIGHTS if other != name and (folder / other).exists()]
     if others:
         raise CheckpointError(f"{folder} already holds {', '.join(others)} beside {name}. Remove it or save elsewhere.")

@@ -7,6 +7,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import CheckpointError
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if need be, best before the work whose results go there; CheckpointError for a file's path."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(f"{folder} is a file, or in one; give a folder, which is made if need be.") from error
+    return folder
+
 
 def write_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write every file beside its place, then move them in, in order; a failed write leaves the folder as it was."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from minimal_mamba import Mamba
 from minimal_mamba.errors import MambascopeError
-from minimal_mamba.files import write_text
+from minimal_mamba.files import make_folder, write_text
 
 from .errors import TaskError, TrainingError
 from .experiments.accuracy import Score, packed, score
@@ -285,6 +285,7 @@ def demo(
             raise TaskError(
                 f"{model} was trained on other rules; the demo asks arithmetic modulo 5, from 0, all words."
             )
+        make_folder(out)
         found = sweep(organism, num_steps=num_steps, which_step=differ - 1, n=n, seed=seed)
         options = f"--pairs {n} --num-steps {num_steps} --differ {differ} --seed {seed}"
         said = write(out, organism, found, f"python -m analyses.hidden_reasoning demo {options}", seed)

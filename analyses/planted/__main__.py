@@ -6,7 +6,8 @@ from typing import Annotated
 import torch
 import typer
 
-from minimal_mamba.files import write_json
+from minimal_mamba.errors import CheckpointError
+from minimal_mamba.files import make_folder, write_json
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
@@ -20,8 +21,11 @@ def main(
     from .table import markdown, results
 
     torch.set_num_threads(1)  # for models this small more lose
+    try:
+        make_folder(out)
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from None
     found = results(seeds)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", found)
     (out / "table.md").write_text(markdown(found))
     typer.echo(markdown(found))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minimal_mamba import Edit, Mamba
 from minimal_mamba.errors import CheckpointError, EditError
-from minimal_mamba.files import write_files, write_json
+from minimal_mamba.files import make_folder, write_files, write_json
 from minimal_mamba.provenance import digest, model_digest
 
 from ..run import Metric
@@ -57,9 +57,8 @@ class Saved:
         what = {"version": VERSION, **what}
         head = self.folder / "sweep.json"
         if not head.exists():
-            if self.folder.exists() and any(not file.name.startswith(".") for file in self.folder.iterdir()):
+            if any(not file.name.startswith(".") for file in make_folder(self.folder).iterdir()):
                 raise CheckpointError(f"{self.folder} holds other files and no sweep.json; give an empty folder.")
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(head, what)
             return
         there = read_json(head)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from minimal_mamba import Mamba, Set, Zero, at
 from minimal_mamba.errors import InputError
-from minimal_mamba.files import write_json
+from minimal_mamba.files import make_folder, write_json
 from minimal_mamba.provenance import model_digest, provenance
 
 from . import bounds
@@ -300,6 +300,8 @@ def check(
         "float32": precision(), "made by": {k: v for k, v in provenance().items() if k in ("packages", "commit")},
     }  # fmt: skip
     shares = refuse_blind(model, seed)
+    if path is not None:
+        make_folder(path.parent)
     done: dict[str, list[Row]] = {} if path is None or fresh else _resume(path, settings)
     wanted = cases(kinds, lengths, batch, seed)
     for case in tqdm(wanted, desc=f"check {target.name}", disable=not progress):
@@ -375,7 +377,6 @@ def _write(
     path: Path, settings: dict[str, Any], shares: dict[str, float], done: dict[str, list[Row]], report: Report | None,
     complete: bool,
 ) -> None:  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
     verdict = None if report is None else ("pass" if report.passed else "fail")
     write_json(path, {
         "verdict": verdict if complete else None,

@@ -32,7 +32,10 @@ Seed = Annotated[int, typer.Option(help="of drawn weights, tokens and edits")]
 
 
 def _device(name: str) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise InputError(f"--device {name} is no device; give cpu or cuda.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch sees no CUDA device here. Use --device cpu.")
     return device
@@ -66,6 +69,8 @@ def check(
     try:
         exact_products()
         weights = _weights(model, size, seed, dtype, device)
+        if lengths and not all(part.strip().isdecimal() for part in lengths.split(",")):
+            raise InputError(f"--lengths {lengths}: give ints between commas, as in 1,17,128.")
         chosen = [int(part) for part in lengths.split(",")] if lengths else None
         if chosen is None and size == "130m":
             chosen = [128, 2048] if weights.device.type == "cuda" else [16, 33]

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from analyses.hidden_reasoning.__main__ import app
 from analyses.hidden_reasoning.experiments.demo import sweep
 from analyses.hidden_reasoning.organism import load_organism
+from analyses.planted.__main__ import app as planted
 
 RUNNER = CliRunner()
 
@@ -50,3 +51,17 @@ def test_an_operation_that_is_not_there(tmp_path, option, text):
     result = RUNNER.invoke(app, ["demo", "--out", str(tmp_path), *option])
     assert result.exit_code == 2
     assert text in result.output
+
+
+@pytest.mark.parametrize(
+    ("app", "work"),
+    [(app, "analyses.hidden_reasoning.experiments.demo.sweep"), (planted, "analyses.planted.table.results")],
+)
+def test_a_folder_that_cannot_be_is_refused_before_the_work(app, work, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, lambda *_, **__: pytest.fail("the work was begun"))
+    (tmp_path / "file").touch()
+    arguments = ["demo"] if "demo" in work else []
+    for out in (tmp_path / "file", tmp_path / "file" / "in"):
+        result = RUNNER.invoke(app, [*arguments, "--out", str(out)])
+        assert result.exit_code == 2, result.output
+        assert "is a file, or in one" in " ".join(result.output.replace("│", " ").split())

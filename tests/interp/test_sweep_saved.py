@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import Apply, Scale, Zero, accuracy, at, load_grid, logit_diff, patch_grid, replay, run, sweep
+from interp import Apply, Scale, Zero, accuracy, at, load_grid, logit_diff, patch_grid, replay, run, save_edits, sweep
 from interp.sweep import batch
 from interp.sweep.functions import known_by
 from interp.sweep.parts import bands
@@ -88,6 +88,14 @@ def test_a_folder_that_is_something_else(tmp_path):
 
 
 HALF = 0.5
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "in"):
+        for write in (swept, partial(save_edits, CELLS[0])):
+            with pytest.raises(CheckpointError, match="is a file, or in one; give a folder"):
+                write(folder)
 
 
 def test_a_sweep_of_another_function_is_another(tmp_path):

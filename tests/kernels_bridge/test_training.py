@@ -234,3 +234,10 @@ def test_what_cannot_be_trained(tmp_path):
     ids = batch["input_ids"]
     with pytest.raises(InputError, match=r"labels .* for input_ids"):
         Learner(tiny(), resolve("torch"))(ids, labels=ids[:, :2])
+
+
+def test_without_transformers_it_says_what_to_install():
+    code = "import sys; sys.modules['transformers'] = None; import kernels_bridge.training"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "ModuleNotFoundError: training needs transformers" in told.stderr
+    assert told.stderr.rstrip().endswith("pip install 'mambascope[train]'.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minimal_mamba.errors import MambascopeError
-from minimal_mamba.files import write_json
+from minimal_mamba.files import make_folder, write_json
 from minimal_mamba.provenance import digest, provenance
 
 RESULTS = Path(__file__).parents[1] / "results"  # what the study's page is made of
@@ -54,9 +54,9 @@ class Results:
     def part(self, name: str, compute: Callable[[], Any]) -> Any:
         """A part of the results: from the file, or computed now and written."""
         if name not in self.made["parts"]:
+            make_folder(self.path.parent)
             self.made["parts"][name] = plain(compute())
             self._sign(name)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.made)
         return self.made["parts"][name]
 
