@@ -64,7 +64,7 @@ def test_every_length(l: int) -> None:
         got = run(SINGLE, ids, backend="fused", keep_state=keep)
         assert got.backend == "fused[on a CPU]"
         assert error(got.logits, want.logits) <= 4 * plain + 5e-7, plain
-    assert got.state is None
+    assert got.kept is None
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -113,11 +113,10 @@ def depth_curve(ax: Any, curves_all: Read) -> None:
 
 
 def size_curves(ax: Any, curves_all: Read) -> None:
-    """The longest length that was solved against parameters, one line a depth that was tried at several widths."""
+    """The longest length that was solved against parameters, one line a depth that was tried at another width."""
     found = sizes(curves_all)
-    depths = sorted({n for _, n, _ in found})
-    several = [n for n in depths if sum(layers == n for _, layers, _ in found) > 1]
-    for n, colour, mark in zip(several, (GREEN, PINK, BLUE), "vs^", strict=False):
+    depths = sorted({part["n_layer"] for name, part in curves_all.items() if name.startswith("width ")})
+    for n, colour, mark in zip(depths, (GREEN, PINK, BLUE), "vs^", strict=False):
         mine = {count / 1e6: longest for (count, layers, _), longest in found.items() if layers == n}
         ax.plot(list(mine), [np.mean(longest) for longest in mine.values()], color=colour)
         for i, (count, longest) in enumerate(mine.items()):
