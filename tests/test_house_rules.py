@@ -5,9 +5,12 @@ import inspect
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("minimal_mamba", "kernels_bridge", "interp", "analyses")  # each imports only those before it
@@ -127,3 +130,20 @@ def test_no_file_names_a_machine_path() -> None:
             lines = path.read_text(errors="replace").splitlines()
             found += [f"{path.relative_to(ROOT)}:{i}" for i, line in enumerate(lines, 1) if MACHINE.search(line)]
     assert not found
+
+
+def test_what_is_pinned_for_python_3_10_runs_there():
+    pinned = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    there = [pin for pin in pinned if pin.marker is None or pin.marker.evaluate({"python_version": "3.10"})]
+    checked = 0
+    for pin in there:
+        try:
+            told = metadata(pin.name)
+        except PackageNotFoundError:
+            continue
+        if told["Version"] in pin.specifier:
+            checked += 1
+            assert SpecifierSet(told["Requires-Python"] or "").contains("3.10"), (
+                f"{pin} needs {told['Requires-Python']}"
+            )
+    assert checked > 20
