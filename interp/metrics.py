@@ -24,6 +24,8 @@ def _last(logits: Tensor | Run) -> Tensor:
     if isinstance(logits, Run):
         real = logits.last_logits[:, : logits.vocab_size]
         return real.to(wide(real.dtype))
+    if not isinstance(logits, Tensor):
+        raise InputError(f"logits is a {type(logits).__name__}; give a Run, or a tensor (b, v) or (b, l, v).")
     if logits.dim() not in (2, 3):
         raise InputError(f"logits have shape {tuple(logits.shape)}; a metric takes (b, v) or (b, l, v).")
     last = logits if logits.dim() == 2 else logits[:, -1]

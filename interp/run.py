@@ -111,11 +111,21 @@ def _run(
     state: MambaState | None, keep_state: bool, lengths: Lengths, last_only: bool,
     moves: Mapping[int, Toward] | None = None,
 ) -> Run:  # fmt: skip
+    known(model)
     ops = resolve(backend, model.device)
     ids, sizes = model.check(ids, lengths, state)
     plan = Plan(model.config, edits, record, *span(ids, sizes, state), moves=moves)
     out = model(ids, state=state, lengths=lengths, keep_state=keep_state, last_only=last_only, tap=plan, ops=ops)
     return Run(ids, out.logits, sizes, out.state, ops.name, model.config.vocab_size, plan.results())
+
+
+def known(model: object) -> None:
+    """Raise InputError for what is no Mamba, such as a path or another library's model."""
+    if not hasattr(model, "check"):  # not by its class: what torch.compile wraps is taken
+        raise InputError(
+            f"model is a {type(model).__name__}; give a Mamba: Mamba.from_pretrained(path), Mamba.from_module(module), "
+            "or the .model of a HookedMamba."
+        )
 
 
 def span(ids: Tensor, sizes: Tensor, state: MambaState | None) -> tuple[Tensor, Tensor]:
@@ -158,6 +168,7 @@ def generate(
         raise InputError(f"temperature={temperature!r}: a finite number, 0 (the likeliest token) or more.")
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
         raise InputError(f"seed={seed!r}: an int of 64 bits.")
+    known(model)
     ops = resolve(backend, model.device)
     ids, sizes = model.check(ids, lengths)
     b, l = ids.shape

@@ -206,7 +206,7 @@ class Mamba(nn.Module):
         self, ids: Tensor, lengths: Tensor | Sequence[int] | None = None, state: MambaState | None = None
     ) -> tuple[Tensor, Tensor]:
         """Copies of the ids, on the model's device, and of each row's length; raises InputError for what cannot run."""
-        ids = _integers("ids", ids, "token ids are integers")
+        ids = _integers("ids", ids, "token ids are integers; of what a tokenizer gives, pass the input_ids")
         if ids.dim() != 2 or ids.numel() == 0:
             raise InputError(f"ids has shape {tuple(ids.shape)}; it is (batch, length) with at least one token.")
         low, high = int(ids.min()), int(ids.max())
@@ -226,6 +226,8 @@ class Mamba(nn.Module):
         return ids.to(self.device, copy=True), sizes.clone()
 
     def _check_state(self, state: MambaState, b: int) -> None:
+        if not isinstance(state, MambaState):
+            raise InputError(f"state is a {type(state).__name__}; give run_.state, of a run with keep_state=True.")
         c = self.config
         want = {
             "ssm_state": ((b, c.d_inner, c.d_state), wide(self.dtype)),

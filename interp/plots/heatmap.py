@@ -41,12 +41,14 @@ def heatmap(
         interval: such as 0.95: a dot marks the cells whose bootstrap interval over the batch holds 0, to a
             thousandth of the colour scale; the colour bar says so.
     Raises:
-        InputError: labels that are not as many as what they name; parts over several layers and positions; a limit that
-            is not above 0.
+        InputError: what is no Grid; labels that are not as many as what they name; parts over several layers and
+            positions; a limit that is not above 0.
     Returns:
         The axes. The scale is symmetric and its ends are the data's, or `limit`, where a colour bar's arrow shows that
         values go beyond it. Cells that are not finite are hatched, and left out of the scale.
     """
+    if not isinstance(grid, Grid):
+        raise InputError(f"heatmap draws the Grid of patch_grid, not a {type(grid).__name__}; lens_map draws a tensor.")
     cells, (up, ups), (across, columns) = _axes(grid)
     for what, labels, count in (("tokens", tokens, len(columns)), ("rows", rows, len(ups))):
         if labels is not None and len(labels) != count:

@@ -18,7 +18,7 @@ from minimal_mamba.provenance import digest
 from minimal_mamba.scan import Ops
 
 from ..logits import Logits
-from ..run import Lengths, Metric, apply_metric
+from ..run import Lengths, Metric, apply_metric, known
 from .functions import known_by
 
 PROBES = 8  # noisy runs by which a metric is known
@@ -102,6 +102,7 @@ class Base:
     """The base run: its residual stream and its scans' inputs at each layer, and its memory before any position."""
 
     def __init__(self, model: Mamba, ids: Tensor, lengths: Lengths, backend: str):
+        known(model)
         self.model, self.backend, self.ops = model, backend, resolve(backend, model.device)
         begun = self.ops.begin or (lambda model, fresh, keep: self.ops)
         self.carrying, self.passing = (

@@ -17,7 +17,7 @@ from minimal_mamba.provenance import model_digest
 from minimal_mamba.sites import ADDRESSABLE
 
 from ..ablation import set_where
-from ..run import Lengths, Metric, run, same_shape
+from ..run import Lengths, Metric, known, run, same_shape
 from .engine import MEMORY, run_cells
 from .grid import Grid, Layers
 from .parts import Part, check
@@ -92,6 +92,7 @@ def patch_grid(
         InputError: donor_ids of another shape, or missing; what `sweep` raises.
     Cost: for each cell a quarter of a forward or less; see `sweep`. The source's values at all cells are held.
     """
+    known(model)
     named_site(site)
     ids, sizes = model.check(ids, lengths)
     if donor_ids is not None:
@@ -101,6 +102,8 @@ def patch_grid(
     if source != "noise" and (std, seed) != (1.0, 0):
         raise EditError(f"std={std}, seed={seed} are of source='noise'; source={source!r} draws nothing.")
     rows, columns = chosen_layers(layers, site, model.config.n_layer), chosen_positions(positions, sizes)
+    if parts is not None and not isinstance(parts, Mapping):
+        raise EditError(f"parts={parts!r:.80}: give them by name, as in {{'first': {{'n': [0, 1]}}}}.")
     chosen = {name: check(model, site, name, part) for name, part in (parts or {}).items()}
     if parts is not None and not parts:
         raise EditError("parts is empty: name at least one, or give None for the whole site.")

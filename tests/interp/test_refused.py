@@ -19,6 +19,7 @@ from interp import (
     direct_logit,
     effective_rank,
     generate,
+    heatmap,
     kl,
     knockout_grid,
     load_edits,
@@ -148,3 +149,23 @@ def test_what_is_no_edit_metric_backend_strength_or_position(tmp_path):
     state = run(MODEL, IDS, keep_state=True).state
     with pytest.raises(InputError, match="0 or more"):
         run(MODEL, IDS, state=replace(state, position=state.position - 9))
+
+
+def test_what_is_no_model_state_logits_grid_or_parts():
+    hooked = HookedMamba(MODEL)
+    for wrong in ("state-spaces/mamba-130m", hooked, IDS):
+        for method in (run, lambda m, ids: generate(m, ids, 2), lambda m, ids: sweep(m, ids, [], metric, **QUIET),
+                       lambda m, ids: patch_grid(m, ids, DONOR, site="y", metric=metric, **QUIET)):  # fmt: skip
+            with pytest.raises(InputError, match=f"model is a {type(wrong).__name__}"):
+                method(wrong, IDS)
+    with pytest.raises(InputError, match=r"keep_state=True"):
+        run(MODEL, IDS, state=RUN)
+    for wrong in (MODEL(IDS), RUN.logits.detach().numpy()):
+        with pytest.raises(InputError, match=f"logits is a {type(wrong).__name__}"):
+            logit_diff(wrong, 1, 2)
+    with pytest.raises(InputError, match="lens_map draws a tensor"):
+        heatmap(torch.zeros(2, 3))
+    with pytest.raises(EditError, match="by name"):
+        patch_grid(MODEL, IDS, DONOR, site="y", metric=metric, parts=["a"], **QUIET)
+    with pytest.raises(InputError, match="pass the input_ids"):
+        run(MODEL, {"input_ids": IDS})
