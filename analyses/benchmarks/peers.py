@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from interp import Set, at, generate, patch_grid, run
 from kernels_bridge.backends import BACKENDS, resolve
-from kernels_bridge.harness.watch import hf_cache
+from kernels_bridge.harness.theirs import hf_cache
 from minimal_mamba import Mamba
 
 from .sweeps import Cell, hf_resid, hf_state, hf_twin

@@ -6,9 +6,11 @@
 """
 
 from .bisect import Bisection, bisect
-from .check import KINDS, Blind, Report, check, localise
+from .check import KINDS, Blind, Report, check
+from .first import localise
 from .targets import reference, target
-from .watch import Implementation, Ours, Theirs
+from .theirs import Theirs
+from .watch import Implementation, Ours
 
 __all__ = [
     "KINDS", "Bisection", "Blind", "Implementation", "Ours", "Report", "Theirs",

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from minimal_mamba import Mamba
 
-from .check import First, first_to_part, of_layers
 from .draw import draw_ids
+from .first import First, first_to_part
 from .rows import Row, at_worst, compare, relative, short
 from .targets import imported, readable, reference, roundings, same_weights, target
-from .watch import Implementation, Key, Theirs
+from .theirs import Theirs
+from .watch import Implementation, Key, of_layers
 
 
 @dataclass(frozen=True)

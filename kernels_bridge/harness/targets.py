@@ -13,7 +13,8 @@ from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError
 from minimal_mamba.scan import READABLE
 
 from ..backends import BACKENDS, resolve
-from .watch import Implementation, Ours, Theirs
+from .theirs import Theirs
+from .watch import Implementation, Ours
 
 
 def transformers_model(model: Mamba) -> nn.Module:

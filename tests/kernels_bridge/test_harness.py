@@ -15,7 +15,7 @@ from kernels_bridge.harness import Ours, Theirs, bisect, check, target
 from kernels_bridge.harness.check import SHORT
 from kernels_bridge.harness.draw import SMALL, draw_edits, draw_model
 from kernels_bridge.harness.rows import compare, table
-from kernels_bridge.harness.watch import hf_cache
+from kernels_bridge.harness.theirs import hf_cache
 from minimal_mamba import Ops
 from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError
 from minimal_mamba.sites import SITES
