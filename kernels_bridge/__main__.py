@@ -2,11 +2,10 @@
 
 from typing import Annotated
 
-import torch
 import typer
 
 from .backends import table
-from .harness.cli import bisect, check
+from .harness.cli import bisect, check, device_of, judged
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(check)
@@ -18,7 +17,8 @@ def backends(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA if it is here")] = "",
 ) -> None:
     """What each backend needs, what of it is here, and how to install the rest."""
-    typer.echo(table(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    with judged():
+        typer.echo(table(device_of(device)))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,38 @@ def compiled():
     return torch.compile(plain())
 
 
+def raises():
+    raise RuntimeError("no weights here")
+
+
+def in_a_tuple():
+    theirs = plain()
+    inner = theirs.forward
+    theirs.forward = lambda *args, **kwargs: tuple(inner(*args, **kwargs).values())
+    return theirs
+
+
+def without_a_cache():
+    theirs = plain()
+    theirs.register_forward_hook(lambda module, args, out: out.__class__(logits=out.logits))
+    return theirs
+
+
+def mixer_in_a_tuple():
+    theirs = plain()
+    for layer in theirs.backbone.layers:
+        mixer, inner = layer.mixer, layer.mixer.forward
+        mixer.forward = lambda *args, inner=inner, **kwargs: (inner(*args, **kwargs), None)
+
+        def forward(hidden_states, layer=layer, **more):
+            normal = layer.norm(hidden_states.to(layer.norm.weight.dtype))
+            given = {k: v for k, v in more.items() if k in ("cache", "cache_params", "attention_mask")}
+            return hidden_states + layer.mixer(normal, **given)[0]
+
+        layer.forward = forward
+    return theirs
+
+
 def faulty(**ops):
     """`torch`, with one operation exchanged for a faulty one."""
     good = resolve("torch")

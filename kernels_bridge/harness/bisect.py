@@ -73,7 +73,9 @@ class Bisection:
     def verdict(self) -> str:
         """One sentence."""
         if not self.parted:
-            return f"{self.a} and {self.b} agree in all {len(self.parts)} quantities."
+            mute = sum(p.bound >= 1 for p in self.parts)
+            less = f", of which {mute} say nothing: this type's own rounding is as large as they are" if mute else ""
+            return f"{self.a} and {self.b} agree in all {len(self.parts)} quantities{less}."
         start = next(p for p in self.parts if p.parted)
         off = self.b if start.b_off >= start.a_off else self.a
         if self.first is None:

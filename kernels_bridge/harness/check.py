@@ -1,7 +1,8 @@
 """The check: a target against the readable model in float64, quantity by quantity, clean and under edits."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minimal_mamba import Mamba, Set, Zero, at
+from minimal_mamba import Edit, Mamba, Set, Zero, at
 from minimal_mamba.errors import InputError
 from minimal_mamba.files import make_folder, write_json
 from minimal_mamba.provenance import model_digest, provenance
@@ -20,15 +21,16 @@ from .first import First, localise
 from .operations import operations
 from .rows import Row, compare, from_columns, to_columns
 from .targets import reference, roundings
-from .watch import EACH, Implementation, Ours, Seen, of_layers
+from .watch import EACH, Implementation, Ours, Seen, of_layers, updated
 
 LENGTHS = (1, 2, 3, 4, 5, 17, 127, 128, 129, 255, 372, 1023, 1134, 2047, 2048, 2049, 4097)
 SHORT = (1, 2, 3, 4, 5, 17, 63, 129)  # on a CPU
-KINDS = ("operations", "mixers", "layers", "model", "edits", "gradients", "decoding", "padding")
+KINDS = ("operations", "mixers", "layers", "model", "edits", "gradients", "decoding", "padding", "updated")
+ADDED = ("ssm_state", "state_write", "conv_state")  # sites whose gradients a scan can give without a readable step
 TOKENS = 128  # of a batch at least
 PADDED = 4  # rows of unequal lengths at least
 DECODED = 33  # tokens fed one by one at most
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,13 @@ def refuse_blind(model: Mamba, seed: int) -> dict[str, float]:
 
 def cases(kinds: Sequence[str], lengths: Sequence[int], b: int, seed: int) -> list[Case]:
     """Every case of these kinds and lengths; short sequences get more rows, so that rounding averages. The longest is
-    also run and decoded as one row.
+    also run and decoded as one row; after a change of the weights one length is enough.
     """
     made = []
     for kind in kinds:
         least = max(b, PADDED) if kind == "padding" else b
-        made += [Case(kind, max(least, TOKENS // l), l, seed + i) for i, l in enumerate(lengths)]
+        every = [Case(kind, max(least, TOKENS // l), l, seed + i) for i, l in enumerate(lengths)]
+        made += every if kind != "updated" else [every[len(every) // 2]]
         if kind in ("model", "decoding"):
             made.append(Case(kind, 1, max(lengths), seed + len(lengths)))
     return made
@@ -124,7 +127,7 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         """Without a look inside, as users run it; only ours runs something else where states are recorded, or none is
         asked for.
         """
-        asked = [lambda one: one.forward(ids, inside=False, **how)]
+        asked: list[Callable[[Implementation], Seen]] = [lambda one: one.forward(ids, inside=False, **how)]
         if ours:
             asked += [lambda one: one.forward(ids, inside=False, keep=False, **how)]
         if held := target.ops.records if isinstance(target, Ours) else ():
@@ -132,15 +135,23 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
             asked.insert(0, lambda one: one.forward(ids, inside=False, at_positions=positions, each=each, **how))
         return rows(*asked)
 
-    ours = isinstance(target, Ours)
+    def gradients(*edits: Edit, few: slice = slice(None), lengths: list[int] | None = None) -> list[Row]:
+        """By all weights at once, and by states too, for which a block is gone through line by line."""
+        sizes = None if lengths is None else lengths[few]
+        by_states = [lambda one: one.gradients(ids[few], edits, sizes, ADDED)] if ours else []
+        return rows(*by_states, lambda one: one.gradients(ids[few], edits, sizes))
+
+    ours, memory = isinstance(target, Ours), draw_state(model, case.b, case.seed)
     if case.kind == "operations":
         assert isinstance(target, Ours)
         return operations(case.name, target.ops, true, model, ids, positions)
     if case.kind == "mixers":
         inputs = of_layers("mixer_in", true.forward(ids), model.dtype)
         found = rows(lambda one: one.mixers(inputs))
-        memory = draw_state(model, case.b, case.seed)
-        return found + (rows(lambda one: one.mixers(inputs, memory)) if ours else [])
+        if ours:
+            found += rows(lambda one: one.mixers(inputs, memory))
+            found += rows(lambda one: one.last(inputs, draw_lengths(case.b, case.l, case.seed)))
+        return found
     if case.kind == "layers":
         feed = of_layers("resid_pre", true.forward(ids))
         return rows(lambda one: one.forward(ids, feed=feed, at_positions=positions))
@@ -149,26 +160,33 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     if case.kind == "edits":
         edits = draw_edits(model.config, case.b, case.l, case.seed)
         found = rows(lambda one: one.forward(ids, edits=edits, at_positions=positions))
-        found += rows(lambda one: one.gradients(ids, edits))
+        found += whole(edits=edits) + whole(edits=edits, memory=memory) + gradients(*edits)
         half = (case.l + 1) // 2  # every row has the positions that are edited, and is padded
         early = draw_edits(model.config, case.b, half, case.seed)
         lengths = [max(n, half) for n in draw_lengths(case.b, case.l, case.seed)]
         return found + rows(lambda one: one.forward(ids, edits=early, lengths=lengths))
     if case.kind == "gradients":
-        return rows(lambda one: one.gradients(ids))
+        return gradients()
     if case.kind == "decoding":
         short = ids[:, :DECODED]
         some = short.shape[1] // 2
         sizes = [some, short.shape[1] - some - 1, 1]  # a prompt, more of it, a token
         pieces = [lambda one: one.pieces(short, sizes)] if ours and case.l > 2 else []
-        return rows(lambda one: one.decode(short), *pieces)
+        return rows(lambda one: one.decode(short), *pieces) + (whole(memory=memory) if ours else [])
     if case.kind == "padding":
         lengths = draw_lengths(case.b, case.l, case.seed)
         found = whole(lengths=lengths)
         if ours:  # of fewer rows, as the readable model's backward holds every state
-            few = slice(1, 1 + max(2, TOKENS // case.l))
-            found += rows(lambda one: one.gradients(ids[few], lengths=lengths[few]))
+            found += whole(lengths=lengths, memory=memory)
+            found += gradients(few=slice(1, 1 + max(2, TOKENS // case.l)), lengths=lengths)
         return found
+    if case.kind == "updated":  # what was made of the weights before is of no use after
+        parts = [replace(case, kind=kind) for kind in ("model", "gradients", "decoding")]
+        for part in parts:
+            run_case(part, target, model)
+        with updated(model, target.module):
+            found = [row for part in parts for row in run_case(part, target, model)]
+        return [replace(row, case=case.name, kind=case.kind) for row in found]
     raise InputError(f"no kind of case {case.kind!r}; there are {', '.join(KINDS)}.")
 
 
@@ -185,8 +203,18 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether there is a row and every row is within its bound."""
-        return bool(self.rows) and all(r.passed for r in self.rows)
+        """Whether every row is within its bound, and one of them says something."""
+        return any(r.telling for r in self.rows) and all(r.passed for r in self.rows)
+
+    @property
+    def verdict(self) -> str:
+        """What the file says: "pass", "fail", or, where no row says anything, "none"."""
+        return "pass" if self.passed else "none" if all(r.passed for r in self.rows) else "fail"
+
+    @property
+    def mute(self) -> dict[str, int]:
+        """Of each kind, the rows that say nothing: the readable model in this type errs there by half or more."""
+        return dict(Counter(r.kind for r in self.rows if r.passed and not r.telling))
 
 
 def check(
@@ -221,6 +249,8 @@ def check(
         if kind not in can:
             raise InputError(f"target {target.name!r} has no cases {kind!r}; it has {', '.join(can)}.")
     lengths = list(lengths or (LENGTHS if model.device.type == "cuda" else SHORT))
+    if min(*lengths, batch) < 1:
+        raise InputError(f"lengths {lengths}, batch {batch}: of a sequence one token at least, and one row at least.")
     settings = {
         "version": VERSION, "target": target.name, "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type, "config": asdict(model.config), "weights": model_digest(model),
@@ -232,6 +262,8 @@ def check(
         make_folder(path.parent)
     done: dict[str, list[Row]] = {} if path is None or fresh else _resume(path, settings)
     wanted = cases(kinds, lengths, batch, seed)
+    if path is not None:  # that it can be written shows before anything is computed
+        _write(path, settings, shares, done, None, False)
     for case in tqdm(wanted, desc=f"check {target.name}", disable=not progress):
         if case.name not in done:
             done[case.name] = run_case(case, target, model)
@@ -284,6 +316,8 @@ def _resume(path: Path, settings: dict[str, Any]) -> dict[str, list[Row]]:
 
     if not path.exists():
         return {}
+    if not path.is_file():
+        raise InputError(f"{path} is no file. Give another.")
     try:
         held = json.loads(path.read_text())
         finished = held["verdict"] is not None
@@ -305,11 +339,12 @@ def _write(
     path: Path, settings: dict[str, Any], shares: dict[str, float], done: dict[str, list[Row]], report: Report | None,
     complete: bool,
 ) -> None:  # fmt: skip
-    verdict = None if report is None else ("pass" if report.passed else "fail")
+    verdict = None if report is None else report.verdict
     write_json(path, {
         "verdict": verdict if complete else None,
         "first_to_part": None if report is None or report.first is None else asdict(report.first),
         "not_seen": None if report is None else report.unseen,
+        "says_nothing": None if report is None else report.mute,
         "controls": shares,
         "settings": settings,
         "provenance": provenance(),

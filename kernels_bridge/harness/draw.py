@@ -13,7 +13,7 @@ from ..lively import lively
 
 SMALL = MambaConfig(d_model=64, n_layer=2, vocab_size=96, d_state=16, d_conv=4, pad_vocab_size_multiple=1)
 ODD = MambaConfig(  # every choice other than SMALL's, and sizes that no vector load fits
-    d_model=52, n_layer=2, vocab_size=61, d_state=11, d_conv=3, expand=1.5, dt_rank=7, conv_bias=False, bias=True,
+    d_model=50, n_layer=2, vocab_size=61, d_state=11, d_conv=3, expand=1.5, dt_rank=7, conv_bias=False, bias=True,
     rms_norm=False, residual_in_fp32=False, tie_embeddings=False,
 )  # fmt: skip
 LARGE = MambaConfig(d_model=768, n_layer=24, vocab_size=50277)  # mamba-130m
@@ -60,19 +60,24 @@ def draw_edits(config: MambaConfig, b: int, l: int, seed: int, draw: Draw = Draw
     """Edits of any kind at any site, layer, position, channel and row; values of the size of the lively model's own.
 
     The first is a Set of `ssm_state`, so that a check with edits is never one without an edit of the state. The others
-    go round all sites from one seed to the next.
+    go round all sites from one seed to the next. The second is where the first is, every other time in `state_read`, as
+    what a replaced state hides or shows is a matter of its own.
     """
     r, rng = random.Random(seed), torch.Generator().manual_seed(seed)
     others = [s for s in SITES if s not in ("logits", "final_norm")]
     random.Random(0).shuffle(others)
     made: list[Edit] = []
     for i in range(draw.edits):
-        site = others[(seed * (draw.edits - 1) + i) % len(others)] if i else "ssm_state"
+        site = others[(seed * (draw.edits - 2) + i) % len(others)]
+        if i < 2:
+            site = ("state_read", "decay", "state_read", "state_write")[seed % 4] if i else "ssm_state"
         spec = SITES[site]
         positions = sorted(r.sample(range(l), min(l, r.randint(1, draw.positions))))
         fields: dict[str, object] = {"pos": positions}
         if spec.layered:
             fields["layer"] = r.randrange(config.n_layer)
+        if i == 1:
+            fields = {"pos": made[0].address.pos, "layer": made[0].address.layer}
         if r.random() < 0.3:
             axis = r.choice(spec.features)
             fields[axis] = sorted(r.sample(range(config.size(axis)), max(1, config.size(axis) // 2)))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimal_mamba.errors import InputError
 from minimal_mamba.sites import SITES
 
 from .bounds import FACTOR, FLOOR, WORST_FACTOR
@@ -39,6 +40,11 @@ class Row:
     worst_bound: float | None
     passed: bool
     note: str = ""
+
+    @property
+    def telling(self) -> bool:
+        """Whether it says anything: zeros in the place of the quantity would be outside of its bound."""
+        return self.bound < 1
 
 
 COLUMNS = [field.name for field in fields(Row)][2:]
@@ -88,6 +94,10 @@ def at_worst(quantity: str, found: Tensor, true: Tensor) -> float | None:
     return float(_by_part(found, true, 1).max()) if quantity.startswith("d ") else None
 
 
+class Unbounded(InputError):
+    """The readable model in the target's type overflows, so that whatever a target gives would be within its bound."""
+
+
 def compare(
     case: str, kind: str, found: Mapping[Key, Tensor], same: Sequence[Mapping[Key, Tensor]], true: Mapping[Key, Tensor],
     dtype: torch.dtype,
@@ -96,8 +106,17 @@ def compare(
 
     `same` are the readable model's, under several roundings: the largest error counts. One parameter's gradient may be
     rounded little by luck, so in a gradient the largest of its layer does.
+
+    Raises:
+        Unbounded: `same` or `true` hold what is not finite.
     """
     rows = []
+    for key, want in true.items():
+        if key in found and not all(x.isfinite().all() for x in (want, *(one[key] for one in same))):
+            raise Unbounded(
+                f"no verdict: in {str(dtype).removeprefix('torch.')} the readable model itself gives numbers in "
+                f"{key[0]} that are not finite, which bound nothing. Check a type of more range, or other weights."
+            )
     own: dict[Key, tuple[float, float]] = {}  # the readable model's error, and its worst
     largest: dict[int | None, tuple[float, float]] = {}  # of the gradients of a layer
     for key, want in true.items():
@@ -146,7 +165,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [head]
     for (kind, quantity), row in worst.items():
         layer = "" if row.layer is None else f"layer {row.layer}, "
-        verdict = "pass" if row.passed else f"FAIL {row.note}".rstrip()
+        verdict = f"FAIL {row.note}".rstrip() if not row.passed else "pass" if row.telling else "says nothing"
         lines.append(
             f"{kind:<11} {quantity:<27} {count[kind, quantity]:>5} {short(row.error)} {short(row.readable)} "
             f"{short(row.bound)} {short(row.worst)} {short(row.worst_bound)}  "

@@ -115,7 +115,7 @@ def imported(name: str) -> nn.Module:
     module, _, function = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
         raise InputError(
             f"{name!r} cannot be called: {error!r}. Give module:function, importable from here, a function without "
             f"arguments that returns a module; or a name: {', '.join(NAMES)}."

@@ -11,7 +11,7 @@ from minimal_mamba import Edit, Mamba, MambaState
 from minimal_mamba.block import wide
 from minimal_mamba.errors import CheckpointError, InputError
 
-from .watch import EACH, Implementation, Seen, alone, collect, embedded, leaf, loss_of
+from .watch import EACH, Implementation, Seen, alone, collect, embedded, leaf, loss_of, training
 
 
 class Theirs(Implementation):
@@ -46,13 +46,19 @@ class Theirs(Implementation):
                 raise InputError(f"{self.name} takes no padded batches: mamba-ssm's model has no mask.")
             mask = torch.arange(ids.shape[1]) < torch.tensor(list(lengths))[:, None]
             more["attention_mask"] = mask.long().to(ids.device)
-        return self.module(ids, **more)
+        out = self.module(ids, **more)
+        if not hasattr(out, "logits"):
+            raise InputError(
+                f"{self.name} returned a {type(out).__name__} without .logits; it returns an output as transformers "
+                "and mamba-ssm do, with return_dict=True where it has the choice."
+            )
+        return out
 
     def forward(  # type: ignore[no-untyped-def]
-        self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=(), each=EACH, keep=True
+        self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=(), each=EACH, keep=True, memory=None
     ) -> Seen:
-        if edits:
-            raise InputError(f"{self.name} takes no edits.")
+        if edits or memory is not None:
+            raise InputError(f"{self.name} takes no edits, and starts from no memory.")
         seen: Seen = {}
         more: dict[str, Any] = {}
         if self.hf:
@@ -72,6 +78,8 @@ class Theirs(Implementation):
 
     def _cached(self, cache: Any) -> Seen:
         found: Seen = {}
+        if cache is None:
+            raise InputError(f"{self.name} returned no cache (cache_params) under use_cache=True, in which its states are.")
         if not self.hf:
             for i, (window, h) in cache.key_value_memory_dict.items():
                 found["last conv_state", i], found["last ssm_state", i] = window, h
@@ -130,8 +138,8 @@ class Theirs(Implementation):
             def enter_out(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
                 seen["gated", i] = args[0]
 
-            def leave_mixer(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-                seen["mixer_out", i] = out
+            def leave_mixer(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+                seen["mixer_out", i] = _first(out)
 
             on(mixer, enter_mixer, leave_mixer)
             on(mixer.in_proj, after=split_in)
@@ -146,31 +154,26 @@ class Theirs(Implementation):
             for handle in handles:
                 handle.remove()
 
-    def gradients(self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None) -> Seen:
-        if edits or lengths:
-            raise InputError(f"{self.name} takes no edits, and no lengths where gradients are asked for.")
-        self.module.train()  # transformers takes its fused path in training only
-        try:
-            with embedded(self.embedding) as held:
-                logits = self._call(ids).logits
-            named = {k.replace("embeddings.", "embedding."): p for k, p in self.module.named_parameters()}
-            return collect(loss_of(logits, ids), named, held[0])
-        finally:
-            self.module.eval()
+    def gradients(
+        self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None, each: Sequence[str] = ()
+    ) -> Seen:
+        if edits or lengths or each:
+            raise InputError(f"{self.name} takes no edits, and no lengths or sites where gradients are asked for.")
+        with training(self.module), embedded(self.embedding) as held:
+            logits = self._call(ids).logits
+        named = {k.replace("embeddings.", "embedding."): p for k, p in self.module.named_parameters()}
+        return collect(loss_of(logits, ids), named, {("d embed", None): held[0]})
 
     def mixers(self, inputs: Mapping[int, Tensor], memory: MambaState | None = None) -> Seen:
         if memory is not None:
             raise InputError(f"{self.name} takes no memory from which a mixer starts.")
         seen: Seen = {}
-        self.module.train()
-        try:
+        with training(self.module):
             for i, x in inputs.items():
                 mixer: Any = self.layers[i].mixer
                 given = leaf(x, mixer.out_proj.weight.dtype)
-                seen |= alone(i, mixer, {"mixer_out": mixer(given)}, {"mixer_in": given})
-            return seen
-        finally:
-            self.module.eval()
+                seen |= alone(i, mixer, {"mixer_out": _first(mixer(given))}, {"mixer_in": given})
+        return seen
 
     def decode(self, ids: Tensor) -> Seen:
         with torch.no_grad():
@@ -180,7 +183,7 @@ class Theirs(Implementation):
         cache: dict[str, Any] = {}
         logits = []
         for t in range(ids.shape[1]):
-            out = self.module(ids[:, t : t + 1], use_cache=True, **cache)
+            out = self._call(ids[:, t : t + 1], use_cache=True, **cache)
             cache = hf_cache(out)
             logits.append(out.logits)
         return {("logits", None): torch.cat(logits, 1), **self._cached(*cache.values())}
@@ -188,15 +191,22 @@ class Theirs(Implementation):
     def _decode_mamba_ssm(self, ids: Tensor) -> Seen:
         params, logits = _cache(ids), []
         for t in range(ids.shape[1]):
-            logits.append(self.module(ids[:, t : t + 1], inference_params=params).logits)
+            logits.append(self._call(ids[:, t : t + 1], inference_params=params).logits)
             params.seqlen_offset += 1
         return {("logits", None): torch.cat(logits, 1), **self._cached(params)}
 
 
 def hf_cache(out: Any) -> dict[str, Any]:
     """The cache in what an HF Mamba gave, by the name under which it takes it again: `cache` from 5.24 on."""
-    name = "cache" if "cache" in out else "cache_params"  # 5.24 has the old name too, and warns where it is used
-    return {name: out[name]}
+    # 5.24 has the old name too, and warns where it is used
+    name = "cache" if getattr(out, "cache", None) is not None else "cache_params"
+    return {name: getattr(out, name, None)}
+
+
+def _first(out: Any) -> Tensor:
+    """What a mixer gives, of a fork's that gives more beside it."""
+    value: Tensor = out[0] if isinstance(out, tuple) else out
+    return value
 
 
 def _cache(ids: Tensor) -> Any:

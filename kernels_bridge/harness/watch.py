@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from minimal_mamba import Address, Edit, Mamba, MambaConfig, MambaState, Ops, Plan, Set, at
 from minimal_mamba.block import wide
+from minimal_mamba.item import Probe
 from minimal_mamba.sites import SITES
 from minimal_mamba.tap import Tap
 
@@ -28,21 +29,27 @@ class Implementation:
 
     name: str
     config: MambaConfig
+    module: nn.Module
 
     def forward(
         self, ids: Tensor, *, lengths: Sequence[int] | None = None, feed: Mapping[int, Tensor] | None = None,
         edits: Sequence[Edit] = (), inside: bool = True, at_positions: Sequence[int] = (),
-        each: Sequence[str] = EACH, keep: bool = True,
+        each: Sequence[str] = EACH, keep: bool = True, memory: MambaState | None = None,
     ) -> Seen:  # fmt: skip
         """The values of sites, (b, l, ...).
 
         With `inside` those of the mixers too; at some positions those of `each`; with `keep` the states after the last
-        token. A fused block runs where it can give all of that.
+        token. A fused block runs where it can give all of that. From a `memory`, what that is afterwards as well, as
+        "carried": a forward changes nothing that it is given.
         """
         raise NotImplementedError
 
-    def gradients(self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None) -> Seen:
-        """The loss, its gradient by every parameter that takes one, and by the embedding's output ("d embed")."""
+    def gradients(
+        self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None, each: Sequence[str] = ()
+    ) -> Seen:
+        """The loss, its gradient by every parameter that takes one, and by the embedding's output ("d embed"), and by
+        the sites of `each` at every position.
+        """
         raise NotImplementedError
 
     def mixers(self, inputs: Mapping[int, Tensor], memory: MambaState | None = None) -> Seen:
@@ -52,6 +59,10 @@ class Implementation:
         With a memory, from it: the states after the last token, which take part in the sum, and gradients by those
         before the first.
         """
+        raise NotImplementedError
+
+    def last(self, inputs: Mapping[int, Tensor], lengths: Sequence[int]) -> Seen:
+        """What each layer's mixer gives of the last token of each row (b, 1, d), all else being of no use."""
         raise NotImplementedError
 
     def decode(self, ids: Tensor) -> Seen:
@@ -76,10 +87,12 @@ class Ours(Implementation):
 
     def __init__(self, model: Mamba, ops: Ops, name: str | None = None):
         self.model, self.ops, self.name, self.config = model, ops, name or ops.name, model.config
+        self.module = model
 
     def forward(  # type: ignore[no-untyped-def]
-        self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=(), each=EACH, keep=True
+        self, ids, *, lengths=None, feed=None, edits=(), inside=True, at_positions=(), each=EACH, keep=True, memory=None
     ) -> Seen:
+        state = None if memory is None else self._own(memory)
         layers = range(self.config.n_layer)
         fed = [Set(at.resid_pre(layer=i), value) for i, value in (feed or {}).items()]
         sites = WHOLE if inside else ["resid_post", "logits"]
@@ -93,7 +106,7 @@ class Ours(Implementation):
                     places[site, i] = getattr(at, site)(layer=i, pos=list(at_positions))
         plan = Plan(self.config, [*fed, *edits], places.values(), *_span(ids, lengths))
         with torch.no_grad():
-            out = self.model(ids, lengths=lengths, keep_state=keep, tap=plan, ops=self.ops)
+            out = self.model(ids, state=state, lengths=lengths, keep_state=keep, tap=plan, ops=self.ops)
         found = plan.results()
         seen = {}
         for key, address in places.items():  # NaN on padding, where nothing is compared; any other NaN is a fault
@@ -102,48 +115,126 @@ class Ours(Implementation):
         for i in layers if keep else ():
             seen["last ssm_state", i] = out.state.ssm_state[i]
             seen["last conv_state", i] = out.state.conv_state[i]
-        return seen
+        return seen | ({} if state is None else _carried(state))
 
-    def gradients(self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None) -> Seen:
-        plan = Plan(self.config, edits, (), *_span(ids, lengths))
-        with embedded(self.model.backbone.embedding) as held:
+    def _own(self, memory: MambaState) -> MambaState:
+        """A copy of a memory, in the model's types, so that nobody else sees what becomes of it."""
+        like = self.model.initial_state(len(memory.position))
+        h, window = (
+            tuple(x.to(y, copy=True) for x, y in zip(given, blank, strict=True))
+            for given, blank in ((memory.ssm_state, like.ssm_state), (memory.conv_state, like.conv_state))
+        )
+        return MambaState(h, window, memory.position.clone())
+
+    def gradients(
+        self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None, each: Sequence[str] = ()
+    ) -> Seen:
+        where = _span(ids, lengths)
+        places = {(f"d {site}", i): getattr(at, site)(layer=i) for site in each for i in range(self.config.n_layer)}
+        shapes = Plan(self.config, (), places.values(), *where)
+        zeros = [leaf(torch.zeros(shapes.shape(a), device=ids.device), wide(self.model.dtype)) for a in places.values()]
+        probes = [Probe(a, zero) for a, zero in zip(places.values(), zeros, strict=True)]
+        plan = Plan(self.config, [*edits, *probes], (), *where)
+        with training(self.model), embedded(self.model.backbone.embedding) as held:
             logits = self.model(ids, lengths=lengths, tap=plan, ops=self.ops).logits
         plan.results()
-        return collect(loss_of(logits, ids), dict(self.model.named_parameters()), held[0])
+        leaves: Seen = {("d embed", None): held[0]}
+        leaves |= zip(places, zeros, strict=True)
+        return collect(loss_of(logits, ids), dict(self.model.named_parameters()), leaves)
 
     def mixers(self, inputs: Mapping[int, Tensor], memory: MambaState | None = None) -> Seen:
         seen: Seen = {}
         blank = memory is None
-        ops = self.ops if self.ops.begin is None else self.ops.begin(self.model, blank, not blank)
-        for i, x in inputs.items():
-            mixer = self.model.backbone.layers[i].mixer
-            given = {"mixer_in": leaf(x, mixer.D.dtype)}
-            start = self.model.initial_state(len(x))
-            h, window = start.ssm_state[i], start.conv_state[i]
-            if memory is not None:
-                h, window = leaf(memory.ssm_state[i], h.dtype), leaf(memory.conv_state[i], window.dtype)
-                given |= {"first ssm_state": h, "first conv_state": window}
-            out, (h, window) = mixer(given["mixer_in"], (h, window), None, Tap(), ops)
-            found = {"mixer_out": out} | ({} if blank else {"last ssm_state": h, "last conv_state": window})
-            seen |= alone(i, mixer, found, given)
+        with training(self.model):
+            ops = self._begun(blank, not blank)
+            for i, x in inputs.items():
+                mixer = self.model.backbone.layers[i].mixer
+                given = {"mixer_in": leaf(x, mixer.D.dtype)}
+                start = self.model.initial_state(len(x))
+                h, window = start.ssm_state[i], start.conv_state[i]
+                if memory is not None:
+                    h, window = leaf(memory.ssm_state[i], h.dtype), leaf(memory.conv_state[i], window.dtype)
+                    given |= {"first ssm_state": h, "first conv_state": window}
+                out, (h, window) = mixer(given["mixer_in"], (h, window), None, Tap(), ops)
+                found = {"mixer_out": out} | ({} if blank else {"last ssm_state": h, "last conv_state": window})
+                seen |= alone(i, mixer, found, given)
         return seen
 
-    def decode(self, ids: Tensor) -> Seen:
-        return self.pieces(ids, [1] * ids.shape[1])
+    @torch.no_grad()
+    def last(self, inputs: Mapping[int, Tensor], lengths: Sequence[int]) -> Seen:
+        seen: Seen = {}
+        ends, ops = torch.tensor(list(lengths)), self._begun(True, False)
+        for i, x in inputs.items():
+            mixer, start = self.model.backbone.layers[i].mixer, self.model.initial_state(len(x))
+            memory, mask = (start.ssm_state[i], start.conv_state[i]), self.model.mask(ends, x.shape[1])
+            out, _ = mixer(x.to(mixer.D.dtype), memory, mask, _Last(), ops)
+            at_end = ends.to(out.device) - 1
+            whole = out.shape[1] == x.shape[1]  # line by line all are given
+            seen["mixer_out", i] = out[torch.arange(len(x), device=out.device), at_end][:, None] if whole else out
+        return seen
 
-    def pieces(self, ids: Tensor, sizes: Sequence[int]) -> Seen:
-        """The logits (b, l, v) of feeding so many tokens at a time, and the states after the last."""
-        state, logits = None, []
-        with torch.no_grad():
-            for piece in ids.split(list(sizes), 1):
-                out = self.model(piece, state=state, keep_state=True, ops=self.ops)
-                state = out.state
-                logits.append(out.logits)
+    def _begun(self, fresh: bool, keep: bool) -> Ops:
+        return self.ops if self.ops.begin is None else self.ops.begin(self.model, fresh, keep)
+
+    def decode(self, ids: Tensor) -> Seen:
+        return self.pieces(ids, [1] * ids.shape[1], settled=True)
+
+    @torch.no_grad()
+    def pieces(self, ids: Tensor, sizes: Sequence[int], settled: bool = False) -> Seen:
+        """The logits (b, l, v) of feeding so many tokens at a time, and the states after the last; with what is made of
+        the weights once, as `generate` does, if `settled`. "carried" is what the last of several was given, afterwards.
+        """
+        state, before, logits = None, None, []
+        later = self.model.settled(self._begun(False, True)) if settled else self.ops
+        for piece in ids.split(list(sizes), 1):
+            before = state
+            out = self.model(piece, state=before, keep_state=True, ops=self.ops if before is None else later)
+            state = out.state
+            logits.append(out.logits)
         assert state is not None
         seen: Seen = {("logits", None): torch.cat(logits, 1)}
         for i in range(self.config.n_layer):
             seen["last ssm_state", i], seen["last conv_state", i] = state.ssm_state[i], state.conv_state[i]
-        return seen
+        return seen | ({} if before is None else _carried(before))
+
+
+class _Last(Tap):
+    last_only = True
+
+
+def _carried(state: MambaState) -> Seen:
+    return {
+        (f"carried {site}", i): x
+        for site, part in (("ssm_state", state.ssm_state), ("conv_state", state.conv_state))
+        for i, x in enumerate(part)
+    }
+
+
+@contextlib.contextmanager
+def training(module: nn.Module) -> Iterator[None]:
+    """In training mode, in which transformers takes its fused path, and `compiled` the gradients of a whole mixer."""
+    was = module.training
+    module.train()
+    try:
+        yield
+    finally:
+        module.train(was)
+
+
+@contextlib.contextmanager
+def updated(*modules: nn.Module) -> Iterator[None]:
+    """With every weight halved in its place, as an optimiser changes them; afterwards they are as they were."""
+    weights = list({id(p): p for module in modules for p in module.parameters()}.values())
+    held = [p.detach().clone() for p in weights]
+    try:
+        with torch.no_grad():
+            for p in weights:
+                p.mul_(0.5)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, was in zip(weights, held, strict=True):
+                p.copy_(was)
 
 
 @contextlib.contextmanager
@@ -171,7 +262,7 @@ def _span(ids: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:
 
 
 def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy whose gradient can be asked for."""
+    """A copy by which a gradient can be asked for."""
     return x.detach().to(dtype).clone().requires_grad_()
 
 
@@ -188,14 +279,14 @@ def alone(layer: int, mixer: nn.Module, found: Mapping[str, Tensor], given: Mapp
     return seen | {(f"d {name}", layer): grad for name, grad in zip(by, grads, strict=True)}
 
 
-def collect(loss: Tensor, parameters: Mapping[str, Tensor], embedded: Tensor) -> Seen:
-    """The loss and its gradients by the parameters and by the embeddings."""
+def collect(loss: Tensor, parameters: Mapping[str, Tensor], leaves: Mapping[Key, Tensor]) -> Seen:
+    """The loss, and its gradients by the parameters that take one and by the leaves."""
     names = [name for name, p in parameters.items() if p.requires_grad]
-    found = torch.autograd.grad(loss, [*(parameters[name] for name in names), embedded], materialize_grads=True)
+    by = [*(parameters[name] for name in names), *leaves.values()]
+    found = torch.autograd.grad(loss, by, materialize_grads=True)
     seen: Seen = {("loss", None): loss.detach()}
-    for name, grad in zip(names, found[:-1], strict=True):
+    for name, grad in zip(names, found, strict=False):
         parts = name.split(".")
         layer = int(parts[2]) if name.startswith("backbone.layers.") else None
         seen[f"d {name}" if layer is None else f"d {'.'.join(parts[3:])}", layer] = grad
-    seen["d embed", None] = found[-1]
-    return seen
+    return seen | dict(zip(leaves, found[len(names) :], strict=True))

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from kernels_bridge import resolve
 from kernels_bridge.__main__ import app
 from kernels_bridge.harness import Ours, Theirs, bisect, check, target
-from kernels_bridge.harness.check import SHORT
+from kernels_bridge.harness.check import SHORT, Report
 from kernels_bridge.harness.draw import SMALL, draw_edits, draw_model
 from kernels_bridge.harness.rows import compare, table
 from kernels_bridge.harness.theirs import hf_cache
@@ -145,7 +145,7 @@ def test_a_check_goes_on_where_it_stopped(tmp_path, monkeypatch):
         assert kept.error == pytest.approx(new.error, rel=1e-3) and kept.passed == new.passed
         assert (kept.worst is None) == (new.worst is None)
     whole = json.loads(path.read_text())
-    assert whole["verdict"] == "pass" and whole["provenance"]["packages"]["torch"] and len(whole["cases"]) == 18
+    assert whole["verdict"] == "pass" and whole["provenance"]["packages"]["torch"] and len(whole["cases"]) == 19
     with pytest.raises(InputError, match="another weights"):
         ask(target("torch", model(seed=1)), model(seed=1), path=path)
     path.write_text("{")
@@ -247,3 +247,64 @@ def test_a_position_is_not_held_to_what_a_parameter_may_err():
     rows = {r.quantity: r for r in compare("", "", found, [same], true, torch.bfloat16)}
     assert rows["d backbone.embedding.weight"].passed
     assert rows["d embed"].error < rows["d embed"].bound and not rows["d embed"].passed
+
+
+# -- what gives no verdict --------------------------------------------------------------------------------------------
+
+
+def test_a_type_that_overflows_gets_no_verdict():
+    """The readable model's error is infinite there, and so was the bound: a scan that gives nothing passed."""
+    weights, good = draw_model(SMALL, 0), resolve("torch")
+    with torch.no_grad():
+        weights.backbone.layers[0].mixer.out_proj.weight.mul_(3e4)
+    weights = weights.to(torch.float16)
+
+    def nothing(u, dt, A, B, C, h, *, tap):
+        y, h = good.scan(u, dt, A, B, C, h, tap=tap)
+        return 0 * y, h
+
+    for fault in (good.scan, nothing):
+        with pytest.raises(InputError, match=r"no verdict: in float16 .* not finite"):
+            check(Ours(weights, Ops("x", good.conv, fault)), weights, kinds=["model"], lengths=[5], progress=False)
+
+
+def test_rows_that_cannot_fail_are_counted_as_such():
+    true = {("logits", None): torch.ones(2, 5, 3).double()}
+    rng = torch.Generator().manual_seed(0)
+    same = {key: x + torch.randn(x.shape, generator=rng) for key, x in true.items()}
+    lost = {key: 0 * x for key, x in true.items()}
+    rows = compare("model, x", "model", lost, [same], true, torch.bfloat16)
+    report = Report("x", rows, None, {}, [], {})
+    assert rows[0].passed and not rows[0].telling and not report.passed
+    assert report.mute == {"model": 1} and report.verdict == "none" and "says nothing" in table(rows)
+    clear = compare("model, x", "model", true, [true], true, torch.bfloat16)
+    both = Report("x", rows + clear, None, {}, [], {})
+    assert both.passed and both.mute == {"model": 1} and both.verdict == "pass"
+    assert not Report("x", rows + compare("", "model", lost, [true], true, torch.bfloat16), None, {}, [], {}).passed
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (["check", "--target", "torch", "--lengths", "0"], "one token at least"),
+        (["check", "--target", "torch", "--batch", "0"], "one row at least"),
+        (["check", "--target", "torch", "--lengths", "5,,"], "whole numbers"),
+        (["check", "--target", "torch", "--device", "foo"], "none that torch knows"),
+        (["check", "--target", "torch", "--device", "meta"], "float64"),
+        (["check", "--target", "torch", "--lengths", "3", "--kinds", "model", "--json", "{folder}"], "is no file"),
+        (["check", "--target", "torch", "--lengths", "3", "--kinds", "model", "--json", "/proc/x.json"], "/proc"),
+        (["bisect", "torch", "forks:raises"], "RuntimeError: no weights here"),
+        (["bisect", "torch", ":x"], "cannot be called"),
+        (["bisect", "torch", "forks:in_a_tuple", "--length", "3"], "without .logits"),
+        (["bisect", "torch", "forks:without_a_cache", "--length", "3"], "no cache"),
+        (["backends", "--device", "foo"], "none that torch knows"),
+    ],
+)
+def test_what_ends_without_a_verdict_has_its_status(command, text, tmp_path):
+    """1 says that something was compared and parts."""
+    told = RUNNER.invoke(app, [part.format(folder=tmp_path) for part in command])
+    assert told.exit_code == 2 and text in told.output, told.output
+
+
+def test_a_fork_whose_mixer_gives_more_beside(tmp_path):
+    assert not bisect(plain(), "forks:mixer_in_a_tuple", length=3, batch=2).parted
