@@ -79,7 +79,7 @@ class Theirs(Implementation):
     def _cached(self, cache: Any) -> Seen:
         found: Seen = {}
         if cache is None:
-            raise InputError(f"{self.name} returned no cache (cache_params) under use_cache=True, in which its states are.")
+            raise InputError(f"{self.name} returned no cache under use_cache=True, in which its states are.")
         if not self.hf:
             for i, (window, h) in cache.key_value_memory_dict.items():
                 found["last conv_state", i], found["last ssm_state", i] = window, h
