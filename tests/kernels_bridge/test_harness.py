@@ -167,7 +167,8 @@ def test_the_commands(tmp_path):
     told = RUNNER.invoke(app, ["check", "--target", "torch", "--kinds", "sums"])
     assert told.exit_code == 2 and "no cases 'sums'" in told.output
     wrong = {"--json": str(path / "in"), "--lengths": "a,b", "--device": "gpu"}
-    for (option, value), says in zip(wrong.items(), ("is a file", "between commas", "none that torch knows"), strict=True):
+    told_so = ("is a file", "between commas", "none that torch knows")
+    for (option, value), says in zip(wrong.items(), told_so, strict=True):
         told = RUNNER.invoke(app, ["check", "--target", "torch", option, value])
         assert told.exit_code == 2 and says in told.output
     told = RUNNER.invoke(app, ["bisect", "reference", "torch", "--length", "5"])
