@@ -128,7 +128,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> list[Path]:
         line(grid[1, 0], "layers", "seconds", "^--", f"{name}, layers")
         edited = axes["edited positions a layer"]
         line(grid[1, 1], "edited positions a layer", "seconds", "o-", name)
-        grid[1, 1].axhline(edited[0]["seconds"], color=colour, lw=0.7, ls=":")
+        grid[1, 1].axhline(edited[0]["seconds"], color=colour, lw=0.7, ls=":", label=f"{name}, none set")
     points = results[0]["axes"]["length"]
     grid[0, 1].plot(
         [p["x"] for p in points], [p["output"] for p in points], color="#999999", lw=0.8, label="the logits"

@@ -103,7 +103,7 @@ def losses(results: Folder) -> str:
     """Steps until all of lengths 1 to 6 are solved, by loss and depth."""
     found = results["curves-all"]
     rows = []
-    for loss, (label, _) in LOSSES.items():
+    for loss, (label, *_) in LOSSES.items():
         row = [label]
         for n in (2, 6):
             runs = [v for k, v in found.items() if k.startswith(f"loss {loss}, {n} layers")]

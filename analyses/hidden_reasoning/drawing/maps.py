@@ -74,6 +74,8 @@ def control(new: Any, patch_masked: Read) -> None:
             image = share_map(ax, patch_masked[f"{kind}: {site}"], words, f"{NAMES[site]}; {label}", "flip")
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
+    for ax in axes[1]:
+        ax.set_xlabel("word after which the donor's memory is put in")
     axes[0, 0].figure.colorbar(image, ax=axes, label="answers that change", shrink=0.6)
 
 
@@ -133,6 +135,7 @@ def needed(new: Any, patch_masked: Read) -> None:
     axes = new(1, 2, figsize=(PAGE, 2.1), sharey=True)
     for ax, site in zip(axes, ("ssm_state", "conv_state"), strict=True):
         image = share_map(ax, patch_masked[f"needed: {site}"], words, f"{NAMES[site]} set to its mean", "wrong")
+        ax.set_xlabel("word after which it is set")
     axes[0].set_ylabel("layer")
     axes[0].figure.colorbar(image, ax=axes, label="wrong answers", shrink=0.8)
 

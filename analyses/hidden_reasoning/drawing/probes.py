@@ -99,6 +99,8 @@ def doublethink(new: Any, patch_doublethink: Read) -> None:
             image = share_map(ax, found, words, f"{NAMES[site]}: {what}")
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
+    for ax in axes[1]:
+        ax.set_xlabel("word after which the donor's memory is put in")
     axes[0, 0].figure.colorbar(image, ax=axes, label="moved (0 base, 1 donor)", shrink=0.6)
 
 

@@ -71,18 +71,19 @@ def accuracy(new: Any, evaluate_masked: Read, evaluate_transformer: Read, evalua
     other.set_ylabel("")
 
 
-LOSSES = {"weighted": ("weighted", BLUE), "reasoning": ("reasoning, unweighted", ORANGE), "all": ("all tokens", GREEN)}
+LOSSES = {"weighted": ("weighted", BLUE, "-"), "reasoning": ("reasoning, unweighted", ORANGE, "--"),
+          "all": ("all tokens", GREEN, ":")}  # fmt: skip
 
 
 def losses(new: Any, curves_all: Read) -> None:
     """Mean accuracy of the lengths 1 to 6 against steps, by loss and depth, one line a seed."""
     axes = new(1, 2, figsize=(PAGE, 2.1), sharey=True)
     for ax, n_layer in zip(axes, (2, 6), strict=True):
-        for name, (label, colour) in LOSSES.items():
+        for name, (label, colour, line) in LOSSES.items():
             runs = [v for k, v in curves_all.items() if k.startswith(f"loss {name}, {n_layer} layers")]
             for i, run in enumerate(runs):
                 x, y = [r["step"] for r in run["log"]], [np.mean(r["accuracy"]) for r in run["log"]]
-                ax.plot(x, y, color=colour, lw=0.8, label=label if i == 0 else None)
+                ax.plot(x, y, color=colour, ls=line, lw=0.9, label=label if i == 0 else None)
         ax.set(title=f"{n_layer} layers", xlabel="step of 64 rows", ylim=(0, 1.02))
     axes[0].set_ylabel("running accuracy, mean of lengths\n1 to 6 (0 where not reached)")
     axes[1].legend(loc="lower right", title="loss")
