@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from minimal_mamba import Mamba, at
 from minimal_mamba.address import Selector, resolve, selector
+from minimal_mamba.brief import Brief
 from minimal_mamba.errors import InputError, nearest
 
 from .positions import on_tokens, one_layer
@@ -40,8 +41,8 @@ TOGETHER = 64  # targets that share the making of the decays, before channels ar
 Chosen = int | slice | Sequence[int] | None
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
+@dataclass(frozen=True, eq=False, repr=False)
+class Attention(Brief):
     """The weights with which the targets of one layer read the sources.
 
     Args:
@@ -68,8 +69,8 @@ class Attention:
         return torch.einsum("btsc,bsc->btc", self.weights, self.inputs) + self.constant
 
 
-@dataclass(frozen=True, eq=False)
-class Contributions:
+@dataclass(frozen=True, eq=False, repr=False)
+class Contributions(Brief):
     """What each source adds to the `mixer_out` of each target.
 
     Args:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from minimal_mamba import Mamba, Plan
 from minimal_mamba.address import resolve, selector
 from minimal_mamba.block import Memory
+from minimal_mamba.brief import Brief
 from minimal_mamba.errors import InputError
 
 from .cutter import Cutter
@@ -26,8 +27,8 @@ from .sweep.base import Base
 from .sweep.patch import LayerSpec, chosen_layers
 
 
-@dataclass(frozen=True, eq=False)
-class KnockoutGrid:
+@dataclass(frozen=True, eq=False, repr=False)
+class KnockoutGrid(Brief):
     """What cutting each source from one target, in each window of layers, does to a metric.
 
     Args:

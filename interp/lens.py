@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from minimal_mamba import Edit, Mamba, MambaState, at
 from minimal_mamba.address import resolve, selector
 from minimal_mamba.block import LayerNorm, RMSNorm, wide
+from minimal_mamba.brief import Brief
 from minimal_mamba.errors import EditError, InputError
 
 from .positions import local, one_position
@@ -75,8 +76,8 @@ def logit_lens(
     return torch.stack(seen)
 
 
-@dataclass(frozen=True, eq=False)
-class DirectLogit:
+@dataclass(frozen=True, eq=False, repr=False)
+class DirectLogit(Brief):
     """The parts of one logit, or of a difference of logits, which they sum to.
 
     Args:
@@ -127,8 +128,8 @@ def direct_logit(
     return _direct(model, ids, answer, foil, pos, each(edits, Edit), lengths, state, backend, [])[0]
 
 
-@dataclass(frozen=True, eq=False)
-class StateLens:
+@dataclass(frozen=True, eq=False, repr=False)
+class StateLens(Brief):
     """What the states add to a logit, or to a difference of logits.
 
     Args:

@@ -10,6 +10,7 @@ from torch import Tensor
 from minimal_mamba import Address, Edit, Mamba, MambaState, at
 from minimal_mamba.address import resolve
 from minimal_mamba.block import wide
+from minimal_mamba.brief import Brief
 from minimal_mamba.errors import EditError
 
 from .positions import on_tokens
@@ -18,8 +19,8 @@ from .run import Run, each
 INSIDE = ("decay", "state_write", "ssm_state", "state_read", "recurrent_state", "y")
 
 
-@dataclass(frozen=True, eq=False)
-class Recurrence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Recurrence(Brief):
     """What made one layer's states in a run, after edits: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, read as C_t h_t.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels_bridge import resolve
 from minimal_mamba import Address, Edit, Mamba, MambaState, Plan
 from minimal_mamba.block import wide
+from minimal_mamba.brief import Brief
 from minimal_mamba.edits import edit_or_address
 from minimal_mamba.errors import EditError, InputError, MetricError, NotRecorded
 from minimal_mamba.item import Probe
@@ -24,8 +25,8 @@ Lengths = Tensor | Sequence[int] | None
 T = TypeVar("T", Edit, Address)
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+@dataclass(frozen=True, eq=False, repr=False)
+class Run(Brief):
     """What a run gave.
 
     Args:
@@ -226,8 +227,8 @@ def refuse_nan(lost: Tensor, first: int = 0) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Gradients:
+@dataclass(frozen=True, eq=False, repr=False)
+class Gradients(Brief):
     """`gradients_[address]`: dMetric/dSite in the shape that the address records; `values` (b,), the metric."""
 
     values: Tensor

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from minimal_mamba import Add, Address, Mamba, MambaState, Project
 from minimal_mamba.address import selector
 from minimal_mamba.block import wide
+from minimal_mamba.brief import Brief
 from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
 
@@ -24,8 +25,8 @@ from .run import Lengths, Metric, apply_metric, run
 Positions = int | slice | Sequence[int]
 
 
-@dataclass(frozen=True, eq=False)
-class Direction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Direction(Brief):
     """A direction at a site of one layer.
 
     Args:
@@ -98,8 +99,8 @@ def contrast(place: Address, positive: Tensor, negative: Tensor) -> Direction:
     return Direction(place, difference / size, size)
 
 
-@dataclass(frozen=True, eq=False)
-class SteeringCurve:
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringCurve(Brief):
     """A metric against the strength of a direction, and of random directions of the same size.
 
     Args:

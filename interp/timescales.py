@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from minimal_mamba import Address, Edit, Mamba, MambaState, at
 from minimal_mamba.address import EVERYTHING
 from minimal_mamba.block import wide
+from minimal_mamba.brief import Brief
 from minimal_mamba.errors import InputError
 
 from .positions import along, local, of_tokens, one_layer, one_position, present, tokens
@@ -107,8 +108,8 @@ def decay_bands(
     return [which == i for i in range(len(cuts) + 1)]
 
 
-@dataclass(frozen=True, eq=False)
-class ReceptiveField:
+@dataclass(frozen=True, eq=False, repr=False)
+class ReceptiveField(Brief):
     """How much of what is read comes from how far back.
 
     Args:
@@ -201,8 +202,8 @@ def gradient_field(
     return ReceptiveField(size / size.sum(1, keepdim=True), torch.zeros_like(size[:, 0]))
 
 
-@dataclass(frozen=True, eq=False)
-class Flow:
+@dataclass(frozen=True, eq=False, repr=False)
+class Flow(Brief):
     """What a layer's state takes in, keeps and gives, by position and channel, each (b, l, e); 0 on padding.
 
     Args:
@@ -244,8 +245,8 @@ def state_flow(
     return Flow(*torch.where(tokens(out)[:, :, None], torch.stack(steps, 2), 0.0).unbind(0))
 
 
-@dataclass(frozen=True, eq=False)
-class Rank:
+@dataclass(frozen=True, eq=False, repr=False)
+class Rank(Brief):
     """How many directions the samples fill.
 
     Args:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .block import Layer, Memory, make_norm, wide
+from .brief import Brief
 from .config import MambaConfig
 from .errors import InputError
 from .scan import READABLE, Ops
 from .tap import NO_TAP, Tap
 
 
-@dataclass(frozen=True, eq=False)
-class MambaState:
+@dataclass(frozen=True, eq=False, repr=False)
+class MambaState(Brief):
     """All that a Mamba remembers. A value: a forward never changes the one it is given.
 
     Args:
@@ -31,8 +32,8 @@ class MambaState:
     position: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class MambaOutput:
+@dataclass(frozen=True, eq=False, repr=False)
+class MambaOutput(Brief):
     """`logits` (b, l, v), or (b, 1, v) with `last_only`; `state` if it was to be kept."""
 
     logits: Tensor

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minimal_mamba import Address, Mamba
+from minimal_mamba.brief import Brief
 from minimal_mamba.errors import CheckpointError, InputError, MambascopeError
 from minimal_mamba.files import write_json
 
@@ -150,8 +151,8 @@ def _connected(live: set[Edge]) -> set[Edge]:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Faithfulness:
+@dataclass(frozen=True, eq=False, repr=False)
+class Faithfulness(Brief):
     """How much of the metric circuits carry.
 
     Args:

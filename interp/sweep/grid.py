@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from minimal_mamba.block import wide
+from minimal_mamba.brief import Brief
 from minimal_mamba.errors import InputError
 
 Layers = int | tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Grid:
+@dataclass(frozen=True, eq=False, repr=False)
+class Grid(Brief):
     """A sweep's numbers, in the unit of its metric.
 
     Args:
