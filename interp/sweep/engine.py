@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minimal_mamba import Edit, Mamba
 from minimal_mamba.block import wide
+from minimal_mamba.brief import Brief
 from minimal_mamba.errors import EditError, InputError
 from minimal_mamba.provenance import digest, model_digest
 
@@ -30,8 +31,8 @@ EVEN = 0.7  # the shortest row of a group is at least this much of the longest: 
 MEMORY = 1 << 30  # bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Sweep:
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep(Brief):
     """What a sweep gave.
 
     Args:
