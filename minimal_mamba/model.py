@@ -220,6 +220,11 @@ class Mamba(nn.Module):
         b, l = ids.shape
         rule = f"give one int of 1..{l} a row, for {b} rows"
         sizes = torch.full((b,), l) if lengths is None else _integers(f"lengths={lengths}", lengths, rule).cpu()
+        if sizes.shape == ids.shape:
+            raise InputError(
+                f"lengths={tuple(sizes.shape)} numbers: {rule}; of a tokenizer's attention_mask its .sum(1), where the "
+                "padding is on the right (padding_side='right')."
+            )
         if sizes.shape != (b,) or int(sizes.min()) < 1 or int(sizes.max()) > l:
             raise InputError(f"lengths={sizes.tolist()}: {rule}.")
         if state is not None:

@@ -32,6 +32,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "beyond all rows": (lambda: MODEL(torch.tensor([[3, 32]])), r"token id 32 is outside the vocabulary 0\.\.28\.$"),
     "bad id on padding": (lambda: MODEL(torch.tensor([[3, 99]]), lengths=[1]), r"token id 99 is outside"),
     "length 0": (lambda: MODEL(IDS, lengths=[4, 0]), r"lengths=\[4, 0\]: give one int of 1\.\.4 a row, for 2 rows"),
+    "a mask for lengths": (lambda: MODEL(IDS, lengths=torch.ones_like(IDS)), r"give one int .*its \.sum\(1\)"),
     "length too long": (lambda: MODEL(IDS, lengths=[5, 4]), r"lengths=\[5, 4\]: give one int of 1\.\.4"),
     "one length for two rows": (lambda: MODEL(IDS, lengths=[4]), r"lengths=\[4\].*for 2 rows"),
     "lengths of two axes": (lambda: MODEL(IDS, lengths=[[4, 4]]), r"lengths=\[\[4, 4\]\]"),
