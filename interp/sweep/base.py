@@ -46,7 +46,7 @@ class Scanned:
         at = torch.arange(b, device=h.device)[:, None], times
         u, dt, B, C = (x[at].flatten(0, 1) for x in (self.u, self.dt, self.B, self.C))
         dt = dt if real is None or real.all() else dt * real[:, :, None].to(h.device)
-        return ops.scan(u, dt, _decay_rates(mixer, h), B, C, h.flatten(0, 1), tap=tap)[1].unflatten(0, (c, b))
+        return ops.scan(u, dt, mixer.A(h.dtype), B, C, h.flatten(0, 1), tap=tap)[1].unflatten(0, (c, b))
 
     def mixed(self, mixer: Mixer, at: tuple[Tensor, Tensor], h: Tensor, ops: Ops, tap: Tap) -> tuple[Tensor, Tensor]:
         """`mixer_out` (R, m, d) at rows and positions `at` (R, m), under edits inside the scan alone.
@@ -54,7 +54,7 @@ class Scanned:
         h (R, e, n) is the state before them; the one after them comes too.
         """
         u, dt, B, C, gate = (x[at] for x in (self.u, self.dt, self.B, self.C, self.gate))
-        y, h = ops.scan(u, dt, _decay_rates(mixer, h), B, C, h, tap=tap)
+        y, h = ops.scan(u, dt, mixer.A(h.dtype), B, C, h, tap=tap)
         gated = torch.addcmul(y, mixer.D.to(y.dtype), u.to(y.dtype)).mul_(gate)
         mixed: Tensor = mixer.out_proj(gated.to(u.dtype))
         return mixed, h
@@ -72,7 +72,7 @@ class Scanned:
             (k, b, count, e), of as many positions; those beyond the last one have no meaning.
         """
         change = carry if ops.carry is None else ops.carry
-        found: Tensor = change(delta, first, count, self.dt, _decay_rates(mixer, delta), self.C, self.gate)
+        found: Tensor = change(delta, first, count, self.dt, mixer.A(delta.dtype), self.C, self.gate)
         return found.to(self.u.dtype)
 
     def last(self, mixer: Mixer, delta: Tensor, first: Tensor, ends: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Scanned:
         """
         row = torch.arange(first.shape[1], device=first.device)
         passed = self._still[row, (first - 1).clamp(max=self.dt.shape[1] - 1)]  # (k, b, e)
-        h = delta * torch.exp(passed[..., None] * _decay_rates(mixer, delta))
+        h = delta * torch.exp(passed[..., None] * mixer.A(delta.dtype))
         y = torch.matmul(h, self.C[row, ends].to(h.dtype)[..., None])[..., 0]
         return (y * self.gate[row, ends]).to(self.u.dtype)
 
@@ -92,10 +92,6 @@ class Scanned:
         """(b, l, e): the sum of dt over what follows each position."""
         rest = self.dt.flip(1).cumsum(1).flip(1)  # from each position on
         return torch.cat([rest[:, 1:], torch.zeros_like(rest[:, :1])], 1)
-
-
-def _decay_rates(mixer: Mixer, like: Tensor) -> Tensor:
-    return -torch.exp(mixer.A_log.to(like.dtype))  # (e, n)
 
 
 class Base:

@@ -21,7 +21,7 @@ from minimal_mamba.brief import Brief
 from minimal_mamba.errors import EditError, InputError
 from minimal_mamba.provenance import digest, model_digest
 
-from ..run import Lengths, Metric, apply_metric
+from ..run import Lengths, Metric, apply_metric, each
 from .base import Base
 from .batch import Cell, alone, begin, run_group, starts
 from .store import Saved, edits_digest
@@ -98,7 +98,7 @@ def sweep(
     given = list(cells) if isinstance(cells, Iterable) else [cells]  # once: a generator has its cells only once
     if isinstance(cells, Edit) or not all(isinstance(cell, Edit | Iterable) for cell in given):
         raise EditError(f"cells={cells!r:.80}: a list, of each run the edits: one, or several in a list of their own.")
-    made = run_cells(model, ids, [_each(cell) for cell in given], named, lengths, backend, memory, progress, path)
+    made = run_cells(model, ids, [each(cell, Edit) for cell in given], named, lengths, backend, memory, progress, path)
     return made if isinstance(metric, Mapping) else made["metric"]
 
 
@@ -145,10 +145,6 @@ def run_cells(
         bar.update(bar.total - bar.n)  # cells without edits
     members = tuple(tuple(c.number for c in group) for group in groups)
     return {name: Sweep(out[name], values[name], base.ops.name, members) for name in named}
-
-
-def _each(cell: Edit | Iterable[Edit]) -> tuple[Edit, ...]:
-    return (cell,) if isinstance(cell, Edit) else tuple(cell)
 
 
 def need(base: Base, rows: int, tokens: int, columns: int, stages: int = 1) -> int:
