@@ -65,7 +65,7 @@ def jacobian_missing(u, dt, A, B, C, h, *, tap=NO_TAP):
     ],
 )
 def test_a_fault_in_an_operation_is_found_and_named(fault, quantity, site):
-    report = ask(faulty(**fault))
+    report = ask(faulty(**fault), kinds=["operations", "layers"])
     assert not report.passed and quantity in failed(report)
     assert (report.first.site if report.first else None) == site
     if site:
