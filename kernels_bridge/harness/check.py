@@ -258,8 +258,6 @@ def check(
         "float32": precision(), "made by": {k: v for k, v in provenance().items() if k in ("packages", "commit")},
     }  # fmt: skip
     shares = refuse_blind(model, seed)
-    if path is not None:
-        make_folder(path.parent)
     done: dict[str, list[Row]] = {} if path is None or fresh else _resume(path, settings)
     wanted = cases(kinds, lengths, batch, seed)
     if path is not None:  # that it can be written shows before anything is computed
@@ -339,6 +337,7 @@ def _write(
     path: Path, settings: dict[str, Any], shares: dict[str, float], done: dict[str, list[Row]], report: Report | None,
     complete: bool,
 ) -> None:  # fmt: skip
+    make_folder(path.parent)
     verdict = None if report is None else report.verdict
     write_json(path, {
         "verdict": verdict if complete else None,

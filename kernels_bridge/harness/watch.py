@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minimal_mamba import Address, Edit, Mamba, MambaConfig, MambaState, Ops, Plan, Set, at
+from minimal_mamba.address import address_of
 from minimal_mamba.block import wide
 from minimal_mamba.item import Probe
 from minimal_mamba.sites import SITES
@@ -99,11 +100,11 @@ class Ours(Implementation):
         places: dict[Key, Address] = {}
         for site in sites:
             for i in layers if SITES[site].layered else [None]:
-                places[site, i] = getattr(at, site)() if i is None else getattr(at, site)(layer=i)
+                places[site, i] = address_of(site, i)
         if len(at_positions):
             for i in layers:
                 for site in each:
-                    places[site, i] = getattr(at, site)(layer=i, pos=list(at_positions))
+                    places[site, i] = address_of(site, i, pos=list(at_positions))
         plan = Plan(self.config, [*fed, *edits], places.values(), *_span(ids, lengths))
         with torch.no_grad():
             out = self.model(ids, state=state, lengths=lengths, keep_state=keep, tap=plan, ops=self.ops)
@@ -130,7 +131,7 @@ class Ours(Implementation):
         self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None, each: Sequence[str] = ()
     ) -> Seen:
         where = _span(ids, lengths)
-        places = {(f"d {site}", i): getattr(at, site)(layer=i) for site in each for i in range(self.config.n_layer)}
+        places = {(f"d {site}", i): address_of(site, i) for site in each for i in range(self.config.n_layer)}
         shapes = Plan(self.config, (), places.values(), *where)
         zeros = [leaf(torch.zeros(shapes.shape(a), device=ids.device), wide(self.model.dtype)) for a in places.values()]
         probes = [Probe(a, zero) for a, zero in zip(places.values(), zeros, strict=True)]
