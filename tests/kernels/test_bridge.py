@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from interp import Scale, Set, Zero, at, generate, gradients, logit_diff, run
 from kernels_bridge import backends
 from kernels_bridge.fused import FUSED, kernels, load
+from kernels_bridge.harness.targets import roundings
 from minimal_mamba import Mamba
 from minimal_mamba.errors import BackendUnavailable
 from minimal_mamba.sites import ADDRESSABLE
@@ -56,10 +57,13 @@ def test_users_never_get_these_kernels() -> None:
 
 @pytest.mark.parametrize("l", [1, 2, 3, 5, 17, 33])
 def test_every_length(l: int) -> None:
-    """The error is held against the readable model's own in float32: how much of it a prompt makes is the prompt's."""
+    """The error is held against the readable model's own in float32: how much of it a prompt makes is the prompt's.
+
+    Of two rows of one token that is a few draws, lucky on some processors: several roundings of it count.
+    """
     ids = draw_ids(2, l)
     want = run(EXACT, ids, backend="reference", keep_state=True)
-    plain = error(run(SINGLE, ids, backend="reference").logits, want.logits)
+    plain = max(error(run(one.model, ids, backend="reference").logits, want.logits) for one in roundings(SINGLE))
     for keep in (True, False):
         got = run(SINGLE, ids, backend="fused", keep_state=keep)
         assert got.backend == "fused[on a CPU]"
