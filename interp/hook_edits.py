@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minimal_mamba import SITES, Address, Apply, Edit, Mamba, MambaState, at
+from minimal_mamba.address import address_of
 from minimal_mamba.errors import EditError, InputError
 
 from .hook_names import DERIVED, START, A, Point
@@ -72,7 +73,7 @@ class Compiled:
             for site in DERIVED[kind].needs:
                 if (site, layer) not in self.seen:
                     self.seen[site, layer] = []
-                    last.append(Apply(getattr(at, site)(layer=layer), partial(_keep, self.seen[site, layer])))
+                    last.append(Apply(address_of(site, layer), partial(_keep, self.seen[site, layer])))
         self.edits = [*first, *direct, *last]  # so that a derived value is made of what the other hooks left
 
     @property
@@ -101,10 +102,9 @@ class Compiled:
                 written.append(rule.write(module, seen, value))
             return written[0] if t is None else written[0][:, t]
 
-        site = getattr(at, rule.target)
         if not SITES[rule.target].per_position:
-            return [Apply(site(layer=layer), partial(put, None))]
-        return [Apply(site(layer=layer, pos=t), partial(put, t)) for t in range(self.ids.shape[1])]
+            return [Apply(address_of(rule.target, layer), partial(put, None))]
+        return [Apply(address_of(rule.target, layer, pos=t), partial(put, t)) for t in range(self.ids.shape[1])]
 
     def record(self, wanted: Sequence[Point]) -> list[Address]:
         """What to record so that `value` can be told of these names."""
@@ -116,9 +116,7 @@ class Compiled:
                 found.append(point.address)
             elif point.kind in DERIVED:
                 rule = DERIVED[point.kind]
-                found += [
-                    getattr(at, site)(layer=point.layer) for site in ((rule.target,) if rule.whole else rule.needs)
-                ]
+                found += [address_of(site, point.layer) for site in ((rule.target,) if rule.whole else rule.needs)]
         self.times = {layer: sorted(set(times)) for layer, times in self.times.items()}
         return list(dict.fromkeys(found + [at.ssm_state(layer=i, pos=times) for i, times in self.times.items()]))
 
@@ -138,10 +136,10 @@ class Compiled:
             return self.model.initial_state(len(self.ids)).ssm_state[layer] if start is None else start
         rule = DERIVED[point.kind]
         if rule.whole:
-            return rule.whole(records[getattr(at, rule.target)(layer=layer)])
+            return rule.whole(records[address_of(rule.target, layer)])
         if (point.kind, layer) in self.values:
             return self.values[point.kind, layer]
-        return rule.read(module, lambda site: records[getattr(at, site)(layer=layer)])
+        return rule.read(module, lambda site: records[address_of(site, layer)])
 
 
 def _time(point: Point) -> int:

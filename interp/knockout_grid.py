@@ -24,6 +24,7 @@ from .logits import Logits
 from .positions import one_position
 from .run import Lengths, Metric, apply_metric, span
 from .sweep.base import Base
+from .sweep.grid import standard_error
 from .sweep.patch import LayerSpec, chosen_layers
 
 
@@ -50,9 +51,7 @@ class KnockoutGrid(Brief):
 
     def error(self) -> Tensor:
         """(windows, sources): one standard error of the mean effect, over the rows of the batch."""
-        if len(self.base) < 2:
-            raise InputError(f"a standard error needs at least 2 rows; this grid has {len(self.base)}.")
-        return self.effect().std(-1) / len(self.base) ** 0.5
+        return standard_error(self.effect())
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from minimal_mamba.errors import CheckpointError, InputError, MambascopeError
 from minimal_mamba.files import write_json
 
 from ..run import Lengths, Metric, apply_metric
-from ..sweep.grid import vanishes
+from ..sweep.grid import standard_error, vanishes
 from .graph import Edge, node, order
 from .graph import edges as all_edges
 from .paths import EdgeEffects, check, patched
@@ -175,12 +175,9 @@ class Faithfulness(Brief):
 
     def error(self) -> Tensor:
         """(circuits,): one standard error of `score`, over the rows of the batch (delta method)."""
-        b = len(self.base)
-        if b < 2:
-            raise InputError(f"a standard error needs at least 2 rows; this has {b}.")
         gap = self.base - self.corrupt
         residual = (self.values - self.corrupt - self.score()[:, None] * gap) * gap.sign()
-        return residual.std(-1) / b**0.5 / self._gap()
+        return standard_error(residual) / self._gap()
 
     def missed(self) -> Tensor:
         """(circuits,): mean |values - base| / mean |corrupt - base|; 0 where every row has the whole model's metric.

@@ -50,9 +50,8 @@ class Grid(Brief):
 
     def recovered_error(self) -> Tensor:
         """(layers, positions, [parts]): one standard error of `recovered`, over the rows (delta method)."""
-        b = self._rows("a standard error")
         residual = self.effect() - self.recovered()[..., None] * (self.donor - self.base)
-        return residual.std(-1) / b**0.5 / self._gap().abs()
+        return standard_error(residual) / self._gap().abs()
 
     def interval(
         self, level: float = 0.95, *, normalise: bool = True, draws: int = 1000, seed: int = 0
@@ -67,7 +66,7 @@ class Grid(Brief):
             low, high: (layers, positions, [parts]).
         Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3 (percentile interval).
         """
-        b = self._rows("an interval")
+        b = _rows(self.base, "an interval")
         if not 0 < level < 1:
             raise InputError(f"level={level}: a share between 0 and 1, such as 0.95.")
         effect = self.effect()
@@ -82,12 +81,6 @@ class Grid(Brief):
         low, high = means.quantile(ends, -1)
         return low, high
 
-    def _rows(self, what: str) -> int:
-        b = len(self.base)
-        if b < 2:
-            raise InputError(f"{what} needs at least 2 rows; this sweep has {b}.")
-        return b
-
     def _gap(self) -> Tensor:
         gap = (self.donor.to(wide(self.donor.dtype)) - self.base).mean()
         if bool(self.donor.isnan().all()):
@@ -98,6 +91,19 @@ class Grid(Brief):
                 "nothing to normalise by."
             )
         return gap
+
+
+def standard_error(values: Tensor) -> Tensor:
+    """(...): of the mean over the rows of the batch, values (..., b); InputError for a single row."""
+    b = _rows(values, "a standard error")
+    return values.std(-1) / b**0.5
+
+
+def _rows(values: Tensor, what: str) -> int:
+    b = values.shape[-1]
+    if b < 2:
+        raise InputError(f"{what} needs at least 2 rows; there is {b}.")
+    return b
 
 
 def vanishes(gap: Tensor, base: Tensor, donor: Tensor) -> bool:

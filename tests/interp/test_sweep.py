@@ -300,7 +300,7 @@ def test_errors():
     assert same == same and same != sweep(IDS, IDS) and len({same, same}) == 1
     with pytest.raises(InputError, match="the donor's metric does not differ from the base's"):
         same.recovered()
-    with pytest.raises(InputError, match="a standard error needs at least 2 rows; this sweep has 1"):
+    with pytest.raises(InputError, match="a standard error needs at least 2 rows; there is 1"):
         sweep(IDS[:1], DONOR[:1]).recovered_error()
 
 
