@@ -8,30 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from ..pages import placed
+from . import say
 from .drawing.probes import layers_of
 from .drawing.trainings import GROUPS, LOSSES, scores
-from .experiments.accuracy import Score, wilson
 from .experiments.curves import DEPTHS, sizes
 from .experiments.results import RESULTS, Read, ResultsError, read, together
 from .organism import MODELS
+from .say import percent, table
 
 PAGE = Path(__file__).parent / "README.md"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-
-
-def percent(found: Score) -> str:
-    """A share and its 95 % interval; alone where every prompt was asked."""
-    low, high = found.interval()
-    return f"{found.share:.1%}" if found.every else f"{found.share:.1%} ({low:.1%} .. {high:.1%})"
-
-
-def few(share: float, n: int) -> str:
-    """A small share of n, and the upper end of its 95 % interval."""
-    return f"{share:.1%} of {n} (up to {wilson(round(share * n), n)[1]:.1%})"
 
 
 @dataclass(frozen=True)
@@ -42,6 +27,10 @@ class Folder:
 
     def __getitem__(self, name: str) -> Read:
         return self.whole(name)["parts"]
+
+    def paths(self, start: str) -> list[Path]:
+        """The files whose names begin so."""
+        return sorted(self.folder.glob(f"{start}*.json"), key=lambda path: path.stem)
 
     def whole(self, name: str) -> Read:
         """A file, its key too."""
@@ -135,84 +124,18 @@ def width(results: Folder) -> str:
     return table(["parameters", "layers", "d_model", "longest length solved, each seed"], rows)
 
 
-def _between(found: Read) -> list[int]:
-    """Positions from the differing word's echo, where the pair's words agree again, to the last but one."""
-    return list(range(found["value: pairs"]["differ_at"][-1], len(found["value: pairs"]["words"]) - 1))
-
-
-def _operations(found: Read) -> list[int]:
-    """Of those the ones whose word is an operation."""
-    return [p for p in _between(found) if found["value: pairs"]["words"][p].startswith("op")]
-
-
-def _ends(found: Read, site: str, positions: list[int]) -> str:
-    """Least and most share of the row of all layers."""
-    row = np.array(found[site]["share"])[-1, positions]
-    low, high = (f"{x.round(2) + 0.0:.2f}" for x in (row.min(), row.max()))  # no minus before a zero
-    return low if low == high else f"{low} to {high}"
-
-
-def _peaks(found: Read, site: str) -> str:
-    """The layer that does most alone, after each operation."""
-    share, words = np.array(found[site]["share"])[:-1], found["value: pairs"]["words"]
-    peaks = [(words[p].strip("*"), share[:, p].argmax(), share[:, p].max()) for p in _operations(found)]
-    return ", ".join(f"{word} {layer} ({most:.2f})" for word, layer, most in peaks)
-
-
-def _without(found: Read) -> dict[str, dict[str, Score]]:
-    """Answers and echoes that are right when one of the memories does nothing."""
-    return {k: {name: Score(**one) for name, one in v.items()} for k, v in found["without"].items()}
-
-
-def _control(found: Read, *sites: str) -> str:
-    flips = max(np.array(found[f"control: {site}"]["flip"]).max() for site in sites)
-    return few(flips, found["control: pairs"]["pairs"])
-
-
-def _first_read(probes: Read, site: str) -> str:
-    """The first layer from which the value of each step is read, in nine of ten held-out prompts."""
-    layers = layers_of(probes, site)
-    scored = np.array([probes[f"{site}, layer {i}"]["value"]["score"] for i in layers])
-    return ", ".join(str(layers[int(good.argmax())]) if good.any() else "none" for good in (scored >= 0.9).T)
-
-
-def _best(probes: Read, site: str, label: str, step: int) -> float:
-    """Of the best layer, the score of a label at a step, counted from 0."""
-    return max(probes[f"{site}, layer {i}"][label]["score"][step] or 0 for i in layers_of(probes, site))
-
-
-def _means(rows: list[Read]) -> tuple[int, int, str]:
-    """The step at which fewest answers follow a value whose mean memory is put in, how many, and of how many."""
-    worst = min(rows, key=lambda r: r["mean"]["right"])
-    low, high = worst["mean"]["interval"]
-    return worst["step"], worst["mean"]["right"], f"{worst['mean']['of']} ({low:.1%} .. {high:.1%})"
-
-
-def _untrained(probes: Read, site: str, label: str, step: int) -> float:
-    """The same in a model that was never trained."""
-    return max(probes[f"{site}, layer {i}"][label]["random"][step] or 0 for i in layers_of(probes, site))
-
-
-def _handed(rows: list[Read]) -> tuple[Read, str]:
-    """The step at which the running value does worst, and how."""
-    worst = min(rows, key=lambda r: r["running value"]["alone"] / r["running value"]["of"])
-    value = worst["running value"]
-    low, high = value["interval"]
-    return worst, f"{value['alone']} of {value['of']} cases ({low:.1%} .. {high:.1%})"
-
-
 def where(results: Folder) -> str:
     """Where the running value is, in the model `masked`."""
     differ = results.whole("patch-masked")["key"]["differ"]
     found, probes = results["patch-masked"], results["probe-masked"]
-    pairs, between = found["value: pairs"], _between(found)
+    pairs, between = found["value: pairs"], say.between(found)
     sets, last = found["windows: recurrent_state"], found["value: ssm_state"]["share"][-1][-1]
     three = np.array(sets["share"])[[i for i, r in enumerate(sets["layers"]) if np.size(r) == 3]].max(0)
     rows = [r for r in found["handover"]["conv_state"] if r["word"] == "after"]
-    worst, value = _handed(rows)
-    step, right, of = _means(found["handover"]["conv_state"])
+    worst, value = say.handed(rows)
+    step, right, of = say.means(found["handover"]["conv_state"])
     others = [sum(r[name]["alone"] for r in rows) for name in ("done", "partial sum", "base")]
-    none = _without(found)
+    none = say.without(found)
     needed = {s: np.array(found[f"needed: {s}"]["right"]) for s in ("ssm_state", "conv_state")}
     erased = [probes[f"erase value, layer {i}"] for i in layers_of(probes, "resid_post")]
     goes = [e["space"]["answer"] for e in erased]
@@ -220,18 +143,18 @@ def where(results: Folder) -> str:
     controls = [control["variance"] for e in erased for control in e["controls"]]
     taken = [e["space"]["variance"] for e in erased]
     steps = len(probes["steps"])
-    ssm = [_best(probes, "ssm_state", "value", j) for j in range(steps)]
-    fresh = [_untrained(probes, "ssm_state", "value", j) for j in range(steps)]
-    return _bullets(
+    ssm = [say.best(probes, "ssm_state", "value", j) for j in range(steps)]
+    fresh = [say.untrained(probes, "ssm_state", "value", j) for j in range(steps)]
+    return say.bullets(
         f"**Full hand-over.** In {pairs['pairs']} pairs of prompts of {found['handover']['num_steps']} operations "
         f"that differ in operation {differ} ({pairs['gap_nats']:.1f} nats apart), the donor's conv state of all layers "
-        f"moves the answer {_ends(found, 'value: conv_state', between)} of the way at every word from the differing "
-        f"one's echo to the last but one; the SSM state of all layers {_ends(found, 'value: ssm_state', between)}. At "
-        f"the last word, where the donor's next conv state comes too late, it is {last:.2f}.",
+        f"moves the answer {say.ends(found, 'value: conv_state', between)} of the way at every word from the differing "
+        f"one's echo to the last but one; the SSM state of all layers {say.ends(found, 'value: ssm_state', between)}. "
+        f"At the last word, where the donor's next conv state comes too late, it is {last:.2f}.",
         "**Control.** Where the other operation leads to the same value, patching any site at any place changes the "
-        f"answer in {_control(found, 'ssm_state', 'conv_state', 'recurrent_state', 'resid_post')}.",
+        f"answer in {say.control(found, 'ssm_state', 'conv_state', 'recurrent_state', 'resid_post')}.",
         "**Layer by layer.** The layer whose conv state alone moves the answer most, and how far: "
-        f"{_peaks(found, 'value: conv_state')}. Near the end it is spread: three neighbouring layers' whole memory "
+        f"{say.peaks(found, 'value: conv_state')}. Near the end it is spread: three neighbouring layers' whole memory "
         f"moves the answer {three[0]:.2f} of the way after operation 2, and {three[-1]:.2f} before the last.",
         "**What is handed over.** Between unrelated prompts, the conv states of all layers carry the *running value*, "
         "while the SSM states stay the base's. Where no other account foretells the same answer, it is what the base's "
@@ -252,19 +175,49 @@ def where(results: Folder) -> str:
         f"the SSM state unread {none['SSM state']['echo'].share:.1%} of the echoed operations are right (one in "
         f"seven would be by chance), of the whole model {none['nothing']['echo'].share:.1%}.",
         "**Probes mislead.** From the SSM state, of which the answers need nothing, a linear probe reads the "
-        f"running value at every step, at the worst {min(ssm):.1%} of it (of an untrained model {_listed(fresh)}); "
+        f"running value at every step, at the worst {min(ssm):.1%} of it (of an untrained model {say.listed(fresh)}); "
         f"and, {steps - 1} operations into {steps}, the product of the multipliers to come at "
-        f"{_best(probes, 'ssm_state', 'rest', steps - 2):.0%}, which is the last operation, still in the state: of an "
-        f"untrained model at {_untrained(probes, 'ssm_state', 'rest', steps - 2):.0%}. From the "
-        f"residual stream it reads the value of operations 1, 2, .. from layer {_first_read(probes, 'resid_post')} "
+        f"{say.best(probes, 'ssm_state', 'rest', steps - 2):.0%}, which is the last operation, still in the state: of "
+        f"an untrained model at {say.untrained(probes, 'ssm_state', 'rest', steps - 2):.0%}. From the "
+        f"residual stream it reads the value of operations 1, 2, .. from layer {say.first_read(probes, 'resid_post')} "
         "on, and two operations before the end the final answer at "
-        f"{_best(probes, 'resid_post', 'answer', steps - 3):.0%}, which is chance.",
+        f"{say.best(probes, 'resid_post', 'answer', steps - 3):.0%}, which is chance.",
         f"**Erasure.** The {erased[0]['dimensions']} dimensions in which the value's class means differ, projected "
-        f"out of the residual stream after layer 0, 1, .., leave {_listed(goes)} of the "
+        f"out of the residual stream after layer 0, 1, .., leave {say.listed(goes)} of the "
         f"answers right; spaces of as many dimensions, made in the same way of shuffled labels, which take "
         f"{min(controls):.0%} to {max(controls):.0%} of the stream's variance where those take {min(taken):.0%} to "
-        f"{max(taken):.0%}, leave, in the mean of {len(erased[0]['controls'])} draws, {_listed(stays)}.",
+        f"{max(taken):.0%}, leave, in the mean of {len(erased[0]['controls'])} draws, {say.listed(stays)}.",
     )
+
+
+def seeds(results: Folder) -> str:
+    """The main findings in `masked`, and in every model that was trained as it was with another seed."""
+    columns, kept = {}, []
+    for path in results.paths("patch-masked"):
+        name = path.stem.removeprefix("patch-")
+        found, asked = results[f"patch-{name}"], scores(results[f"evaluate-{name}"])
+        rows, none, between = found["handover"]["conv_state"], say.without(found), say.between(found)
+        after = [r for r in rows if r["word"] == "after"]
+        handed = [(r["running value"]["alone"], r["running value"]["of"]) for r in after]
+        columns[f"`{name}`"] = {
+            **{f"right answers, {n} operations": percent(asked[n]) for n in (8, 12, 13) if n in asked},
+            "the donor's conv states move the answer": say.ends(found, "value: conv_state", between),
+            "its SSM states": say.ends(found, "value: ssm_state", between),
+            "conv states hand over the running value": say.worst(handed),
+            "so do the mean conv states of a value": say.worst([(r["mean"]["right"], r["mean"]["of"]) for r in rows]),
+            "right answers, no SSM state read": percent(none["SSM state"]["answers"]),
+            "right echoes": percent(none["SSM state"]["echo"]),
+            "right answers, every conv state at its mean": percent(none["conv state"]["answers"]),
+        }
+        kept += [
+            f"In `{name}`, where the conv states are handed over after operation {r['step']}, the answer stays the "
+            f"base's own in {r['base']['alone']} of {r['base']['of']} cases in which nothing else foretells it."
+            for r in after
+            if r["base"]["alone"]
+        ]
+    said = dict.fromkeys(line for column in columns.values() for line in column)
+    made = table(["", *columns], [[line, *(column.get(line, "-") for column in columns.values())] for line in said])
+    return "\n\n".join([made, *kept])
 
 
 def shifted(results: Folder) -> str:
@@ -287,7 +240,7 @@ def shifted(results: Folder) -> str:
 def overt(results: Folder) -> str:
     """Hidden and overt value, in the model `doublethink`."""
     found = results["patch-doublethink"]
-    between, pairs = _between(found)[:-1], found["value: pairs"]
+    between, pairs = say.between(found)[:-1], found["value: pairs"]
     cross = max(np.array(found[f"overt: {s}"]["flip"]).max() for s in ("recurrent_state", "resid_post"))
     back = max(np.array(found[f"value, next overt: {s}"]["flip"]).max() for s in ("recurrent_state", "resid_post"))
     shown = found["overt, next overt: conv_state"]
@@ -297,15 +250,16 @@ def overt(results: Folder) -> str:
     groups = [found[f"channels: conv_state, {words} after"] for words in (1, 2)]
     sums = [[np.nansum(group[name]) for name in ("hidden", "overt")] for group in groups]
     size = np.size(groups[0]["hidden"])
-    none = _without(found)
-    return _bullets(
+    none = say.without(found)
+    return say.bullets(
         f"In {pairs['pairs']} pairs whose hidden value differs and whose text shows the same, the conv state of all "
-        f"layers moves the answer {_ends(found, 'value: conv_state', between)} of the way, the SSM state "
-        f"{_ends(found, 'value: ssm_state', between)}.",
+        f"layers moves the answer {say.ends(found, 'value: conv_state', between)} of the way, the SSM state "
+        f"{say.ends(found, 'value: ssm_state', between)}.",
         "Patching the hidden value, in any layer and at any word, changes the next overt value in at most "
-        f"{few(back, pairs['pairs'])}; patching the overt value the final answer in {few(cross, pairs['pairs'])}.",
+        f"{say.few(back, pairs['pairs'])}; patching the overt value the final answer in "
+        f"{say.few(cross, pairs['pairs'])}.",
         "The hidden value climbs as in `masked`: the conv state that does most alone is that of layer "
-        f"{_peaks(found, 'value: conv_state')}. The overt value is read again from the text: after each written one "
+        f"{say.peaks(found, 'value: conv_state')}. The overt value is read again from the text: after each written one "
         f"the conv state that moves the next most is that of layer {' or '.join(map(str, after))}, at every step.",
         f"Whether they share channels is open: what {size} groups of channels of the conv states do one at a time adds "
         f"up to {sums[0][0]:.2f} (hidden) and {sums[0][1]:.2f} (overt) one word on, {sums[1][0]:.2f} and "
@@ -318,36 +272,28 @@ def overt(results: Folder) -> str:
 def alone(results: Folder) -> str:
     """The model that has no conv's memory."""
     found, probes = results["patch-state_only"], results["probe-state_only"]
-    none = _without(found)
+    none = say.without(found)
     rows = [r for r in found["handover"]["ssm_state"] if r["word"] == "after"]
-    worst, value = _handed(rows)
-    step, right, of = _means(found["handover"]["ssm_state"])
-    return _bullets(
+    worst, value = say.handed(rows)
+    step, right, of = say.means(found["handover"]["ssm_state"])
+    return say.bullets(
         "The SSM state of all layers, which is all of its memory, moves the answer "
-        f"{_ends(found, 'value: ssm_state', _between(found))} of the way in pairs of "
+        f"{say.ends(found, 'value: ssm_state', say.between(found))} of the way in pairs of "
         f"{found['handover']['num_steps']} operations; pairs of the same value change the answer in "
-        f"{_control(found, 'ssm_state', 'resid_post')}; unread, it leaves "
+        f"{say.control(found, 'ssm_state', 'resid_post')}; unread, it leaves "
         f"{percent(none['SSM state']['answers'])} right.",
         f"Between unrelated prompts it carries the running value in {value} at the worst step, {worst['step']}; the "
         "mean state of all prompts that have come to a value carries it in "
         f"{right} of {of}, at the worst word, step {step}.",
-        f"The layer that moves the answer most, alone: {_peaks(found, 'value: ssm_state')}.",
+        f"The layer that moves the answer most, alone: {say.peaks(found, 'value: ssm_state')}.",
         "A probe reads the value of operations 1, 2, .. from the SSM state of layer "
-        f"{_first_read(probes, 'ssm_state')} on (in nine of ten held-out prompts).",
+        f"{say.first_read(probes, 'ssm_state')} on (in nine of ten held-out prompts).",
     )
-
-
-def _listed(shares: list[float]) -> str:
-    return ", ".join(f"{x:.0%}" for x in shares)
-
-
-def _bullets(*lines: str) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 BLOCKS: dict[str, Callable[[Folder], str]] = {
     "models": models, "accuracy": accuracy, "shortcuts": shortcuts, "losses": losses, "depth": depth, "width": width,
-    "where": where, "shifted": shifted, "overt": overt, "alone": alone,
+    "where": where, "seeds": seeds, "shifted": shifted, "overt": overt, "alone": alone,
 }  # fmt: skip
 
 
@@ -358,7 +304,7 @@ def page(text: str, folder: Path = RESULTS) -> str:
         ResultsError: results that are not there, or not whole. PageError: a page without the marks.
     """
     results = Folder(folder)
-    together({path.stem: results.whole(path.stem) for path in sorted(folder.glob("*.json"))})
+    together({path.stem: results.whole(path.stem) for path in results.paths("")})
     for name, make in BLOCKS.items():
         try:
             text = placed(text, name, make(results))
