@@ -15,6 +15,7 @@ Source: Alain & Bengio 2016 (arXiv:1610.01644); controls, Hewitt & Liang 2019 (a
 patterns, Haufe et al. 2014 (NeuroImage 87). The noise is that of the data, all second moments kept and no label.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from minimal_mamba import Address, Mamba, Plan
 from minimal_mamba.address import address_of, named_site, resolve, selector
+from minimal_mamba.block import wide
 from minimal_mamba.errors import EditError, InputError, nearest
 from minimal_mamba.sites import ADDRESSABLE
 
@@ -44,6 +46,7 @@ from .probe_rows import (
 from .run import Lengths, each, run
 
 FOLDS = 5
+MEMORY = 1 << 30  # bytes of recordings that a grid takes from one pass, unless one layer's are more
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,7 +324,8 @@ def probe_grid(
         options: of `probe`.
     Raises:
         InputError: as `probe`, with the cell that it was in. AddressError, EditError: no such place.
-    Cost: rows / batch forwards a layer, (b, positions, features) of one layer at a time, and a probe a cell.
+    Cost: a probe a cell; (b, positions, features) of as many layers at a time as take 1 GiB, one at least, and for them
+        rows / batch forwards.
     """
     named_site(site)
     ids, sizes = model.check(ids, lengths)
@@ -340,27 +344,30 @@ def probe_grid(
         where = torch.stack([from_start(p, sizes) for p in column]).where(has.reshape(len(column), -1), -1)
         of = same_so_far(ids, where) if groups is None else groups
         given.append((y[has], has, read_groups(of, len(ids)).repeat(len(column))[has]))
+    models = [model] if random_model is None else [model, random_model]
+    size = math.prod(model.config.size(axis) for axis in ADDRESSABLE[site].features)
+    of_layer = len(models) * len(ids) * len(wanted) * size * torch.finfo(wide(model.dtype)).bits // 8
+    together = max(1, MEMORY // of_layer)
     with tqdm(total=len(rows) * len(columns), desc=f"probe {site}", disable=not progress) as bar:
-        for layer in rows:
-            places = {p: address_of(site, layer, pos=p) for p in wanted}
+        for i in range(0, len(rows), together):
+            places = {(r, p): address_of(site, r, pos=p) for r in rows[i : i + together] for p in wanted}
             kept = [
-                collect(m, ids, list(places.values()), batch=batch, lengths=lengths, backend=backend)
-                for m in (model, random_model)
-                if m is not None
+                collect(m, ids, list(places.values()), batch=batch, lengths=lengths, backend=backend) for m in models
             ]
-            cells = []
-            for column, (y, has, shared) in zip(columns, given, strict=True):
-                xs = [torch.cat([k[places[p]] for p in column])[has] for k in kept]
-                how = dict(options)
-                if groups is None and 2 <= (there := len(shared.unique())) < how.get("folds", FOLDS):
-                    how["folds"] = there
-                try:
-                    cells.append(probe(xs[0], y, groups=shared, other=xs[1] if xs[1:] else None, **how))
-                except InputError as error:
-                    cell = address_of(site, layer, pos=column if len(column) > 1 else column[0])
-                    left = "" if has.all() else " Rows whose label is -1 or NaN are left out."
-                    raise InputError(f"{cell}: {error}{left}") from None
-                bar.update()
-            found.append(tuple(cells))
+            for layer in rows[i : i + together]:
+                cells = []
+                for column, (y, has, shared) in zip(columns, given, strict=True):
+                    xs = [torch.cat([k[places[layer, p]] for p in column])[has] for k in kept]
+                    how = dict(options)
+                    if groups is None and 2 <= (there := len(shared.unique())) < how.get("folds", FOLDS):
+                        how["folds"] = there
+                    try:
+                        cells.append(probe(xs[0], y, groups=shared, other=xs[1] if xs[1:] else None, **how))
+                    except InputError as error:
+                        cell = address_of(site, layer, pos=column if len(column) > 1 else column[0])
+                        left = "" if has.all() else " Rows whose label is -1 or NaN are left out."
+                        raise InputError(f"{cell}: {error}{left}") from None
+                    bar.update()
+                found.append(tuple(cells))
     names = tuple(c[0] if len(c) == 1 else tuple(c) for c in columns)
     return ProbeGrid(tuple(found), site, tuple(rows), names)

@@ -1,5 +1,6 @@
 """Probes find what is planted, and nothing through any control; nothing of a held-out row is ever fitted."""
 
+import importlib
 import math
 import sys
 import time
@@ -421,6 +422,19 @@ def test_a_grid_is_probes_of_recordings():
     embed = probe_grid(MODEL, ids, labels, site="embed", positions=slice(1, 3), progress=False, seeds=0)
     assert embed.layers == (None,) and embed.positions == (1, 2) and embed.values().shape == (1, 2)
     assert probe_grid(MODEL, ids, labels, site="x", layers=0, progress=False, seeds=0).positions == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(("room", "passes"), [(1 << 30, 1), (2 * 40 * 4 * 24 * 8, 2), (1, 3)])
+def test_one_pass_records_as_many_layers_as_there_is_room_for(monkeypatch, room, passes):
+    """y of 40 prompts at 4 positions, in 24 channels of 8 bytes."""
+    ids = torch.randint(0, 29, (40, 4), generator=torch.Generator().manual_seed(0))
+    alone = [probe_grid(MODEL, ids, ids[:, 0] % 2, site="y", layers=i, progress=False, seeds=0) for i in range(3)]
+    module, runs = importlib.import_module("interp.probes"), []
+    monkeypatch.setattr(module, "MEMORY", room)
+    monkeypatch.setattr(module, "run", lambda *args, **options: runs.append(1) or run(*args, **options))
+    grid = probe_grid(MODEL, ids, ids[:, 0] % 2, site="y", progress=False, seeds=0)
+    assert len(runs) == passes and grid.layers == (0, 1, 2)
+    assert [row.tolist() for row in grid.values()] == [one.values()[0].tolist() for one in alone]
 
 
 def test_strings_and_bools_are_classes():
