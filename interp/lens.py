@@ -64,16 +64,18 @@ def logit_lens(
             f"tokens {chosen.tolist()!s:.60} are as many as there are rows: one a row is ({b}, 1), as tokens[:, None]; "
             f"all of them in each row is ({b}, {b}), as tokens.expand({b}, -1)."
         )
-    seen = []
-    for resid in stream:
+    seen: Tensor | None = None
+    for i, resid in enumerate(stream):
         scores = model.lm_head(model.backbone.norm_f(resid))  # (b, [positions], v)
         if log_probs:
             scores = scores[..., : model.config.vocab_size].to(wide(scores.dtype)).log_softmax(-1)
         if chosen is not None:
             rows = chosen.expand(len(ids), -1)  # (b, m)
             scores = scores.gather(-1, rows if scores.dim() == 2 else rows[:, None].expand(*scores.shape[:2], -1))
-        seen.append(scores)
-    return torch.stack(seen)
+        seen = scores.new_empty((len(stream), *scores.shape)) if seen is None else seen
+        seen[i] = scores  # a list to be stacked would take twice the memory
+    assert seen is not None
+    return seen
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,5 +1,6 @@
 """Lenses: their parts sum to the logit, and each part is what goes when the model runs without it."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,19 @@ def test_the_lens_at_a_layer_is_the_model_cut_there(backend):
         kept = {k: v for k, v in model.state_dict().items() if k in cut.state_dict()}
         cut.load_state_dict(kept)
         assert_close(lens[i], cut(tokens).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_the_lens_holds_the_scores_of_a_layer_or_two_beside_what_it_returns():
+    model, made, alive = tiny(), [], []
+
+    def count(_, __, scores):
+        alive.append(sum(one() is not None for one in made))
+        made.append(weakref.ref(scores))
+
+    handle = model.lm_head.register_forward_hook(count)
+    logit_lens(model, ids(7))
+    handle.remove()
+    assert len(made) > 3 and max(alive) <= 2
 
 
 def test_the_lens_keeps_chosen_tokens_and_positions():
