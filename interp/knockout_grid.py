@@ -24,6 +24,7 @@ from .logits import Logits
 from .positions import one_position
 from .run import Lengths, Metric, apply_metric, span
 from .sweep.base import Base
+from .sweep.engine import TOKENS
 from .sweep.grid import standard_error
 from .sweep.patch import LayerSpec, chosen_layers
 
@@ -68,7 +69,7 @@ def knockout_grid(
     baseline: Baseline = "zero",
     lengths: Lengths = None,
     backend: str = "auto",
-    batch: int = 256,
+    batch: int | None = None,
     progress: bool = True,
 ) -> KnockoutGrid:
     """Cut one source at a time from one target, in one window of layers at a time.
@@ -79,7 +80,7 @@ def knockout_grid(
         layers: the windows, as in `patch_grid`: a tuple of layers in a list is cut at once. None: every `window`
             successive layers.
         through, baseline: as in `knockout`.
-        batch: rows at a time, of which each cell takes b.
+        batch: rows at a time, of which each cell takes b; None: 256, or of long prompts as many as hold 8,192 tokens.
     Returns:
         KnockoutGrid; every cell equals one `knockout`.
     Cost: some forwards of the batch, and for each cell the layers of its window with b (1 + m) rows, m as in
@@ -89,6 +90,7 @@ def knockout_grid(
     b, n_layer = len(ids), model.config.n_layer
     if not 1 <= window <= n_layer or (layers is not None and window != 1):
         raise InputError(f"window={window}: 1 to {n_layer} layers, and none where layers= names the windows.")
+    batch = min(256, max(1, TOKENS // ids.shape[1])) if batch is None else batch
     if batch < 1:
         raise InputError(f"batch={batch}: at least 1 row at a time.")
     target = one_position(target)

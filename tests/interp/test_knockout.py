@@ -1,5 +1,6 @@
 """Knockouts: against the matrix form, against the mixer written out with loops, and without a leak to the bit."""
 
+import importlib
 import itertools
 from dataclasses import replace
 
@@ -373,6 +374,18 @@ def test_metrics_of_grids_may_read_every_position(target, backend):
             for j, source in enumerate(grid.sources):
                 one = knockout(MODEL, IDS, Knockout(source, target, layers), backend=backend)
                 torch.testing.assert_close(grid.values[i, j], metric(one.logits), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(("l", "batch", "cells"), [(2048, None, [4, 2]), (2048, 3, [3, 3]), (9, None, [6])])
+def test_a_grid_runs_fewer_rows_at_a_time_of_long_prompts(monkeypatch, l, batch, cells):
+    """8,192 tokens, unless the batch is given; else a short grid of a long prompt asks for what no machine has."""
+    module, seen = importlib.import_module("interp.knockout_grid"), []
+    monkeypatch.setattr(
+        module, "_cells", lambda base, cuts, *_: seen.append(len(cuts)) or torch.zeros(len(cuts), 1, 1, 1)
+    )
+    ids = torch.zeros(1, l, dtype=torch.long)
+    knockout_grid(MODEL, ids, lambda x: x[:, -1, 0], sources=range(6), layers=2, batch=batch, progress=False)
+    assert seen == cells
 
 
 def test_grids_of_padded_batches_and_of_given_baselines():
