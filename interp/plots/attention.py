@@ -69,10 +69,10 @@ def attention_map(
     label = MEANING[found.reduce] if found.reduce else "weight"
     earlier = np.ma.masked_array(values, later)
     draw_map(ax, earlier, colours, -top if signed else 0, top, bar=label if colorbar else None)
-    name_axis(ax.xaxis, across, upright=upright)
     name_axis(ax.yaxis, down)
     ax.set_xlabel("source")
     ax.set_ylabel("target")
+    name_axis(ax.xaxis, across, upright=upright)
     if title:
         ax.set_title(title)
     return ax
@@ -111,11 +111,11 @@ def knockout_map(
     if len(grid.base) > 1:
         dots["under 2 s.e. from 0"] = (abs(values) < 2 * numbers(grid.error())) & (abs(values) >= top / 20)
     draw_map(ax, values, "RdBu_r", -top, top, bar=label if colorbar else None, dots=dots, aspect="auto", origin="lower")
-    name_axis(ax.xaxis, across, upright=upright)
     windows = [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in grid.layers]
     name_axis(ax.yaxis, windows)
     ax.set_xlabel("source that is cut")
     ax.set_ylabel("layer" if all(len(g) == 1 for g in grid.layers) else "layers")
+    name_axis(ax.xaxis, across, upright=upright)
     if title:
         ax.set_title(title)
     return ax

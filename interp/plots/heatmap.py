@@ -71,9 +71,9 @@ def heatmap(
         dots[f"{100 * interval:g} % interval holds 0"] = (low <= least) & (high >= -least)
     draw_map(ax, values, "RdBu_r", -top, top, bar=label if colorbar else None, dots=dots, aspect="auto", origin="lower")
     name_axis(ax.yaxis, ups if rows is None else rows)
-    name_axis(ax.xaxis, columns, upright=upright)
     ax.set_xlabel(across)
     ax.set_ylabel(up)
+    name_axis(ax.xaxis, columns, upright=upright)
     if title:
         ax.set_title(title)
     return ax

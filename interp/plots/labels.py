@@ -82,6 +82,8 @@ class Fitting(FixedLocator):
 def name_axis(axis: Axis, names: Sequence[str], *, upright: bool = False) -> None:
     """Name the integers along an axis from 0 on, once its limits are set; ticks have marks where names are left out.
 
+    Upright names come last: what stands beside the axes decides how much room they have.
+
     Args:
         upright: turned by 90 degrees, and no larger than lets all be shown, if that can be read.
     """
@@ -89,6 +91,8 @@ def name_axis(axis: Axis, names: Sequence[str], *, upright: bool = False) -> Non
     fitting = Fitting(names)
     axis.set_major_locator(fitting)
     axis.set_tick_params(rotation=90 if upright else 0)
+    if upright and len(axis.axes.figure.axes) <= 2:  # a map and its bar: to lay out many panels each time takes long
+        axis.axes.figure.draw_without_rendering()
     if not fitting.numbers:
         size = axis.get_major_ticks(1)[0].label1.get_fontsize()
         axis.set_tick_params(labelsize=min(size, max(SMALLEST, 0.9 * fitting.pitch() / APART)))

@@ -55,9 +55,9 @@ def lens_map(
         low, high = low - 0.5, high + 0.5
     draw_map(ax, shown, "cividis", low, high, bar=label, aspect="auto", origin="lower")
     name_axis(ax.yaxis, ["embed", *map(str, range(rows - 1))])
-    name_axis(ax.xaxis, across, upright=upright)
     ax.set_xlabel("token" if upright else "position")
     ax.set_ylabel("after layer")
+    name_axis(ax.xaxis, across, upright=upright)
     return ax
 
 
@@ -115,9 +115,9 @@ def state_map(
     top = largest(shown, None)
     draw_map(ax, shown, "RdBu_r", -top, top, bar=f"adds ({unit})", aspect="auto", origin="lower")
     name_axis(ax.yaxis, [str(n) for n in range(len(shown))])
-    name_axis(ax.xaxis, across, upright=upright)
     ax.set_xlabel("token" if upright else "position")
     ax.set_ylabel("state dimension n")
+    name_axis(ax.xaxis, across, upright=upright)
     if layer is None and len(lens.layers) == 1:
         layer = lens.layers[0]
     where = "all layers" if layer is None else f"layer {layer}"

@@ -370,6 +370,15 @@ def test_the_maps_hatch_what_is_not_finite_and_scale_by_the_rest(plt):
         lens_map(torch.zeros(2, 3), label="x", ends=(1, 0))
 
 
+def test_the_map_of_a_deep_model_names_every_token_of_a_short_prompt(plt):
+    """Beside names of layers and a colour bar with long numbers, which take a third of the width."""
+    tokens = ["When", "Mary", "and", "John", "went", "to", "the", "store", ",", "John", "gave", "a", "drink", *"tom"]
+    for label in ("log p(answer) (nats)", "x"):
+        ax = lens_map(-20 + 10 * draw(25, 16), label=label, tokens=tokens, ends=(-27.5, -12.5))
+        assert names_drawn(ax, "x") == tokens
+        assert ax.xaxis.get_major_ticks()[0].label1.get_fontsize() >= 5.5
+
+
 @pytest.mark.parametrize(("tokens", "least"), [(None, 7), (["$ incomprehensible"] * 64, 16)])
 def test_names_that_do_not_fit_the_maps_are_left_out(tokens, least, plt):
     lens = state_lens(tiny(), ids(7), ANSWER, FOIL, by=("pos", "n"), layers=1)
