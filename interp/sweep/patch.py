@@ -90,7 +90,7 @@ def patch_grid(
     Raises:
         AddressError: a layer or position that some row has not; a slice from the end where `lengths` differ.
         InputError: donor_ids of another shape, or missing; what `sweep` raises.
-    Cost: for each cell a quarter of a forward or less; see `sweep`. The source's values at all cells are held.
+    Cost: for each cell about a third of a forward; see `sweep`. The source's values at all cells are held.
     """
     known(model)
     named_site(site)
