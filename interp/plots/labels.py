@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 SMALLEST = 5.5  # pt, of a name
@@ -91,8 +92,9 @@ def name_axis(axis: Axis, names: Sequence[str], *, upright: bool = False) -> Non
     fitting = Fitting(names)
     axis.set_major_locator(fitting)
     axis.set_tick_params(rotation=90 if upright else 0)
-    if upright and len(axis.axes.figure.axes) <= 2:  # a map and its bar: to lay out many panels each time takes long
-        axis.axes.figure.draw_without_rendering()
+    figure = axis.axes.figure
+    if upright and isinstance(figure, Figure) and len(figure.axes) <= 2:  # a map and its bar; of many it takes long
+        figure.draw_without_rendering()
     if not fitting.numbers:
         size = axis.get_major_ticks(1)[0].label1.get_fontsize()
         axis.set_tick_params(labelsize=min(size, max(SMALLEST, 0.9 * fitting.pitch() / APART)))
