@@ -24,7 +24,7 @@ from .logits import Logits
 from .positions import one_position
 from .run import Lengths, Metric, apply_metric, span
 from .sweep.base import Base
-from .sweep.engine import TOKENS
+from .sweep.engine import rows_at_once
 from .sweep.grid import standard_error
 from .sweep.patch import LayerSpec, chosen_layers
 
@@ -90,9 +90,7 @@ def knockout_grid(
     b, n_layer = len(ids), model.config.n_layer
     if not 1 <= window <= n_layer or (layers is not None and window != 1):
         raise InputError(f"window={window}: 1 to {n_layer} layers, and none where layers= names the windows.")
-    batch = min(256, max(1, TOKENS // ids.shape[1])) if batch is None else batch
-    if batch < 1:
-        raise InputError(f"batch={batch}: at least 1 row at a time.")
+    room = rows_at_once(batch, 256, ids.shape[1])
     target = one_position(target)
     if layers is None:
         layers = [tuple(range(i, i + window)) for i in range(n_layer - window + 1)]
@@ -107,7 +105,7 @@ def knockout_grid(
     first = min(places)  # before it the cut runs are the base run
     memories = {i: (h[0], window[0]) for i, (h, window) in base.before(torch.full((1, b), first))[0].items()}
     fixed = baseline_of(model, ids, baseline, (), lengths, backend)
-    step = max(1, batch // b)
+    step = max(1, room // b)
     values = []
     with tqdm(total=len(groups) * len(columns), desc=f"knockout {through}", disable=not progress) as bar:
         for group in groups:

@@ -16,6 +16,7 @@ from minimal_mamba.errors import CheckpointError, InputError, MambascopeError
 from minimal_mamba.files import write_json
 
 from ..run import Lengths, Metric, apply_metric
+from ..sweep.engine import rows_at_once
 from ..sweep.grid import standard_error, vanishes
 from .graph import Edge, node, order
 from .graph import edges as all_edges
@@ -205,7 +206,7 @@ def faithfulness(
     graph: Iterable[Edge] | None = None,
     lengths: Lengths = None,
     backend: str = "auto",
-    batch: int = 320,
+    batch: int | None = None,
     progress: bool = True,
 ) -> Faithfulness:
     """Run circuits: every edge outside carries what the donor run sends there, every edge inside this run's own value.
@@ -221,7 +222,7 @@ def faithfulness(
         graph: the edges that a circuit is a choice of, such as `effects.edges`; what is not among them is live. All of
             the model's if None.
         lengths: (b,) tokens in each row, the same in base and donor.
-        batch: rows at a time.
+        batch: rows at a time; None: 320, or of long prompts as many as hold 8,192 tokens.
     Returns:
         Faithfulness; `.score()` is 1 for a circuit of all edges and 0 for one of none.
     Cost: max(5, k) rows of a forward for each circuit and row, with a readable step of the scan at every position; the
@@ -231,10 +232,9 @@ def faithfulness(
     """
     if ablate not in ("donor", "mean"):
         raise InputError(f"ablate={ablate!r}: 'donor' or 'mean'.")
-    if batch < 1:
-        raise InputError(f"batch={batch}: at least 1 row at a time.")
     several = [circuits] if isinstance(circuits, Circuit) else list(circuits)
     ids, donor_ids, chosen = check(model, ids, donor_ids, lengths, graph)
+    room = rows_at_once(batch, 320, ids.shape[1])
     chosen = list(dict.fromkeys(chosen))
     for circuit in several:
         if wrong := set(circuit.edges) - set(chosen):
@@ -242,7 +242,7 @@ def faithfulness(
     values = Values(model, donor_ids, chosen, lengths, backend, mean=ablate == "mean")
     base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
     outside: list[list[Edge]] = [[e for e in chosen if e not in inside] for inside in (set(c.edges) for c in several)]
-    jobs = max(1, batch // (max(5, model.config.d_conv) * len(ids)))
+    jobs = max(1, room // (max(5, model.config.d_conv) * len(ids)))
     todo, found = [chosen, *outside], []
     with tqdm(total=len(todo), desc="circuits", disable=not progress) as bar:
         for first in range(0, len(todo), jobs):

@@ -14,6 +14,7 @@ from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.errors import AddressError, EditError, InputError
 
 from ..run import Lengths, Metric, apply_metric, gradient, same_shape
+from ..sweep.engine import rows_at_once
 from .graph import Edge, Group, position
 from .graph import edges as all_edges
 from .views import Values, layout, send
@@ -79,7 +80,7 @@ def path_patch(
     *,
     lengths: Lengths = None,
     backend: str = "auto",
-    batch: int = 320,
+    batch: int | None = None,
     progress: bool = True,
 ) -> EdgeEffects:
     """Let one edge carry the donor run's value, and nothing else; see what the metric does.
@@ -95,7 +96,7 @@ def path_patch(
         edges: edges, as `edges(...)` lists them or made with `Edge`; of some in a tuple all carry the donor's values.
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
         lengths: (b,) tokens in each row, the same in base and donor.
-        batch: rows at a time; the memory that a forward takes grows with it.
+        batch: rows at a time; None: 320, or of long prompts as many as hold 8,192 tokens.
     Returns:
         EdgeEffects.
     Raises:
@@ -105,15 +106,14 @@ def path_patch(
     Source: Wang et al. 2022 (arXiv:2211.00593), appendix B; Goldowsky-Dill et al. 2023 (arXiv:2304.05969). Differs: an
         edge is one direct edge of the graph; a path of several through the same tokens is a tuple of its own.
     """
-    if batch < 1:
-        raise InputError(f"batch={batch}: at least 1 row at a time.")
     named: list[Edges] = [tuple(e) if isinstance(e, Sequence) else e for e in edges]
     ids, donor_ids, single = check(model, ids, donor_ids, lengths, [e for one in named for e in _several(one)])
+    room = rows_at_once(batch, 320, ids.shape[1])
     values = Values(model, donor_ids, set(single), lengths, backend)
     base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
     found: dict[int, Tensor] = {}
     with tqdm(total=len(named), desc="path patch", disable=not progress) as bar:
-        for part in _alike(named, batch // len(ids), model.config.d_conv):
+        for part in _alike(named, room // len(ids), model.config.d_conv):
             jobs = [_several(named[i]) for i in part]
             found |= zip(part, patched(model, ids, values, jobs, metric, lengths, backend), strict=True)
             bar.update(len(part))

@@ -147,6 +147,15 @@ def run_cells(
     return {name: Sweep(out[name], values[name], base.ops.name, members) for name in named}
 
 
+def rows_at_once(batch: int | None, most: int, l: int) -> int:
+    """The rows that are asked for; if None `most`, or of prompts of many tokens l as few as a group has."""
+    if batch is None:
+        return min(most, max(1, TOKENS // l))
+    if batch < 1:
+        raise InputError(f"batch={batch}: at least 1 row at a time.")
+    return batch
+
+
 def need(base: Base, rows: int, tokens: int, columns: int, stages: int = 1) -> int:
     """Bytes that a group takes at most: its activations, its states, and the base run's where it starts and goes on.
 
