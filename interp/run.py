@@ -118,7 +118,7 @@ def _run(
     ops = resolve(backend, model.device)
     ids, sizes = model.check(ids, lengths, state)
     plan = Plan(model.config, edits, record, *span(ids, sizes, state), moves=moves)
-    out = model(ids, state=state, lengths=lengths, keep_state=keep_state, last_only=last_only, tap=plan, ops=ops)
+    out = model.score(ids, sizes, state, keep_state, last_only, plan, ops)  # not traced where torch.compile wraps it
     return Run(ids, out.logits, sizes, out.state, ops.name, model.config.vocab_size, plan.results())
 
 
@@ -195,7 +195,7 @@ def generate(
     ends, one = sizes.to(ids.device), torch.ones_like(sizes)
     later = model.settled(ops if ops.begin is None else ops.begin(model, False, True))
     busy = plan.beyond(sizes)
-    out = model(ids, lengths=sizes, keep_state=True, last_only=last_only, tap=plan, ops=ops)
+    out = model.score(ids, sizes, None, True, last_only, plan, ops)
     last = out.logits[:, -1] if last_only else out.logits[rows, ends - 1]
     for i in range(n_tokens):
         token = choose(last)

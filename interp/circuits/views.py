@@ -277,8 +277,7 @@ def send(
     jobs = next((len(a) for a in alphas.values()), 1)
     tap = Views(jobs, len(ids), model.config.d_conv, model.config.n_layer, alphas, places, values)
     many = tap.shape[0] * jobs
-    sizes = None if lengths is None else torch.as_tensor(lengths).repeat(many)
-    ops = resolve(backend, model.device)
-    out = model(ids.repeat(many, 1), lengths=sizes, last_only=lengths is not None, tap=tap, ops=ops)
+    copies, sizes = model.check(ids.repeat(many, 1), None if lengths is None else torch.as_tensor(lengths).repeat(many))
+    out = model.score(copies, sizes, None, False, lengths is not None, tap, resolve(backend, model.device))
     tap.check()
     return out.logits.unflatten(0, tap.shape)[0]

@@ -114,7 +114,7 @@ class Base:
     def read(self, first: int) -> None:
         """Run once and keep what later layers need from stage `first` on."""
         sites: dict[tuple[int, str], Tensor] = {}
-        self.model(self.ids, lengths=self.sizes, last_only=True, tap=_Kept(sites, first), ops=self.ops)
+        self.model.score(self.ids, self.sizes, None, False, True, _Kept(sites, first), self.ops)
         for layer in range(first - 1, self.depth):
             self.streams[layer + 1] = sites[layer, "resid_post" if layer >= 0 else "embed"]
         self.layers = {i: Scanned(*(sites[i, site] for site in SCANNED)) for i in range(first, self.depth)}

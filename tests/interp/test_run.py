@@ -7,7 +7,23 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import Add, Apply, Mean, Project, Scale, Set, Zero, at, generate, run
+from interp import (
+    Add,
+    Apply,
+    Edge,
+    Mean,
+    Project,
+    Scale,
+    Set,
+    Zero,
+    at,
+    edge_attribution,
+    generate,
+    gradients,
+    logit_diff,
+    patch_grid,
+    run,
+)
 from kernels_bridge import resolve
 from kernels_bridge.backends import BACKENDS
 from minimal_mamba import MambaState
@@ -218,6 +234,31 @@ def test_edits_and_addresses_go_through_pickle():
         assert torch.equal(run(MODEL, IDS, again).logits, run(MODEL, IDS, PLACED).logits)
         out = run(MODEL, IDS, record=PLACES)
         assert torch.equal(pickle.loads(pickle.dumps(out))[PLACES[0]], out[PLACES[0]])
+
+
+@ALL
+def test_what_torch_compile_wraps_runs_untraced(backend):
+    """In a trace recordings are lost, and the loops of the fast backends fail."""
+
+    def refuse(graph, inputs):
+        raise AssertionError("traced")
+
+    place, edge = at.ssm_state(layer=1, pos=2), Edge(at.B(layer=1, pos=2), at.state_write(layer=1, pos=2))
+
+    def metric(logits):
+        return logit_diff(logits, 3, 4)
+
+    def numbers(model):
+        yield run(model, IDS, Scale(place, 2.0), record=[place], backend=backend)[place]
+        yield generate(model, IDS, 2, Scale(place, 2.0), backend=backend).logits
+        yield gradients(model, IDS, metric, place, backend=backend)[place]
+        yield edge_attribution(model, IDS, IDS.flip(0), metric, [edge], backend=backend).values
+        yield patch_grid(
+            model, IDS, IDS.flip(0), site="ssm_state", metric=metric, layers=[1], backend=backend, progress=False
+        ).values
+
+    for found, expected in zip(numbers(torch.compile(MODEL, backend=refuse)), numbers(MODEL), strict=True):
+        assert torch.equal(found, expected)
 
 
 @ALL
