@@ -179,6 +179,12 @@ class MambaTrainer(Trainer):
         if isinstance(model, Learner) and backend is not None:
             raise InputError(f"backend={backend!r}: a Learner has its operations. Make it with resolve({backend!r}).")
         self.learner = model if isinstance(model, Learner) else Learner(model, resolve(backend or "auto", args.device))
+        ops = self.learner.ops  # None for a transformer
+        if args.torch_compile and ops is not None and ops.name in ("torch", "compiled"):
+            raise InputError(
+                "TrainingArguments(torch_compile=True): torch.compile cannot trace the operations of "
+                f"backend={ops.name!r}, which are fast without it. Leave it out, or take 'reference'."
+            )
         self.config = _config(self.learner.model)
         if "data_collator" not in more:
             more["data_collator"] = pad

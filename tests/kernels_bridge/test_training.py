@@ -229,6 +229,12 @@ def test_what_cannot_be_trained(tmp_path):
         setattr(asked, name, value)
         with pytest.raises(InputError, match=name):
             MambaTrainer(tiny(), asked, train_dataset=rows())
+    asked = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    asked.torch_compile = True
+    for backend in ("torch", "auto"):
+        with pytest.raises(InputError, match="cannot trace the operations of"):
+            MambaTrainer(tiny(), asked, train_dataset=rows(), backend=backend)
+    MambaTrainer(tiny(), asked, train_dataset=rows(), backend="reference")
     with pytest.raises(InputError, match="a Learner has its operations"):
         MambaTrainer(Learner(tiny(), resolve("torch")), args, train_dataset=rows(), backend="reference")
     ids = batch["input_ids"]
