@@ -60,7 +60,8 @@ def ablate(
     Returns:
         Edits, to be given in this order.
     Raises:
-        EditError: an unknown `how`, or values missing or too many; one row alone cannot be resampled.
+        EditError: an unknown `how`, or values missing or too many; one row alone cannot be resampled, nor rows of
+            which some lack a position.
     """
     if how not in HOW:
         raise EditError(f"how={how!r}: there are {', '.join(HOW)}.")
@@ -73,6 +74,11 @@ def ablate(
         axis = int(place.layer_axis)  # the batch's
         order = derangement(values.shape[axis] if values.dim() > axis else 1, seed)
         values = values.index_select(axis, order.to(values.device))
+        if mask is None and bool(values.isnan().any()):  # no case for nan_to_num, as of `Set`
+            raise EditError(
+                f"{place}: the values hold NaN, as at positions that a padded row lacks, which another row would be "
+                "given. Name positions that all rows have, such as -1 or slice(-2, None), or take rows of one length."
+            )
     if mask is not None:
         if values is None:
             return [Scale(place, _off(mask, place), rows=rows)]

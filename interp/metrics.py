@@ -85,7 +85,10 @@ def kl(logits: Tensor | Run, other: Tensor | Run) -> Tensor:
 
 
 def accuracy(logits: Tensor | Run, answer: Tokens) -> Tensor:
-    """1 where the answer has the highest logit, else 0, NaN where a logit is NaN, (b,). Not differentiable."""
+    """1 where the answer has the highest logit, else 0, NaN where a logit is NaN, (b,). Not differentiable.
+
+    Of equal ones, of which 16-bit models have many, the first counts: the one that `generate` takes.
+    """
     scores = _last(logits)
     best = _pick(scores, answer)
     right = (scores.argmax(-1) == torch.as_tensor(answer, device=best.device)).to(best.dtype)

@@ -25,6 +25,7 @@ def test_hand_values():
     near(prob(ROWS, torch.tensor([1, 3])), [0.25, 0.4])
     near(accuracy(ROWS, 0), [1, 0])
     near(accuracy(ROWS, torch.tensor([1, 3])), [0, 1])
+    near(accuracy(torch.tensor([[0.0, 2.0, 2.0]] * 2), torch.tensor([1, 2])), [1, 0])  # a tie
     near(
         kl(ROWS, HALF),
         [
