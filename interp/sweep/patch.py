@@ -17,6 +17,7 @@ from minimal_mamba.provenance import model_digest
 from minimal_mamba.sites import ADDRESSABLE
 
 from ..ablation import set_where
+from ..positions import from_start
 from ..run import Lengths, Metric, known, run, same_shape
 from .engine import MEMORY, run_cells
 from .grid import Grid, Layers
@@ -90,7 +91,8 @@ def patch_grid(
     Raises:
         AddressError: a layer or position that some row has not; a slice from the end where `lengths` differ.
         InputError: donor_ids of another shape, or missing; what `sweep` raises.
-    Cost: for each cell about a third of a forward; see `sweep`. The source's values at all cells are held.
+    Cost: for each cell about a third of a forward, nothing before the first token in which donor and base differ; see
+        `sweep`. The source's values at all cells are held.
     """
     known(model)
     named_site(site)
@@ -176,6 +178,12 @@ class _Values:
         self.sizes = [model.config.size(axis) for axis in ADDRESSABLE[site].features]
         self.axes = ADDRESSABLE[site].features
         self.held: dict[tuple[int | None, int], Tensor] = {}  # of a layer and a position, (b, *features)
+        self.shared: set[int] = set()  # positions up to which base and donor are the same tokens
+        if source == "donor" and donor_ids is not None:
+            _, sizes = model.check(ids, lengths)
+            same = (ids == donor_ids).cumprod(1).sum(1).cpu()  # (b,) tokens before the first that differs
+            self.shared = {p for p in columns if bool((from_start(p, sizes) < same).all())}
+            columns = [p for p in columns if p not in self.shared]
         if source in ("donor", "mean"):
             used = sorted({layer for row in rows for layer in row})
             layers: list[int | None] = [*used] or [None]
@@ -195,7 +203,9 @@ class _Values:
         return [self.where(layer=layer, pos=pos, **fields) for layer in layers]
 
     def edits(self, layers: list[int], pos: int, part: Part | None) -> list[Edit]:
-        """The edits of one cell."""
+        """The edits of one cell; none where base and donor are still the same."""
+        if pos in self.shared:
+            return []
         fields: dict[str, list[int]] = {}
         if isinstance(part, Mapping):
             fields = {axis: sel for axis, sel in part.items() if isinstance(sel, list)}

@@ -1,10 +1,13 @@
 """Patch sweeps: every cell is the run that one would do by hand."""
 
+import importlib
+
 import pytest
 import torch
 from helpers import names_drawn, tiny
 
 from interp import Grid, Set, at, heatmap, logit_diff, patch_grid, run
+from interp.sweep.engine import run_cells
 from kernels_bridge import BACKENDS
 from minimal_mamba.errors import AddressError, EditError, InputError, MambascopeError
 
@@ -41,6 +44,36 @@ def test_every_cell_is_a_run_under_that_edit(site, backend):
         torch.testing.assert_close(grid.donor, last(run(MODEL, DONOR, backend=backend).logits), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grid.effect(), grid.values - grid.base, rtol=0, atol=0)
     assert grid.effect().abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("lengths", [None, [6, 5, 4]])
+def test_where_base_and_donor_are_still_the_same_nothing_runs(lengths, monkeypatch):
+    """A value of the donor there is the base's; rows may part at different tokens, and the first that does decides."""
+    module, ran = importlib.import_module("interp.sweep.patch"), []
+
+    def counted(model, base, cells, *rest):
+        ran.extend(i for i, cell in enumerate(cells) if cell)
+        return run_cells(model, base, cells, *rest)
+
+    monkeypatch.setattr(module, "run_cells", counted)
+    donor, positions = IDS.clone(), [0, 1, 2, 3] if lengths is None else [0, -3, -2, -1]
+    for row, pos in enumerate((3, 2, 2)):
+        donor[row, pos] = (donor[row, pos] + 1) % 29
+    grid = patch_grid(
+        MODEL, IDS, donor, site="ssm_state", metric=metric, layers=[1], positions=positions, lengths=lengths,
+        both=True, progress=False,
+    )  # fmt: skip
+    assert grid.noising is not None
+    first = 2 if lengths is None else 1  # -3 of the shortest row is its token 1, of the others 3 and 2
+    assert ran == [*range(first, 4)] * 2
+    for made in (grid, grid.noising):
+        assert torch.equal(made.values[:, :first], made.base.expand(1, first, -1))
+    with torch.no_grad():
+        for j, pos in enumerate(positions):
+            place = at.ssm_state(layer=1, pos=pos)
+            value = run(MODEL, donor, record=[place], lengths=lengths)[place]
+            by_hand = run(MODEL, IDS, [Set(place, value)], lengths=lengths)
+            torch.testing.assert_close(grid.values[0, j], metric(by_hand), rtol=1e-10, atol=1e-12)
 
 
 def test_layers_together_and_chosen_positions():
