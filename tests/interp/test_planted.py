@@ -114,7 +114,7 @@ def test_a_sweep_of_layers_and_positions_finds_the_layer(seed):
     model, layer, _, _ = planted(seed)
     grid = patch_grid(model, IDS, DONOR, site="ssm_state", metric=score, progress=False)
     other = 1 - layer
-    assert not grid.effect()[other].any()
+    assert grid.effect()[other].abs().max() < 1e-12  # a cell is a run of its own shape, which rounds as it may
     counts = [(ids == TICK).cumsum(1) for ids in (IDS, DONOR)]
     moved = grid.effect()[layer].abs() > 1e-3  # (l, b): wherever the counts so far differ
     assert torch.equal(moved[:5], (counts[0] != counts[1]).T[:5])

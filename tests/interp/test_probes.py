@@ -628,6 +628,6 @@ def test_copies_from_batches_of_another_size_are_copies():
 def test_prompts_with_one_beginning_are_grouped_in_no_time():
     ids = torch.randint(0, 29, (6000, 6), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = 1
-    begin = time.perf_counter()
+    begin = time.process_time()
     groups = same_so_far(ids, torch.tensor([[0], [5]]).expand(2, 6000))
-    assert len(set(groups)) == 1 and time.perf_counter() - begin < 1.0
+    assert len(set(groups)) == 1 and time.process_time() - begin < 1.0
