@@ -3,7 +3,7 @@
 `path_patch` is exact and costs runs for each edge; `edge_attribution` is its first order, for all edges at once.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +11,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minimal_mamba import Mamba, MambaConfig
+from minimal_mamba.block import wide
 from minimal_mamba.errors import AddressError, EditError, InputError
 
 from ..run import Lengths, Metric, apply_metric, gradient, same_shape
 from ..sweep.engine import rows_at_once
 from .graph import Edge, Group, position
 from .graph import edges as all_edges
-from .views import Values, layout, send
+from .views import INSIDE, Values, layout, send
 
+MEMORY = 1 << 30  # bytes that the backward of edge_attribution may hold: so many rows at a time, one at least
 Edges = Edge | tuple[Edge, ...]  # one edge, or some that are patched at once
 
 
@@ -182,8 +184,11 @@ def edge_attribution(
         EdgeEffects, per row of the batch.
     Raises:
         AddressError, InputError as `path_patch`; MetricError for a metric without a gradient.
-    Cost: a forward and a backward of max(5, k) b rows. At the positions of edges inside the scan it holds some
-        (b, e, n) for each view, layer and position: for long sequences name `edges` at the positions that matter.
+    Cost: a forward and a backward of max(5, k) b rows, for all edges of 24 layers as much as 50 plain forwards; with
+        `steps` one more forward of these rows for each. A readable step of the scan at each position of edges inside
+        it holds some 12 (e, n) for each view and row: with all edges some 6 MB a row, layer and token of mamba-130m.
+        Rows go as many at a time as hold 1 GiB of it, one at least; for long sequences name `edges` at the positions
+        that matter. The donor's decay, write and state are kept there.
     Source: Syed, Rager and Conmy 2023 (arXiv:2310.10348), equation 5; with `steps` Hanna, Pezzelle and Belinkov 2024
         (arXiv:2403.17806). Differs: nodes inside the layer, and positions.
     """
@@ -192,28 +197,46 @@ def edge_attribution(
     with torch.inference_mode(False), torch.no_grad():  # what is made here is to be differentiated through
         ids, donor_ids, named = check(model, ids, donor_ids, lengths, edges)
         values = Values(model, donor_ids, named, lengths, backend)
-        base = apply_metric(metric, send(model, ids, values, {}, {}, lengths, backend)[0])
+        at_base = send(model, ids, values, {}, {}, lengths, backend)[0]
+        base = apply_metric(metric, at_base)
     places: dict[Group, set[int]] = {}
     for edge in named:
         places.setdefault(edge.group, set()).add(position(edge.receiver))
     fixed = {group: sorted(where) for group, where in places.items()}
     total = {group: torch.zeros(ids.shape, dtype=base.dtype, device=base.device) for group in fixed}
     points = [0.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]
+    step = _rows_at_once(model, fixed, ids.shape[1])
     for point in points:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.no_grad():
             # an alpha for each row, so that each row's gradient is that of its own metric
             alphas = {g: torch.zeros((1, *ids.shape), dtype=base.dtype, device=ids.device) for g in fixed}
             for group, where in fixed.items():
                 alphas[group][..., where] = point
-                alphas[group].requires_grad_()
-            scores = apply_metric(metric, send(model, ids, values, alphas, fixed, lengths, backend)[0])
-            found = gradient(scores, list(alphas.values()))
-        for group, slope in zip(alphas, found, strict=True):
-            total[group] += slope[0] / len(points)
+            logits = send(model, ids, values, alphas, fixed, lengths, backend)[0] if point else at_base
+        with torch.inference_mode(False), torch.enable_grad():
+            # the metric is given all rows, and its gradient goes on through some at a time
+            leaf = logits.requires_grad_()
+            (pull,) = gradient(apply_metric(metric, leaf.clone()), [leaf])
+            for first in range(0, len(ids) if fixed else 0, step):
+                some = slice(first, first + step)
+                mine = {group: alpha[:, some].requires_grad_() for group, alpha in alphas.items()}
+                sizes = None if lengths is None else torch.as_tensor(lengths)[some]
+                made = send(model, ids[some], values.rows(some), mine, fixed, sizes, backend)[0]
+                found = torch.autograd.grad(made, list(mine.values()), pull[some], materialize_grads=True)
+                for group, slope in zip(mine, found, strict=True):
+                    total[group][some] += slope[0] / len(points)
     found_at = [total[e.group][:, position(e.receiver)] for e in named]
     effects = torch.stack(found_at) if named else base.new_zeros(0, len(base))
     donor = _donor(metric, values, lengths)
     return EdgeEffects(tuple(named), effects, base, donor, model.config, ids.shape[1])
+
+
+def _rows_at_once(model: Mamba, places: Mapping[Group, Sequence[int]], l: int) -> int:
+    """How many rows the backward holds in MEMORY bytes."""
+    c, (*_, views) = model.config, layout(places, model.config.d_conv)
+    steps = {(i, t - lag) for (s, _, r, i, lag), where in places.items() if (s, r) in INSIDE for t in where}
+    numbers = c.d_inner * (12 * c.d_state * len(steps) + 14 * c.n_layer * l) + c.padded_vocab * l
+    return max(1, MEMORY // (views * numbers * wide(model.dtype).itemsize))
 
 
 def check(

@@ -11,6 +11,7 @@ gradient at 0 is the edge's attribution. No formula of the model is repeated her
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -114,6 +115,12 @@ class Values:
         """(b, ...) at one position."""
         column, kept = self.of[site, layer]
         return kept[:, column[t]]
+
+    def rows(self, some: slice) -> "Values":
+        """Those of some rows."""
+        found = copy(self)
+        found.of = {key: (column, kept[some]) for key, (column, kept) in self.of.items()}
+        return found
 
 
 class Views(Tap):
