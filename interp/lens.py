@@ -47,7 +47,8 @@ def logit_lens(
     Raises:
         EditError: an edit of `final_norm` or `logits`, which the lens looks past. InputError: tokens that do not
             exist, or of which it is open whether they are one a row.
-    Cost: one forward, and the head layers + 1 times; with `tokens` one layer's (b, positions, v) at a time.
+    Cost: one forward, and the head layers + 1 times, (b, positions, v) at a time; with `tokens` and without `log_probs`
+        no more than those tokens' columns of it.
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
     edits = each(edits, Edit)
@@ -64,14 +65,18 @@ def logit_lens(
             f"tokens {chosen.tolist()!s:.60} are as many as there are rows: one a row is ({b}, 1), as tokens[:, None]; "
             f"all of them in each row is ({b}, {b}), as tokens.expand({b}, -1)."
         )
+    rows = None if chosen is None else chosen.expand(len(ids), -1)  # (b, m)
+    few: Tensor | None = None
+    if rows is not None and not log_probs and rows.numel() < model.config.padded_vocab:
+        few = model.lm_head.weight[rows]  # (b, m, d): no other column is needed
     seen: Tensor | None = None
     for i, resid in enumerate(stream):
-        scores = model.lm_head(model.backbone.norm_f(resid))  # (b, [positions], v)
+        normal = model.backbone.norm_f(resid)  # (b, [positions], d)
+        scores = model.lm_head(normal) if few is None else einsum(normal, few, "b ... d, b m d -> b ... m")
         if log_probs:
             scores = scores[..., : model.config.vocab_size].to(wide(scores.dtype)).log_softmax(-1)
-        if chosen is not None:
-            rows = chosen.expand(len(ids), -1)  # (b, m)
-            scores = scores.gather(-1, rows if scores.dim() == 2 else rows[:, None].expand(*scores.shape[:2], -1))
+            if rows is not None:
+                scores = scores.gather(-1, rows if scores.dim() == 2 else rows[:, None].expand(*scores.shape[:2], -1))
         seen = scores.new_empty((len(stream), *scores.shape)) if seen is None else seen
         seen[i] = scores  # a list to be stacked would take twice the memory
     assert seen is not None

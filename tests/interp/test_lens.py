@@ -70,6 +70,20 @@ def test_the_lens_holds_the_scores_of_a_layer_or_two_beside_what_it_returns():
     assert len(made) > 3 and max(alive) <= 2
 
 
+def test_the_lens_of_chosen_tokens_makes_no_other_column_of_the_head():
+    model, tokens, whole = tiny(), ids(7), []
+    handle = model.lm_head.register_forward_hook(lambda *_: whole.append(1))
+    full = logit_lens(model, tokens)
+    assert len(whole) == 5  # the run's last position; the stream before each layer and after the last
+    for chosen, pos in (([4, 9, 4], slice(None)), ([[1, 28], [0, 2]], slice(2, 5)), ([[5], [6]], 3)):
+        whole.clear()
+        some = logit_lens(model, tokens, chosen, pos=pos)
+        assert len(whole) == 1
+        for row, of in enumerate(chosen if isinstance(chosen[0], list) else [chosen] * 2):
+            assert_close(some[:, row], full[:, row, pos][..., of], rtol=1e-12, atol=1e-12)
+    handle.remove()
+
+
 def test_the_lens_keeps_chosen_tokens_and_positions():
     model, tokens = tiny(), ids(7)
     full = logit_lens(model, tokens)
