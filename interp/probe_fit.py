@@ -55,10 +55,11 @@ class Space:
     def fit(cls, x: Tensor, how: How) -> "Space":
         """Fit on rows x (n, f)."""
         mean = x.mean(0) if how.centre else torch.zeros_like(x[0])
-        std = (x - mean).square().mean(0).sqrt()
+        centred = x - mean
+        std = centred.square().mean(0).sqrt()
         alive = std > FLAT * x.abs().amax(0)
         inverse = torch.where(alive, 1 / std.where(alive, 1), 0)
-        c = (x - mean) * inverse
+        c = centred.mul_(inverse)
         n, f = c.shape
         wide = f > n  # then the same components come from the rows' inner products
         variance, v = torch.linalg.eigh((c @ c.T if wide else c.T @ c) / n)

@@ -193,6 +193,7 @@ def probe(
     Raises:
         InputError: what cannot be fitted or split. MissingExtra: logistic without scikit-learn.
     Cost: (1 + seeds) * folds eigendecompositions of size min(rows, features), and folds * (2 + 3 seeds) small fits.
+        300 rows of the 24,576 numbers of a state of mamba-130m: 10 s of one core, 0.4 GB.
     """
     folds, dims, seeds, seed = read_ints(folds=folds, dims=dims, seeds=seeds, seed=seed)
     if seeds < 0:
@@ -211,39 +212,39 @@ def probe(
         )
     fold = (torch.randperm(n_groups, generator=rng) % folds)[group]  # (rows,)
 
-    def spaces(x: Tensor) -> list[Space]:
-        return [Space.fit(x[fold != i], how) for i in range(folds)]
+    def spaces(x: Tensor) -> list[Tensor]:
+        """(rows, k) all rows, as each fold's training rows have them; made once, and read by each set of labels."""
+        return [Space.fit(x[fold != i], how)(x) for i in range(folds)]
 
-    def held_out(x: Tensor, y: Tensor, fitted: list[Space], turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def held_out(y: Tensor, fitted: list[Tensor], turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the probe says of each row, and what it would say without features."""
         guess, blind = torch.zeros_like(y), torch.zeros_like(y)
-        for i, space in enumerate(fitted):
+        for i, z in enumerate(fitted):
             train, test = fold != i, fold == i
             if turn is not None:
-                space = Space(space.mean, space.basis @ turn[: space.basis.shape[1]])
-            w, b = fit(space(x[train]), y[train], group[train], how)
-            guess[test] = decide(space(x[test]) @ w.T + b, how)
+                z = z @ turn[: z.shape[1]]
+            w, b = fit(z[train], y[train], group[train], how)
+            guess[test] = decide(z[test] @ w.T + b, how)
             blind[test] = commonest(y[train], how)
         return guess, blind
 
     fitted = spaces(x)
-    guess, blind = held_out(x, y, fitted)
+    guess, blind = held_out(y, fitted)
     whole = Space.fit(x, how)
     w, b = fit(whole(x), y, group, how)
     m = max(1, how.classes - 1)
     controls: dict[str, list[float]] = {"shuffled": [], "subspace": [], "noise": []} if seeds else {}
     for _ in range(seeds):
         mixed = permute(y, group, rng)
-        controls["shuffled"].append(score(mixed, *held_out(x, mixed, fitted), how))
+        controls["shuffled"].append(score(mixed, *held_out(mixed, fitted), how))
         turn = torch.randn(dims, m, generator=rng, dtype=torch.float64)
-        controls["subspace"].append(score(y, *held_out(x, y, fitted, turn), how))
-        noise = like(x, rng)
-        controls["noise"].append(score(y, *held_out(noise, y, spaces(noise)), how))
+        controls["subspace"].append(score(y, *held_out(y, fitted, turn), how))
+        controls["noise"].append(score(y, *held_out(y, spaces(like(x, rng))), how))
     if other is not None:
         second = read_features("other", other).flatten(1)
         if len(second) != len(x):
             raise InputError(f"other has {len(second)} rows, features {len(x)}: give the same rows of another model.")
-        controls["random"] = [score(y, *held_out(second, y, spaces(second)), how)]
+        controls["random"] = [score(y, *held_out(y, spaces(second)), how)]
 
     weights = w @ whole.basis.T  # (classes or 1, f)
     if how.classes == 2:
