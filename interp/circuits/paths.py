@@ -203,7 +203,8 @@ def edge_attribution(
     for edge in named:
         places.setdefault(edge.group, set()).add(position(edge.receiver))
     fixed = {group: sorted(where) for group, where in places.items()}
-    total = {group: torch.zeros(ids.shape, dtype=base.dtype, device=base.device) for group in fixed}
+    with torch.inference_mode(False):  # as what is added to it
+        total = {group: torch.zeros(ids.shape, dtype=base.dtype, device=base.device) for group in fixed}
     points = [0.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]
     step = _rows_at_once(model, fixed, ids.shape[1])
     for point in points:
