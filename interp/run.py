@@ -104,7 +104,7 @@ def run(
         NotReached: an edit or recording did not happen.
     Cost: one forward; on `torch` each position that an edit of the recurrence touches costs one readable step. Outside
         torch.no_grad() logits and recordings keep what their gradients need, as of any torch model: of mamba-130m 2 MB
-        a token.
+        a token, 0.8 MB on `compiled`.
     """
     return _run(model, ids, each(edits, Edit), each(record, Address), backend, state, keep_state, lengths, last_only)
 

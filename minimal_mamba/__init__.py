@@ -7,7 +7,7 @@ Mamba. Then `address` and `edits` (what a run is asked to read and change), `tap
 Axes: `b` batch, `l` position, `d` d_model, `e` d_inner, `n` d_state, `r` dt_rank, `k` d_conv, `v` vocabulary.
 
 Paper (Gu & Dao 2023, arXiv:2312.00752) and code: h_t `ssm_state`, x_t `u`, Delta `dt`, A-bar `decay`, B-bar x_t
-`state_write`.
+`state_write`, with B-bar = Delta B as in the authors' code.
 """
 
 from .address import Address, at

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from interp import run
 from kernels_bridge.backends import BACKENDS
+from minimal_mamba import Mamba, MambaConfig
 
 ROOT = Path(__file__).parents[2]
 HERE = ["reference", *(n for n in ("torch", "compiled") if not BACKENDS[n].missing(torch.device("cpu")))]
@@ -87,3 +89,25 @@ def test_a_forward_holds_few_tensors_at_once(backend):
     (most,) = growth(PLAIN, backend)
     least, bound = {"torch": (4, 8), "compiled": (1, 4)}[backend]
     assert least * CHANNELS < most < bound * CHANNELS
+
+
+@pytest.mark.parametrize(("backend", "told"), [("torch", 2.0), ("compiled", 0.8)])
+def test_what_a_run_keeps_for_its_backward_is_what_the_readme_says(backend, told):
+    """Bytes a token of a layer as wide as mamba-130m's, times its 24 layers."""
+    if backend not in HERE:
+        pytest.skip("numba is not installed")
+    kept = []
+    for layers in (1, 2):
+        model = Mamba(MambaConfig(d_model=768, n_layer=layers, vocab_size=8))
+        weights, seen = {p.data_ptr() for p in model.parameters()}, {}
+
+        def keep(tensor, seen=seen):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            held = run(model, torch.zeros(1, 256, dtype=torch.long), backend=backend)
+        kept.append(sum(size for place, size in seen.items() if place not in weights))
+        del held
+    assert abs(24 * (kept[1] - kept[0]) / 256 / 1e6 - told) < 0.2
