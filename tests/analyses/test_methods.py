@@ -1,6 +1,7 @@
 """The gallery: every method has a section, an example that runs, a figure that is there, and a proof that exists."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from analyses.methods import __main__ as gallery
+from analyses.methods import _agreement
+from analyses.pages import placed
 
 FOLDER = Path(gallery.__file__).parent
 ROOT = FOLDER.parents[1]
@@ -80,3 +83,10 @@ def test_an_unknown_method_is_an_error_in_a_sentence(tmp_path):
     found = CliRunner().invoke(gallery.app, ["nonesuch", "--out", str(tmp_path)])
     assert found.exit_code == 2
     assert "no method 'nonesuch'" in found.output
+
+
+def test_the_table_of_agreements_is_that_of_its_results():
+    results = json.loads(_agreement.RESULTS.read_text())
+    assert placed(PAGE, "agreement", _agreement.markdown(results)) == PAGE
+    assert list(results["sites"]) == list(_agreement.SITES)
+    assert not results["provenance"]["commit"].endswith("+changes")

@@ -1,0 +1,64 @@
+"""`python -m analyses.methods._agreement`: how attribution agrees with exact patching, the gallery's table; 2 minutes.
+
+Results go to `agreement.json` beside this file, the table into the gallery's page.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analyses.hidden_reasoning import load_organism, pairs
+from analyses.pages import placed
+from interp import Agreement, agreement, attribution_grid, logit_diff, patch_grid
+from minimal_mamba.files import write_json, write_text
+from minimal_mamba.provenance import provenance
+
+from .attribution import SITES
+
+RESULTS, PAGE = Path(__file__).with_name("agreement.json"), Path(__file__).with_name("README.md")
+PAIRS, STEPS, SEED = 100, 20, 0
+ESTIMATES = {"at the base": None, f"along the embeddings, {STEPS} steps": STEPS}
+
+
+def measure() -> dict[str, dict[str, Any]]:
+    """Of each site and estimate the `Agreement` with the exact sweep."""
+    model, _ = load_organism("shallow")
+    found = pairs(num_steps=4, n=PAIRS, which_step=1, seed=SEED)
+
+    def metric(logits: Tensor) -> Tensor:
+        return logit_diff(logits, found.donor_answer, found.base_answer)
+
+    def one(site: str) -> dict[str, Any]:
+        given: dict[str, Any] = {"site": site, "metric": metric, "progress": False}
+        exact = patch_grid(model, found.base_ids, found.donor_ids, **given)
+        return {
+            name: vars(agreement(attribution_grid(model, found.base_ids, found.donor_ids, steps=steps, **given), exact))
+            for name, steps in ESTIMATES.items()
+        }
+
+    return {site: one(site) for site in SITES}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of the page."""
+    heads = [f"{name}: Pearson, Spearman" for name in ESTIMATES]
+    rows = [["site", *heads], ["---"] * (1 + len(heads))]
+    for site, found in results["sites"].items():
+        several = [Agreement(**found[name]) for name in ESTIMATES]
+        rows.append([f"`{site}`", *(f"{_said(a.pearson)}, {_said(a.spearman)}" for a in several)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _said(found: tuple[float, float, float]) -> str:
+    value, low, high = found
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    command = f"python -m {__package__}._agreement"
+    write_json(RESULTS, {"sites": measure(), "provenance": provenance(command=command, seed=SEED, pairs=PAIRS)})
+    write_text(PAGE, placed(PAGE.read_text(), "agreement", markdown(json.loads(RESULTS.read_text()))))
