@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analyses.hidden_reasoning import load_organism, pairs
 from analyses.pages import placed
-from interp import Agreement, agreement, attribution_grid, logit_diff, patch_grid
+from interp import Agreement, Grid, agreement, attribution_grid, logit_diff, patch_grid
 from minimal_mamba.files import write_json, write_text
 from minimal_mamba.provenance import provenance
 
@@ -20,11 +20,12 @@ from .attribution import SITES
 
 RESULTS, PAGE = Path(__file__).with_name("agreement.json"), Path(__file__).with_name("README.md")
 PAIRS, STEPS, SEED = 100, 20, 0
+SIZES = ((0.02, 0.3), (0.3, 1), (1, 5), (5, 40))  # nats
 ESTIMATES = {"at the base": None, f"along the embeddings, {STEPS} steps": STEPS}
 
 
 def measure() -> dict[str, dict[str, Any]]:
-    """Of each site and estimate the `Agreement` with the exact sweep."""
+    """Of each site and estimate the `Agreement` with the exact sweep, and how small and large effects come out."""
     model, _ = load_organism("shallow")
     found = pairs(num_steps=4, n=PAIRS, which_step=1, seed=SEED)
 
@@ -34,12 +35,24 @@ def measure() -> dict[str, dict[str, Any]]:
     def one(site: str) -> dict[str, Any]:
         given: dict[str, Any] = {"site": site, "metric": metric, "progress": False}
         exact = patch_grid(model, found.base_ids, found.donor_ids, **given)
-        return {
-            name: vars(agreement(attribution_grid(model, found.base_ids, found.donor_ids, steps=steps, **given), exact))
-            for name, steps in ESTIMATES.items()
-        }
+        said = {}
+        for name, steps in ESTIMATES.items():
+            estimate = attribution_grid(model, found.base_ids, found.donor_ids, steps=steps, **given)
+            said[name] = {
+                "agreement": vars(agreement(estimate, exact)),
+                "sizes": {f"{low} to {high} nats": _sizes(estimate, exact, low, high) for low, high in SIZES},
+            }
+        return said
 
     return {site: one(site) for site in SITES}
+
+
+def _sizes(estimate: Grid, exact: Grid, low: float, high: float) -> dict[str, float]:
+    """Of exact effects of a size: how many, the slope of the estimate on them, and its error, |difference| / |exact|."""
+    x, y = estimate.effect().flatten(), exact.effect().flatten()
+    there = (y.abs() >= low) & (y.abs() < high)
+    x, y = x[there], y[there]
+    return {"count": len(y), "slope": float(x @ y / (y @ y)), "error": float((x - y).norm() / y.norm())}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -47,7 +60,7 @@ def markdown(results: dict[str, Any]) -> str:
     heads = [f"{name}: Pearson, Spearman" for name in ESTIMATES]
     rows = [["site", *heads], ["---"] * (1 + len(heads))]
     for site, found in results["sites"].items():
-        several = [Agreement(**found[name]) for name in ESTIMATES]
+        several = [Agreement(**found[name]["agreement"]) for name in ESTIMATES]
         rows.append([f"`{site}`", *(f"{_said(a.pearson)}, {_said(a.spearman)}" for a in several)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
