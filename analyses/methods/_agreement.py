@@ -21,7 +21,7 @@ from .attribution import SITES
 RESULTS, PAGE = Path(__file__).with_name("agreement.json"), Path(__file__).with_name("README.md")
 PAIRS, STEPS, SEED = 100, 20, 0
 SIZES = ((0.02, 0.3), (0.3, 1), (1, 5), (5, 40))  # nats
-ESTIMATES = {"at the base": None, f"along the embeddings, {STEPS} steps": STEPS}
+ESTIMATES = {"at the base": 0, f"along the embeddings, {STEPS} steps": STEPS}
 
 
 def measure() -> dict[str, dict[str, Any]]:
@@ -48,7 +48,7 @@ def measure() -> dict[str, dict[str, Any]]:
 
 
 def _sizes(estimate: Grid, exact: Grid, low: float, high: float) -> dict[str, float]:
-    """Of exact effects of a size: how many, the slope of the estimate on them, and its error, |difference| / |exact|."""
+    """Of exact effects of a size: their count, the slope of the estimate on them, its error, |difference| / |exact|."""
     x, y = estimate.effect().flatten(), exact.effect().flatten()
     there = (y.abs() >= low) & (y.abs() < high)
     x, y = x[there], y[there]
