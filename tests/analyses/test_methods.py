@@ -90,3 +90,10 @@ def test_the_table_of_agreements_is_that_of_its_results():
     assert placed(PAGE, "agreement", _agreement.markdown(results)) == PAGE
     assert list(results["sites"]) == list(_agreement.SITES)
     assert not results["provenance"]["commit"].endswith("+changes")
+    # what the page says of small and large effects
+    base, line = ([f[name]["sizes"] for f in results["sites"].values()] for name in _agreement.ESTIMATES)
+    assert all(f["5 to 40 nats"]["slope"] < (0.05 if i < 3 else 0.2) for i, f in enumerate(base))
+    assert all(1 / 3 < f["5 to 40 nats"]["slope"] < 0.5 for f in line)
+    for size in ("0.02 to 0.3 nats", "0.3 to 1 nats"):
+        assert all(0.6 < f[size]["slope"] < 1 and 0.55 < f[size]["error"] < 1.25 for f in base)
+        assert all(2 < f[size]["error"] < 5 for f in line)
