@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 
 from analyses.benchmarks import report
 from analyses.hidden_reasoning import findings
+from analyses.hidden_reasoning.drawing.trainings import scores
+from analyses.hidden_reasoning.experiments.results import RESULTS
+from analyses.hidden_reasoning.organism import MODELS
 from analyses.pages import placed
 
 ROOT = Path(__file__).parent.parent
@@ -46,5 +50,11 @@ def test_the_tables_of_times_are_those_of_the_results():
 def test_the_studys_numbers_are_those_of_its_files():
     page = findings.PAGE.read_text()
     assert findings.page(page) == page
+    recipes = {name: json.loads((MODELS / name / "recipe.json").read_text()) for name in ("masked", "transformer")}
+    steps = {name: recipe["steps"] for name, recipe in recipes.items()}
+    assert f"came to 5 operations in {steps['transformer']:,} steps, the Mamba to 12 in {steps['masked']:,}." in page
+    solved = {name: scores(findings.Folder(RESULTS)[f"evaluate-{name}"]) for name in steps}
+    for name, longest in {"masked": 12, "transformer": 5}.items():
+        assert [n for n, score in solved[name].items() if score.share >= 0.9][-1] == longest
     for target in re.findall(r"\]\(([^)#]+)\)", page):
         assert "://" in target or (findings.PAGE.parent / target).exists(), target
