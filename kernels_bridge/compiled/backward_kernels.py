@@ -50,7 +50,8 @@ def step_sizes_and_skip(p, first, stop, raw, bias, ddt, u, ds, D, sizes, du, dbi
         for t in range(sizes[r]):
             raw_t, ddt_t, u_t, ds_t, du_t = raw[r, t], ddt[r, t], u[r, t], ds[r, t], du[r, t]
             for c in range(e):
-                draw = ddt_t[c] / (p[6] + _exp(-(raw_t[c] + bias[c]), p))
+                x = raw_t[c] + bias[c]
+                draw = ddt_t[c] if x > 20 else ddt_t[c] / (p[6] + _exp(-x, p))  # beyond 20 `_softplus` is x itself
                 raw_t[c] = draw
                 dbias_r[c] += draw
                 dD_r[c] += ds_t[c] * u_t[c]

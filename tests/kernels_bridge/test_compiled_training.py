@@ -76,6 +76,15 @@ def test_every_size_and_bias(sizes: dict[str, Any]) -> None:
     agree(both(m, x.transpose(0, 1).contiguous().transpose(0, 1)))
 
 
+def test_a_step_beyond_twenty_is_its_input_in_the_backward_too() -> None:
+    """As torch has softplus and its derivative; 1 / (1 + exp(-20.1)) is 2e-9 less than 1."""
+    m = tiny(n_layer=1).backbone.layers[0].mixer
+    with torch.no_grad():
+        m.dt_proj.weight.mul_(0.01)
+        m.dt_proj.bias.fill_(20.1)
+    agree(both(m, draw(4, 9, m.in_proj.in_features, seed=3)))
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Memory that nobody has written holds NaN."""
