@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minimal_mamba import Edit, Mamba, Set, Zero, at
+from minimal_mamba import Edit, Mamba, Scale, Set, Zero, at
 from minimal_mamba.errors import InputError
 from minimal_mamba.files import make_folder, write_json
 from minimal_mamba.provenance import model_digest, provenance
@@ -30,7 +30,7 @@ ADDED = ("ssm_state", "state_write", "conv_state")  # sites whose gradients a sc
 TOKENS = 128  # of a batch at least
 PADDED = 4  # rows of unequal lengths at least
 DECODED = 33  # tokens fed one by one at most
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,10 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
             asked.insert(0, lambda one: one.forward(ids, inside=False, at_positions=positions, each=each, **how))
         return rows(*asked)
 
-    def gradients(*edits: Edit, few: slice = slice(None), lengths: list[int] | None = None) -> list[Row]:
+    def gradients(*edits: Edit, of: Tensor = ids, **how: Any) -> list[Row]:
         """By all weights at once, and by states too, for which a block is gone through line by line."""
-        sizes = None if lengths is None else lengths[few]
-        by_states = [lambda one: one.gradients(ids[few], edits, sizes, ADDED)] if ours else []
-        return rows(*by_states, lambda one: one.gradients(ids[few], edits, sizes))
+        by_states = [lambda one: one.gradients(of, edits, each=ADDED, **how)] if ours else []
+        return rows(*by_states, lambda one: one.gradients(of, edits, **how))
 
     ours, memory = isinstance(target, Ours), draw_state(model, case.b, case.seed)
     if case.kind == "operations":
@@ -150,7 +149,10 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         found = rows(lambda one: one.mixers(inputs))
         if ours:
             found += rows(lambda one: one.mixers(inputs, memory))
-            found += rows(lambda one: one.last(inputs, draw_lengths(case.b, case.l, case.seed)))
+            lengths = draw_lengths(case.b, case.l, case.seed)
+            if case.seed % 2:
+                found += rows(lambda one: one.mixers(inputs, lengths=lengths))
+            found += rows(*(lambda one, keep=keep: one.last(inputs, lengths, keep) for keep in (True, False)))
         return found
     if case.kind == "layers":
         feed = of_layers("resid_pre", true.forward(ids))
@@ -158,12 +160,14 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     if case.kind == "model":
         return whole()
     if case.kind == "edits":
-        edits = draw_edits(model.config, case.b, case.l, case.seed)
+        edits, half = draw_edits(model.config, case.b, case.l, case.seed), (case.l + 1) // 2
         found = rows(lambda one: one.forward(ids, edits=edits, at_positions=positions))
-        found += whole(edits=edits) + whole(edits=edits, memory=memory) + gradients(*edits)
-        half = (case.l + 1) // 2  # every row has the positions that are edited, and is padded
-        early = draw_edits(model.config, case.b, half, case.seed)
+        found += whole(edits=edits) + whole(edits=edits, memory=memory)
+        # every row has the positions that are edited, but one that only the first row may have; and most are padded
+        late = at.recurrent_state(layer=case.seed % model.config.n_layer, pos=max(case.l - 2, 0))
+        early = [*draw_edits(model.config, case.b, half, case.seed), Scale(late, torch.tensor(0.5), rows=[0])]
         lengths = [max(n, half) for n in draw_lengths(case.b, case.l, case.seed)]
+        found += gradients(*early, lengths=lengths) if case.seed % 2 else gradients(*edits)
         return found + rows(lambda one: one.forward(ids, edits=early, lengths=lengths))
     if case.kind == "gradients":
         return gradients()
@@ -176,9 +180,11 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
     if case.kind == "padding":
         lengths = draw_lengths(case.b, case.l, case.seed)
         found = whole(lengths=lengths)
-        if ours:  # of fewer rows, as the readable model's backward holds every state
+        if ours:  # of fewer rows, as the readable model's backward holds every state; from a memory every other time
             found += whole(lengths=lengths, memory=memory)
-            found += gradients(few=slice(1, 1 + max(2, TOKENS // case.l)), lengths=lengths)
+            few = slice(1, 1 + max(2, TOKENS // case.l))
+            start = draw_state(model, len(ids[few]), case.seed) if case.seed % 2 else None
+            found += gradients(of=ids[few], lengths=lengths[few], memory=start)
         return found
     if case.kind == "updated":  # what was made of the weights before is of no use after
         parts = [replace(case, kind=kind) for kind in ("model", "gradients", "decoding")]

@@ -1,4 +1,6 @@
-"""The operations of a backend, each fed with what the reference computed: conv and scan, forward and backward."""
+"""The operations of a backend, each fed with what the reference computed: conv and scan, forward and backward, and how
+changes of the state are carried on.
+"""
 
 import torch
 from torch import Tensor
@@ -8,9 +10,12 @@ from minimal_mamba.block import wide
 from minimal_mamba.scan import READABLE
 from minimal_mamba.tap import Tap
 
+from ..carry import carry
 from .bounds import OPERATION, UPSTREAM, within
 from .rows import Row, relative
 from .watch import Ours
+
+CHANGES, FEW = 2, 4  # of the state of each of so many rows at most
 
 
 class _States(Tap):
@@ -34,7 +39,7 @@ class _States(Tap):
 
 
 def operations(case: str, ops: Ops, true: Ours, model: Mamba, ids: Tensor, positions: list[int]) -> list[Row]:
-    """Rows of every layer's conv and scan, their outputs and the gradient of every input.
+    """Rows of every layer's conv and scan, their outputs and the gradient of every input, and of `carry`.
 
     The inputs are the reference's, rounded to the type in which the operation gets them in a model of this type; the
     operation in float64 on those rounded inputs is the truth, so that only the operation's own error is seen. The
@@ -60,7 +65,27 @@ def operations(case: str, ops: Ops, true: Ours, model: Mamba, ids: Tensor, posit
         names = ("x", "weight", *("bias",) * len(bias), "window")
         rows += _one(case, "conv", i, ops, conv, names, positions, dtype)
         rows += _one(case, "scan", i, ops, scan, ("u", "dt", "A", "B", "C", "h"), positions, dtype)
+        few = slice(FEW)
+        delta, gate = drawn(CHANGES, len(ids[few]), e, n, like=w), drawn(*u[few].shape, like=w)
+        first = torch.randint(0, u.shape[1], delta.shape[:2], generator=rng).to(ids.device)
+        rows.append(_carried(case, i, ops, delta, first, scan[1][few], scan[2], C[few], gate))
     return rows
+
+
+def _carried(case: str, layer: int, ops: Ops, delta: Tensor, first: Tensor, *run: Tensor) -> Row:
+    """How changes of the state (k, b, e, n) before `first` (k, b) go on through a run: dt, A, C and the gate."""
+    change = carry if ops.carry is None else ops.carry
+    found = change(delta, first, run[0].shape[1], *run)  # (k, b, l, e), counted from `first`
+    dt, A, C, gate = (x.double() for x in run)
+    h, want = delta.new_zeros(delta.shape, dtype=torch.float64), torch.zeros_like(found, dtype=torch.float64)
+    for t in range(dt.shape[1]):
+        h = torch.where((first == t)[..., None, None], delta.double(), h) * torch.exp(dt[:, t, :, None] * A)
+        k, b = (first <= t).nonzero(as_tuple=True)
+        want[k, b, t - first[k, b]] = ((h * C[:, t, None]).sum(-1) * gate[:, t])[k, b]
+    beyond = first[..., None] + torch.arange(dt.shape[1], device=first.device) >= dt.shape[1]
+    error = relative(torch.where(beyond[..., None] & found.isfinite(), 0, found), want)
+    bound = OPERATION[found.dtype]
+    return Row(case, "operations", "carry: gated", layer, error, None, None, bound, None, error <= bound)
 
 
 def _one(

@@ -21,8 +21,9 @@ class Row:
     Args:
         error: |found - true| / |true| in norm.
         worst: |found - true| at the one position of one row where it is largest, over what |true| is at a position in
-            the mean (of squares); in a parameter's gradient at the one channel, or token of the vocabulary; None for
-            what has neither. One of many hardly counts in `error`.
+            the mean (of squares); in a parameter's gradient at the one channel, or token of the vocabulary; in the last
+            state at the one channel, over what |true| is there; None for what has neither. One of many hardly counts in
+            `error`.
         readable: `error` of the readable model in the target's type; None for an operation.
         bound, worst_bound: what `error` and `worst` may be.
         passed: whether they are, all numbers being finite.
@@ -87,10 +88,20 @@ def _by_part(found: Tensor, true: Tensor, axes: int) -> Tensor:
     return gap / size[size > 0].square().mean().sqrt().nan_to_num(nan=1.0)
 
 
+def _by_own_size(found: Tensor, true: Tensor) -> Tensor:
+    """The error of each channel of a state (b, e, n), over its own size, or a ten-thousandth of the mean one's."""
+    gap = (found.double() - true.double()).nan_to_num(nan=float("inf")).norm(dim=(0, 2))
+    size = true.double().norm(dim=(0, 2))
+    return gap / size.clamp(min=float(1e-4 * size.square().mean().sqrt()) or 1.0)
+
+
 def at_worst(quantity: str, found: Tensor, true: Tensor) -> float | None:
-    """The error at the worst position, or in the worst channel of a parameter's gradient; None for what has neither."""
+    """The error at the worst position, or in the worst channel of a parameter's gradient or of the last state; None for
+    what has neither."""
     if quantity.removeprefix("d ") in SITES:
         return float(by_position(found, true).max())
+    if quantity == "last ssm_state":
+        return float(_by_own_size(found, true).max())
     return float(_by_part(found, true, 1).max()) if quantity.startswith("d ") else None
 
 

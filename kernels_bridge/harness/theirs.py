@@ -155,18 +155,23 @@ class Theirs(Implementation):
                 handle.remove()
 
     def gradients(
-        self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None, each: Sequence[str] = ()
-    ) -> Seen:
-        if edits or lengths or each:
-            raise InputError(f"{self.name} takes no edits, and no lengths or sites where gradients are asked for.")
+        self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None, each: Sequence[str] = (),
+        memory: MambaState | None = None,
+    ) -> Seen:  # fmt: skip
+        if edits or lengths or each or memory is not None:
+            raise InputError(
+                f"{self.name} takes no edits, and no lengths, sites or memory where gradients are asked for."
+            )
         with training(self.module), embedded(self.embedding) as held:
             logits = self._call(ids).logits
         named = {k.replace("embeddings.", "embedding."): p for k, p in self.module.named_parameters()}
         return collect(loss_of(logits, ids), named, {("d embed", None): held[0]})
 
-    def mixers(self, inputs: Mapping[int, Tensor], memory: MambaState | None = None) -> Seen:
-        if memory is not None:
-            raise InputError(f"{self.name} takes no memory from which a mixer starts.")
+    def mixers(
+        self, inputs: Mapping[int, Tensor], memory: MambaState | None = None, lengths: Sequence[int] | None = None
+    ) -> Seen:
+        if memory is not None or lengths is not None:
+            raise InputError(f"{self.name} takes no memory from which a mixer starts, and no lengths there.")
         seen: Seen = {}
         with training(self.module):
             for i, x in inputs.items():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from minimal_mamba import Address, Edit, Mamba, MambaConfig, MambaState, Ops, Plan, Set, at
 from minimal_mamba.address import address_of
-from minimal_mamba.block import wide
+from minimal_mamba.block import Memory, wide
 from minimal_mamba.item import Probe
 from minimal_mamba.sites import SITES
 from minimal_mamba.tap import Tap
@@ -46,24 +46,27 @@ class Implementation:
         raise NotImplementedError
 
     def gradients(
-        self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None, each: Sequence[str] = ()
-    ) -> Seen:
-        """The loss, its gradient by every parameter that takes one, and by the embedding's output ("d embed"), and by
-        the sites of `each` at every position.
+        self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None, each: Sequence[str] = (),
+        memory: MambaState | None = None,
+    ) -> Seen:  # fmt: skip
+        """The loss, its gradient by every parameter that takes one, and by the embedding's output ("d embed"), as in
+        training; with `each`, of a model that is not in training, also by these sites at every position.
         """
         raise NotImplementedError
 
-    def mixers(self, inputs: Mapping[int, Tensor], memory: MambaState | None = None) -> Seen:
+    def mixers(
+        self, inputs: Mapping[int, Tensor], memory: MambaState | None = None, lengths: Sequence[int] | None = None
+    ) -> Seen:
         """Each layer's mixer by itself, on its input (b, l, d): what it gives, and the gradient of a drawn sum of that
         by the input and by every parameter.
 
         With a memory, from it: the states after the last token, which take part in the sum, and gradients by those
-        before the first.
+        before the first. With lengths, of the last token of each row alone (b, 1, d), all else being of no use.
         """
         raise NotImplementedError
 
-    def last(self, inputs: Mapping[int, Tensor], lengths: Sequence[int]) -> Seen:
-        """What each layer's mixer gives of the last token of each row (b, 1, d), all else being of no use."""
+    def last(self, inputs: Mapping[int, Tensor], lengths: Sequence[int], keep: bool) -> Seen:
+        """`mixers` of the last token of each row without gradients; with `keep` the states after it, too."""
         raise NotImplementedError
 
     def decode(self, ids: Tensor) -> Seen:
@@ -128,22 +131,25 @@ class Ours(Implementation):
         return MambaState(h, window, memory.position.clone())
 
     def gradients(
-        self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None, each: Sequence[str] = ()
-    ) -> Seen:
-        where = _span(ids, lengths)
+        self, ids: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None, each: Sequence[str] = (),
+        memory: MambaState | None = None,
+    ) -> Seen:  # fmt: skip
+        where, state = _span(ids, lengths), None if memory is None else self._own(memory)
         places = {(f"d {site}", i): address_of(site, i) for site in each for i in range(self.config.n_layer)}
         shapes = Plan(self.config, (), places.values(), *where)
         zeros = [leaf(torch.zeros(shapes.shape(a), device=ids.device), wide(self.model.dtype)) for a in places.values()]
         probes = [Probe(a, zero) for a, zero in zip(places.values(), zeros, strict=True)]
         plan = Plan(self.config, [*edits, *probes], (), *where)
-        with training(self.model), embedded(self.model.backbone.embedding) as held:
-            logits = self.model(ids, lengths=lengths, tap=plan, ops=self.ops).logits
+        with training(self.model, not each), embedded(self.model.backbone.embedding) as held:
+            logits = self.model(ids, state=state, lengths=lengths, tap=plan, ops=self.ops).logits
         plan.results()
         leaves: Seen = {("d embed", None): held[0]}
         leaves |= zip(places, zeros, strict=True)
         return collect(loss_of(logits, ids), dict(self.model.named_parameters()), leaves)
 
-    def mixers(self, inputs: Mapping[int, Tensor], memory: MambaState | None = None) -> Seen:
+    def mixers(
+        self, inputs: Mapping[int, Tensor], memory: MambaState | None = None, lengths: Sequence[int] | None = None
+    ) -> Seen:
         seen: Seen = {}
         blank = memory is None
         with training(self.model):
@@ -156,23 +162,33 @@ class Ours(Implementation):
                 if memory is not None:
                     h, window = leaf(memory.ssm_state[i], h.dtype), leaf(memory.conv_state[i], window.dtype)
                     given |= {"first ssm_state": h, "first conv_state": window}
-                out, (h, window) = mixer(given["mixer_in"], (h, window), None, Tap(), ops)
+                if lengths is None:
+                    out, (h, window) = mixer(given["mixer_in"], (h, window), None, Tap(), ops)
+                else:
+                    out, (h, window) = self._last(mixer, given["mixer_in"], (h, window), lengths, ops)
                 found = {"mixer_out": out} | ({} if blank else {"last ssm_state": h, "last conv_state": window})
                 seen |= alone(i, mixer, found, given)
         return seen
 
     @torch.no_grad()
-    def last(self, inputs: Mapping[int, Tensor], lengths: Sequence[int]) -> Seen:
-        seen: Seen = {}
-        ends, ops = torch.tensor(list(lengths)), self._begun(True, False)
+    def last(self, inputs: Mapping[int, Tensor], lengths: Sequence[int], keep: bool) -> Seen:
+        seen, ops = Seen(), self._begun(True, keep)
         for i, x in inputs.items():
             mixer, start = self.model.backbone.layers[i].mixer, self.model.initial_state(len(x))
-            memory, mask = (start.ssm_state[i], start.conv_state[i]), self.model.mask(ends, x.shape[1])
-            out, _ = mixer(x.to(mixer.D.dtype), memory, mask, _Last(), ops)
-            at_end = ends.to(out.device) - 1
-            whole = out.shape[1] == x.shape[1]  # line by line all are given
-            seen["mixer_out", i] = out[torch.arange(len(x), device=out.device), at_end][:, None] if whole else out
+            memory = start.ssm_state[i], start.conv_state[i]
+            seen["mixer_out", i], (h, window) = self._last(mixer, x.to(mixer.D.dtype), memory, lengths, ops)
+            if keep:
+                seen["last ssm_state", i], seen["last conv_state", i] = h, window
         return seen
+
+    def _last(
+        self, mixer: nn.Module, x: Tensor, memory: Memory, lengths: Sequence[int], ops: Ops
+    ) -> tuple[Tensor, Memory]:
+        ends = torch.tensor(list(lengths))
+        out, memory = mixer(x, memory, self.model.mask(ends, x.shape[1]), _Last(), ops)
+        if out.shape[1] == x.shape[1]:  # line by line all are given
+            out = out[torch.arange(len(x), device=x.device), ends.to(x.device) - 1][:, None]
+        return out, memory
 
     def _begun(self, fresh: bool, keep: bool) -> Ops:
         return self.ops if self.ops.begin is None else self.ops.begin(self.model, fresh, keep)
@@ -212,10 +228,11 @@ def _carried(state: MambaState) -> Seen:
 
 
 @contextlib.contextmanager
-def training(module: nn.Module) -> Iterator[None]:
-    """In training mode, in which transformers takes its fused path, and `compiled` the gradients of a whole mixer."""
+def training(module: nn.Module, on: bool = True) -> Iterator[None]:
+    """In training mode, in which transformers takes its fused path, and `compiled` the gradients of a whole mixer; or,
+    if not `on`, out of it."""
     was = module.training
-    module.train()
+    module.train(on)
     try:
         yield
     finally:
@@ -268,11 +285,15 @@ def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def alone(layer: int, mixer: nn.Module, found: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Seen:
-    """What a mixer gave, and the gradients of a sum of it whose weights every type has exactly."""
+    """What a mixer gave, and the gradients of a sum of it whose weights every type has exactly.
+
+    They are the smaller the more tokens there are: float16 ends at 65504.
+    """
     rng = torch.Generator().manual_seed(layer)
     loss = torch.zeros((), dtype=torch.float64, device=found["mixer_out"].device)
+    scale = 2.0 ** -(found["mixer_out"].shape[:2].numel().bit_length() // 2)
     for value in found.values():
-        weights = torch.randn(value.shape, generator=rng).bfloat16().double().to(value.device)
+        weights = scale * torch.randn(value.shape, generator=rng).bfloat16().double().to(value.device)
         loss = loss + (value.double() * weights).sum()
     by = dict(given) | {f"mixer.{name}": p for name, p in mixer.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, [*by.values()], materialize_grads=True)

@@ -250,6 +250,21 @@ def test_a_position_is_not_held_to_what_a_parameter_may_err():
     assert rows["d embed"].error < rows["d embed"].bound and not rows["d embed"].passed
 
 
+def test_a_channel_of_small_states_is_held_to_its_own_size():
+    """As one of short steps has: beside the others' it is nothing, in norm."""
+    rng = torch.Generator().manual_seed(0)
+    true = torch.randn(2, 8, 5, generator=rng, dtype=torch.float64)
+    true[:, 3] *= 1e-3
+    same = true * (1 + 1e-3 * torch.randn(true.shape, generator=rng))
+    found = same.clone()
+    found[:, 3] *= 1.2
+    key = ("last ssm_state", 0)
+    right, wrong = (compare("", "", {key: x}, [{key: same}], {key: true}, torch.bfloat16)[0] for x in (same, found))
+    assert right.passed and not wrong.passed and wrong.error < wrong.bound
+    blank = {key: torch.zeros(2, 8, 5).double()}  # a memory of nothing is right, and not divided by
+    assert compare("", "", blank, [blank], blank, torch.float32)[0].worst == 0
+
+
 # -- what gives no verdict --------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ def padding_forgotten(x, weight, bias, window, *, mask=None, tap=NO_TAP):
 
 
 def pad_tokens_written(u, dt, A, B, C, h, *, tap=NO_TAP):
-    return selective_scan(u, dt.clamp(min=1e-3), A, B, C, h, tap=tap)
+    return selective_scan(u, torch.where(dt == 0, 1e-3, dt), A, B, C, h, tap=tap)
 
 
 def bfloat16_state(u, dt, A, B, C, h, *, tap=NO_TAP):
@@ -87,7 +87,9 @@ def test_tf32_left_on_is_found():
     report = ask(Theirs(with_tf32(), "fork"), kinds=["layers", "model", "gradients"])
     assert (report.first.site, report.first.layer) == ("x", 0)
     assert {"logits", "d embed"} <= failed(report)
-    assert max(r.error for r in report.rows) < 3e-2  # small enough that a looser bound would let it pass
+    assert (
+        max(r.error for r in report.rows if r.kind != "gradients") < 3e-2
+    )  # small enough that a looser bound would let it pass
 
 
 def test_one_position_of_a_long_row_is_enough():
@@ -183,6 +185,27 @@ def test_an_edit_of_a_padded_row_that_forgets_the_padding_is_found():
     assert "last conv_state" in failed(report)
 
 
+def test_an_edit_beyond_the_end_of_a_row_leaves_its_window():
+    """The row is padding at the position that is stepped at, and has none of the tokens after it."""
+
+    def steps(x, weight, bias, window, *, mask=None, tap=NO_TAP):
+        if mask is not None:
+            mask = mask.clone()
+            mask[:, tap.edited("conv_state")] = True
+        return causal_conv(x, weight, bias, window, mask=mask, tap=tap)
+
+    def goes_on(x, weight, bias, window, *, mask=None, tap=NO_TAP):
+        y, after = causal_conv(x, weight, bias, window, mask=mask, tap=tap)
+        if mask is None or not tap.edited("conv_state"):
+            return y, after
+        ended = mask.sum(1) <= tap.edited("conv_state")[-1] + 1
+        return y, torch.where(ended[:, None, None], 0 * after, after)
+
+    for fault in (steps, goes_on):
+        report = check(faulty(conv=fault), model(), kinds=["edits"], lengths=[5], progress=False)
+        assert failed(report) == {"last conv_state"}
+
+
 # -- what a block of several lines may hide ---------------------------------------------------------------------------
 
 
@@ -273,127 +296,3 @@ def test_what_a_block_records_is_seen():
         ops = Ops("faulty", good.conv, good.scan, block=block, records=("ssm_state",))
         report = check(Ours(model(), ops), model(), kinds=["model"], lengths=[5], progress=False)
         assert report.passed == passes and failed(report) == (set() if passes else {"ssm_state"})
-
-
-# -- what only another call shows -------------------------------------------------------------------------------------
-
-
-def ours(**parts):
-    good = resolve("torch")
-    return Ours(model(), Ops("faulty", **{"conv": good.conv, "scan": good.scan, "step": good.step} | parts))
-
-
-def begins_anew_unless_kept():
-    """As a fused block would that is taken wherever no memory is asked for."""
-    good = resolve("torch")
-
-    def begin(whole, fresh, keep):
-        def block(mixer, x, memory, mask, tap):
-            return mixer(x, tuple(torch.zeros_like(m) for m in memory), mask, Tap(), good)
-
-        return Ops("faulty", good.conv, good.scan, block=None if keep else block)
-
-    return ours(begin=begin)
-
-
-def writes_to_what_it_is_given():
-    """As `selective_state_update` and `causal_conv1d_update` do; only to a state that is given, not to a blank one."""
-    good = resolve("torch").step
-
-    def step(mixer):
-        def advance(x, memory):
-            out, after = good(mixer)(x, memory)
-            if bool(memory[0].any()):
-                memory[0].copy_(after[0])
-            return out, after
-
-        return advance
-
-    return ours(step=step)
-
-
-def keeps_what_it_made_of_the_weights():
-    good, made = resolve("torch").step, {}
-
-    def step(mixer):
-        weights = made.setdefault(id(mixer), -torch.exp(mixer.A_log.detach()))
-        return lambda x, memory: good(mixer).func(good(mixer).args[0]._replace(A=weights), x, memory)
-
-    return ours(step=step)
-
-
-def takes_the_last_column_of_a_padded_row():
-    good = resolve("torch")
-
-    def block(mixer, x, memory, mask, tap):
-        mixed, memory = mixer(x, memory, mask, Tap(), good)
-        return (mixed[:, -1:] if tap.last_only else mixed), memory
-
-    return ours(block=block)
-
-
-class _Half(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 0.5 * grad
-
-
-def halves_the_gradients_of_states():
-    good = resolve("torch").scan
-
-    def scan(*args, tap=NO_TAP):
-        probed = tap.probed
-        tap.probed = lambda *where: None if (found := probed(*where)) is None else (found[0], _Half.apply(found[1]))
-        return good(*args, tap=tap)
-
-    return ours(scan=scan)
-
-
-def reads_a_replaced_state_as_it_is():
-    good = resolve("torch").scan
-
-    class Unread(Tap):
-        def __init__(self, tap):
-            self.tap, self.replaced = tap, {*tap.overwritten()}
-
-        def __getattribute__(self, name):
-            own = name in ("tap", "replaced") or name.startswith("__")
-            return object.__getattribute__(self, name) if own else getattr(self.tap, name)
-
-        def __call__(self, site, value, t=None):
-            found = self.tap(site, value, t)
-            return value if site == "state_read" and t in self.replaced else found
-
-    return ours(scan=lambda *args, tap=NO_TAP: good(*args, tap=Unread(tap)))
-
-
-@pytest.mark.parametrize(
-    ("fault", "kinds", "quantity"),
-    [
-        (begins_anew_unless_kept, ["decoding"], "logits"),
-        (begins_anew_unless_kept, ["padding"], "logits"),
-        (writes_to_what_it_is_given, ["decoding"], "carried ssm_state"),
-        (keeps_what_it_made_of_the_weights, ["updated"], "logits"),
-        (takes_the_last_column_of_a_padded_row, ["mixers"], "mixer_out"),
-        (halves_the_gradients_of_states, ["gradients"], "d ssm_state"),
-        (halves_the_gradients_of_states, ["edits"], "d ssm_state"),
-        (reads_a_replaced_state_as_it_is, ["edits"], "y"),
-    ],
-)
-def test_a_fault_that_only_another_call_shows_is_found(fault, kinds, quantity):
-    target = fault()
-    report = check(target, target.model, kinds=kinds, lengths=[2, 3, 5], progress=False)
-    assert quantity in failed(report)
-
-
-def test_the_check_leaves_the_weights_and_the_mode_as_they_were():
-    target = ours()
-    target.model.eval()
-    before = {name: p.clone() for name, p in target.model.state_dict().items()}
-    assert ask(target, target.model, kinds=["mixers", "gradients", "updated"]).passed
-    assert all(torch.equal(p, before[name]) for name, p in target.model.state_dict().items())
-    assert not any(module.training for module in target.model.modules())

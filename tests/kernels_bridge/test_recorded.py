@@ -71,6 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
     "some layers, backwards": {"record": at.ssm_state(layer=[2, 0])},
     "twice, beside others": {"record": [ALL, at.ssm_state(layer=1), at.state_read(), at.ssm_state(layer=1, e=3)]},
     "what is read": {"record": [at.state_read()]},
+    "what is read, elsewhere": {"record": [at.ssm_state(pos=[1, 5]), at.state_read(pos=[2, 5, 7])]},
     "edited elsewhere": {"edits": [Scale(at.u(layer=1, pos=3), 0.3), Scale(at.state_read(layer=0, pos=2), 0.5)]},
     "edited there": {"edits": [Scale(at.ssm_state(layer=1, pos=4), 0.3)]},
     "padded": {"lengths": [9, 4, 7]},
