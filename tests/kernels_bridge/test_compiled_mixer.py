@@ -238,13 +238,13 @@ def test_a_loop_is_compiled_once_for_each_type() -> None:
 
 
 @pytest.mark.parametrize("way", [carry, compiled_carry], ids=["plain", "compiled"])
-@pytest.mark.parametrize(("e", "n"), [(5, 3), (300, 16), (40, 130)])
-def test_a_change_is_carried_on_as_the_scan_would(way: Any, e: int, n: int) -> None:
+@pytest.mark.parametrize(("e", "n", "l", "count"), [(5, 3, 11, 8), (300, 16, 11, 8), (40, 130, 11, 8), (5, 3, 70, 60)])
+def test_a_change_is_carried_on_as_the_scan_would(way: Any, e: int, n: int, l: int, count: int) -> None:
     """The readable scan of nothing, from the change; rows and changes begin where they like, some beyond the end."""
-    k, b, l, count = 4, 3, 11, 8
+    k, b = 4, 3
     delta, A = draw(k, b, e, n), -draw(e, n, seed=1).exp()
     dt, gate, C = draw(b, l, e, seed=2).abs(), draw(b, l, e, seed=3), draw(b, l, n, seed=4)
-    first = torch.tensor([[0, 2, 1], [3, 3, 3], [7, 10, 5], [11, 4, 9]])
+    first = torch.tensor([[0, 2, 1], [3, 3, 3], [7, 10, 5], [l, 4, 9]])
     found = way(delta, first, count, dt, A, C, gate)
     assert found.shape == (k, b, count, e) and found.isfinite().all()
     beyond = first[..., None] + torch.arange(count) >= l
