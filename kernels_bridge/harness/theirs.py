@@ -85,8 +85,7 @@ class Theirs(Implementation):
                 found["last conv_state", i], found["last ssm_state", i] = window, h
             return found
         for i in range(self.config.n_layer):
-            found["last ssm_state", i] = cache.get_recurrent_state(i, state_idx=0)
-            found["last conv_state", i] = cache.get_conv_state(i, state_idx=0)
+            found["last ssm_state", i], found["last conv_state", i] = _hf_states(cache, i)
         return found
 
     @contextlib.contextmanager
@@ -199,6 +198,14 @@ class Theirs(Implementation):
             logits.append(self._call(ids[:, t : t + 1], inference_params=params).logits)
             params.seqlen_offset += 1
         return {("logits", None): torch.cat(logits, 1), **self._cached(params)}
+
+
+def _hf_states(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """A layer's SSM and conv state, which transformers has kept in three ways since 5.5."""
+    if hasattr(cache, "get_recurrent_state"):  # 5.21 on, for Python 3.11 on
+        return cache.get_recurrent_state(layer, state_idx=0), cache.get_conv_state(layer, state_idx=0)
+    h, window = cache.layers[layer].recurrent_states, cache.layers[layer].conv_states
+    return (h[0], window[0]) if isinstance(h, dict) else (h, window)
 
 
 def hf_cache(out: Any) -> dict[str, Any]:

@@ -84,9 +84,9 @@ def test_exp2_is_within_two_units_in_the_last_place(dtype: type, exact: type, lo
 @pytest.mark.parametrize("base", ["exp", "exp2"])
 def test_exp_at_the_ends(dtype: type, base: str) -> None:
     big = np.finfo(dtype).max
-    odd = np.array(np.nan, dtype).view(f"i{np.dtype(dtype).itemsize}") + 12345  # a NaN with bits of its own
+    odd = np.array([np.nan], dtype).view(f"i{np.dtype(dtype).itemsize}") + 12345  # a NaN with bits of its own
     x = np.array(
-        [0.0, -0.0, -np.inf, np.inf, np.nan, -big, big, np.finfo(dtype).smallest_subnormal, odd.view(dtype)], dtype
+        [0.0, -0.0, -np.inf, np.inf, np.nan, -big, big, np.finfo(dtype).smallest_subnormal, *odd.view(dtype)], dtype
     )
     np.testing.assert_array_equal(ours(x, base), np.array([1, 1, 0, np.inf, np.nan, 0, np.inf, 1, np.nan], dtype))
 
