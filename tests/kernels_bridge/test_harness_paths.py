@@ -70,6 +70,24 @@ def test_a_step_that_is_cut_on_one_path_alone_is_seen(where, kinds, bounds):
     assert not check(target, target.model, kinds=kinds, lengths=[3], progress=False).passed
 
 
+def test_a_state_that_is_rounded_at_each_token_is_seen():
+    """Rounding to 16 bits errs less than a 16-bit model may."""
+    good = resolve("torch").step
+
+    def step(mixer):
+        def advance(x, memory):
+            out, (h, window) = good(mixer)(x, memory)
+            return out, (h.bfloat16().to(h.dtype), window)
+
+        return advance
+
+    target = Ours(model(torch.bfloat16), replace(resolve("torch"), step=step))
+    report = check(target, target.model, kinds=["decoding"], lengths=[3], progress=False)
+    bad = [r for r in report.rows if not r.passed]
+    assert {(r.quantity, r.note) for r in bad} == {("last ssm_state", "rounded to bfloat16")}
+    assert all(r.error < r.bound for r in bad)
+
+
 # -- what only another call shows -------------------------------------------------------------------------------------
 
 
