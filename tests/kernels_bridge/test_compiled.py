@@ -118,10 +118,11 @@ def test_outputs_and_every_gradient(l: int, extras: str) -> None:
 
 @pytest.mark.parametrize(("channels", "states"), [(1, 1), (257, 16), (300, 5), (40, 130)])
 def test_channels_beyond_an_item_and_odd_sizes(channels: int, states: int) -> None:
-    mine = leaves(inputs(37, e=channels, n=states))
+    mine = inputs(37, e=channels, n=states)
     assert channels == 1 or channels > kernels.width(states) > channels % kernels.width(states) > 0
-    theirs = leaves(mine)
-    got, want = scan(*mine, keep=[3, 36]), loop(*theirs, keep=[3, 36])
+    mine = leaves([*mine, *drawn([torch.empty(b, 2, channels, states, dtype=torch.float64)])])
+    theirs, where = leaves(mine), {"keep": [3, 36], "added_at": [4, 36]}
+    got, want = (way(*x[:6], added=x[6], **where) for way, x in ((scan, mine), (loop, theirs)))
     for x, y in zip(got, want, strict=True):
         near(x, y)
     grads, wanted = (torch.autograd.grad(o, i, drawn(want)) for o, i in ((got, mine), (want, theirs)))
