@@ -33,6 +33,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(w), x.shape[-1:], weight.to(w), self.eps).to(weight.dtype)  # (b, l, d)
 
 
+def divided(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, by `RMSNorm`'s rule for types."""
+    return F.rms_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=eps).to(x.dtype)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm with the same rule for types as `RMSNorm`."""
 
@@ -56,7 +61,7 @@ class Mixer(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         d, e, n, r, k = config.d_model, config.d_inner, config.d_state, config.rank, config.d_conv
-        self.sizes = (r, n, n)
+        self.sizes, self.rms_eps = (r, n, n), config.mixer_rms_eps
         self.in_proj = nn.Linear(d, 2 * e, bias=config.bias)
         self.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
         self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
@@ -114,6 +119,8 @@ class Mixer(nn.Module):
     def scan(self, u: Tensor, h: Tensor, mask: Tensor | None, tap: Tap, ops: Ops) -> tuple[Tensor, Tensor]:
         """What the scan of u (b, l, e) reads from its states, y (b, l, e), and the last state."""
         dt_low, B, C = self.x_proj(u).split(self.sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
+        if self.rms_eps is not None:  # FalconMamba (arXiv:2410.05355)
+            dt_low, B, C = (divided(part, self.rms_eps) for part in (dt_low, B, C))
         dt_low, B, C = tap("dt_low", dt_low), tap("B", B), tap("C", C)
         dt = F.linear(dt_low, self.dt_proj.weight).to(h.dtype) + self.dt_proj.bias.to(h.dtype)
         dt = F.softplus(dt)  # (b, l, e), float32 or wider from here to `gated`, as inside the kernels

@@ -4,7 +4,7 @@
     mamba_ssm   ssm_cfg, d_model      pytorch_model.bin or model.safetensors           backbone.embedding.weight
     hf          model_type = mamba    model.safetensors or pytorch_model.bin           backbone.embeddings.weight
 
-Nothing else differs. Either may be in shards, with an index beside them. Two more are told by their names: what a
+Nothing else differs; FalconMamba's (model_type = falcon_mamba) is HF's layout, its norms have no weights. Either may be in shards, with an index beside them. Two more are told by their names: what a
 wrapper saved, with `module.` or `model.` before each; and a base model, the backbone alone without `backbone.`, which
 is read if its head is tied. Nothing else is renamed.
 """
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .block import wide
-from .config import MambaConfig
+from .config import HF_TYPES, MambaConfig
 from .errors import CheckpointError, ConfigError
 from .files import make_folder, write_files
 from .model import Mamba
@@ -81,7 +81,8 @@ def load(
 
 
 def from_module(module: nn.Module, *, n_layer: int | None = None) -> Mamba:
-    """Copy a live `MambaForCausalLM` (transformers) or `MambaLMHeadModel` (mamba-ssm), in its types and on its device.
+    """Copy a live `MambaForCausalLM` or `FalconMambaForCausalLM` (transformers) or `MambaLMHeadModel` (mamba-ssm), in its
+    types and on its device.
 
     Args:
         module: told by its config, so neither library is imported. n_layer: keep the first layers only.
@@ -92,13 +93,14 @@ def from_module(module: nn.Module, *, n_layer: int | None = None) -> Mamba:
     kind = type(module).__name__
     config: Any = getattr(module, "config", None)
     is_lm = isinstance(module, nn.Module) and hasattr(module, "lm_head")
-    if is_lm and getattr(config, "model_type", None) == "mamba":
+    if is_lm and getattr(config, "model_type", None) in HF_TYPES:
         raw = config.to_dict()
     elif is_lm and dataclasses.is_dataclass(config) and not isinstance(config, type) and hasattr(config, "ssm_cfg"):
         raw = dataclasses.asdict(config)
     else:
         raise CheckpointError(
-            f"from_module was given a {kind}; it takes transformers' MambaForCausalLM or mamba-ssm's MambaLMHeadModel."
+            f"from_module was given a {kind}; it takes transformers' MambaForCausalLM and FalconMambaForCausalLM, and "
+            "mamba-ssm's MambaLMHeadModel."
         )
     if any(tensor.is_meta for tensor in module.state_dict().values()):
         raise CheckpointError(
@@ -114,9 +116,10 @@ def save(model: Mamba, path: str | Path, *, layout: str = "mamba_ssm", safetenso
     leaves the folder as it was.
 
     Args:
-        layout: "mamba_ssm", or "hf" for transformers' `MambaForCausalLM.from_pretrained`. Neither keeps every field of
-            the config: "mamba_ssm" leaves out `initializer_range` and `rescale_prenorm_residual`, which matter when
-            weights are drawn; "hf" has no padded vocabulary, so that 29 tokens in 32 rows come back as 32 tokens.
+        layout: "mamba_ssm", or "hf" for transformers' `AutoModelForCausalLM.from_pretrained`, the only one that a
+            FalconMamba has. Neither keeps every field of the config: "mamba_ssm" leaves out `initializer_range` and
+            `rescale_prenorm_residual`, which matter when weights are drawn; "hf" has no padded vocabulary, so that 29
+            tokens in 32 rows come back as 32 tokens.
         safetensors: `model.safetensors`, without a tied head; else `pytorch_model.bin`, with it, which is what
             mamba-ssm's own `from_pretrained` reads.
     Raises:

@@ -19,6 +19,8 @@ class MambaConfig:
         dt_rank: rank of the step-size projection; "auto" is ceil(d_model / 16).
         conv_bias, bias: whether the conv, and in_proj and out_proj, have a bias.
         rms_norm: RMSNorm, else LayerNorm. norm_eps: its epsilon.
+        mixer_rms_eps: FalconMamba divides dt_low, B and C each by its root mean square, with this epsilon (1e-6 in HF's
+            layout); None: Mamba does not.
         residual_in_fp32: keep the residual stream in float32 when the weights have 16 bits.
         tie_embeddings: lm_head shares the embedding's matrix.
         pad_vocab_size_multiple: the embedding has vocab_size rows, rounded up to a multiple of this.
@@ -40,6 +42,7 @@ class MambaConfig:
     bias: bool = False
     rms_norm: bool = True
     norm_eps: float = 1e-5
+    mixer_rms_eps: float | None = None
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 8
@@ -62,12 +65,18 @@ class MambaConfig:
         for name in ("conv_bias", "bias", "rms_norm", "residual_in_fp32", "tie_embeddings", "rescale_prenorm_residual"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: a flag is True or False.")
-        for name in ("expand", "norm_eps", "dt_min", "dt_max", "dt_scale", "dt_init_floor", "initializer_range"):
+        numbers = ["expand", "norm_eps", "dt_min", "dt_max", "dt_scale", "dt_init_floor", "initializer_range"]
+        epsilons = ["norm_eps"]
+        if self.mixer_rms_eps is not None:
+            numbers.append("mixer_rms_eps")
+            epsilons.append("mixer_rms_eps")
+        for name in numbers:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ConfigError(f"{name}={value!r}: give a finite number.")
-        if self.norm_eps <= 0:
-            raise ConfigError(f"norm_eps={self.norm_eps!r}: an epsilon is above 0.")
+        for name in epsilons:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: an epsilon is above 0.")
         if not 0 < self.dt_min <= self.dt_max:
             raise ConfigError(f"dt_min={self.dt_min!r}, dt_max={self.dt_max!r}: step sizes have 0 < dt_min <= dt_max.")
         if self.dt_init_floor < 0 or self.initializer_range < 0:
@@ -120,12 +129,13 @@ class MambaConfig:
         ssm = {"layer": "Mamba1"} | {k: own[k] for k in _SSM_KEYS}
         top = {k: own[k] for k in _TOP_KEYS}
         top["ssm_cfg"] = ssm
-        if self.norm_eps != 1e-5:
-            raise ConfigError(f"norm_eps={self.norm_eps}: mamba-ssm's layout has no field for it. Save the HF layout.")
+        for name, only in (("norm_eps", 1e-5), ("mixer_rms_eps", None)):
+            if own[name] != only:
+                raise ConfigError(f"{name}={own[name]}: mamba-ssm's layout has no field for it. Save the HF layout.")
         return top
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` of an HF `MambaForCausalLM`.
+        """The `config.json` of an HF `MambaForCausalLM`, or of a `FalconMambaForCausalLM`.
 
         HF knows no padding of the vocabulary: its `vocab_size` is `padded_vocab`, 32 for 29 tokens in multiples of 8,
         and what is read back takes ids up to that. `rescale_prenorm_residual`, which only says how weights are drawn,
@@ -139,9 +149,11 @@ class MambaConfig:
         hf |= {"vocab_size": self.padded_vocab, "time_step_rank": self.rank, "expand": int(self.expand)}
         # where this is true, transformers 5.23 divides out_proj again each time that it loads the checkpoint
         hf["rescale_prenorm_residual"] = False
+        if self.mixer_rms_eps is not None:
+            hf["mixer_rms_eps"] = self.mixer_rms_eps
         return {
-            "architectures": ["MambaForCausalLM"],
-            "model_type": "mamba",
+            "architectures": ["MambaForCausalLM" if self.mixer_rms_eps is None else "FalconMambaForCausalLM"],
+            "model_type": MAMBA if self.mixer_rms_eps is None else FALCON,
             "intermediate_size": self.d_inner,
             "hidden_act": "silu",
             **hf,
@@ -159,6 +171,7 @@ _TOP_FIXED: dict[str, tuple[Any, ...]] = {"d_intermediate": (0,), "attn_layer_id
 _SSM_IGNORED = {"use_fast_path", "layer_idx", "device", "dtype"}
 _TOP_IGNORED = {"fused_add_norm"}
 
+MAMBA, FALCON = HF_TYPES = "mamba", "falcon_mamba"  # HF's model_type
 _HF_KEYS = {
     "hidden_size": "d_model",
     "num_hidden_layers": "n_layer",
@@ -181,7 +194,7 @@ _HF_KEYS = {
     "rescale_prenorm_residual": "rescale_prenorm_residual",
 }
 _HF_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("mamba",),
+    "model_type": HF_TYPES,
     "hidden_act": ("silu", "swish"),
     # state-spaces/*-hf checkpoints carry the fields of mamba-ssm beside HF's own
     "rms_norm": (True,),
@@ -192,6 +205,7 @@ _HF_IGNORED = frozenset(
     """
     architectures transformers_version torch_dtype dtype bos_token_id eos_token_id pad_token_id
     cls_token_id sep_token_id decoder_start_token_id unk_token_id use_cache use_mambapy use_associative_scan
+    use_falcon_mambapy
     output_attentions output_hidden_states return_dict return_dict_in_generate output_scores
     is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention tie_encoder_decoder pruned_heads
     chunk_size_feed_forward finetuning_task id2label label2id problem_type task_specific_params tokenizer_class prefix
@@ -233,10 +247,11 @@ def _from_mamba_ssm(raw: Mapping[str, Any]) -> MambaConfig:
 
 
 def _from_hf(raw: Mapping[str, Any]) -> MambaConfig:
-    # HF derives intermediate_size; in mamba-ssm's names the same checkpoint repeats sizes, which must agree
+    # in mamba-ssm's names the same checkpoint repeats sizes, which must agree
     twins = {"d_model": "hidden_size", "n_layer": "num_hidden_layers"}
     raw = {key: value for key, value in raw.items() if not key.startswith("_")}  # where it came from, who wrote it
-    _check(raw, {*_HF_KEYS, *_HF_IGNORED, *twins, "intermediate_size", "d_inner"}, _HF_FIXED, "config")
+    keys = _HF_KEYS | ({"mixer_rms_eps": "mixer_rms_eps"} if raw["model_type"] == FALCON else {})
+    _check(raw, {*keys, *_HF_IGNORED, *twins, "intermediate_size", "d_inner"}, _HF_FIXED, "config")
     if raw.get("quantization_config") is not None:
         raise ConfigError(
             "config: quantization_config says that the weights are quantised, which minimal_mamba does not read. Load "
@@ -246,13 +261,19 @@ def _from_hf(raw: Mapping[str, Any]) -> MambaConfig:
     for twin, name in twins.items():
         if twin in raw and raw[twin] != raw[name]:
             raise ConfigError(f"config: {twin}={raw[twin]} contradicts {name}={raw[name]}.")
-    fields = {ours: raw[theirs] for theirs, ours in _HF_KEYS.items() if theirs in raw}
+    fields = {ours: raw[theirs] for theirs, ours in keys.items() if theirs in raw}
     fields.setdefault("initializer_range", 0.1)  # HF's defaults, where they differ from mamba-ssm's
     fields.setdefault("rescale_prenorm_residual", False)
+    if raw["model_type"] == FALCON:
+        fields.setdefault("mixer_rms_eps", 1e-6)
+    inner, d = raw.get("intermediate_size"), raw["hidden_size"]
+    if isinstance(inner, int) and isinstance(d, int) and d > 0:
+        # HF makes the layers by it, whatever `expand` says: in falcon-mamba-7b's config 16, where it is 2
+        fields["expand"] = inner // d if inner % d == 0 else math.nextafter(inner / d, inner)
     config = MambaConfig(**fields, pad_vocab_size_multiple=1)
     for name in ("intermediate_size", "d_inner"):
         if raw.get(name, config.d_inner) != config.d_inner:
-            raise ConfigError(f"config: {name}={raw[name]}, but expand * hidden_size is {config.d_inner}.")
+            raise ConfigError(f"config: {name}={raw[name]!r}, but the model has {config.d_inner} inner channels.")
     return config
 
 

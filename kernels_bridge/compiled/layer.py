@@ -25,17 +25,18 @@ def step(mixer: Mixer) -> Step:
     none = weights.A.new_empty(0)
     one_type = all(x is None or x.dtype == weights.A.dtype for x in weights)
     if not one_type or torch.is_autocast_enabled("cpu"):  # 16 bits, which the loop does not have
-        return partial(plain.advance, weights)
+        return partial(plain.advance, weights, mixer.rms_eps)
     arrays = [array(none if x is None else x) for x in (*weights, None)]
-    return partial(_advance, arrays, sum(a.size for a in arrays) // 8)
+    eps = -1.0 if mixer.rms_eps is None else mixer.rms_eps
+    return partial(_advance, arrays, eps, sum(a.size for a in arrays) // 8)
 
 
-def _advance(weights: Sequence[Array], work: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+def _advance(weights: Sequence[Array], eps: float, work: int, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
     from .token_kernels import step as loop
 
     rows, given, h, window = len(x), array(x), array(memory[0]), array(memory[1])
     out, h_after, window_after = empty_like(given), empty_like(h), empty_like(window)
-    spread(loop, rows, rows * work, given.dtype, *weights, given[:, 0], h, window, out[:, 0], h_after, window_after)
+    spread(loop, rows, rows * work, given.dtype, *weights, eps, given[:, 0], h, window, out[:, 0], h_after, window_after)
     return from_numpy(out), (from_numpy(h_after), from_numpy(window_after))
 
 

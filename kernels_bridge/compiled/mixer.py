@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minimal_mamba.block import Memory, Mixer
+from minimal_mamba.block import Memory, Mixer, divided
 from minimal_mamba.scan import Ops
 from minimal_mamba.tap import Tap
 
@@ -55,31 +55,32 @@ def block(
         (3 e) of a piece's tokens for each thread, which is kept for the next call, and the memory; for gradients
         `Saved`.
     """
-    w, (b, l, _), (e, n), one = weights(mixer), x.shape, mixer.A_log.shape, tap.last_only
+    w, eps, (b, l, _), (e, n), one = weights(mixer), mixer.rms_eps, x.shape, mixer.A_log.shape, tap.last_only
     sizes = torch.full((b,), l) if mask is None else mask.sum(1)
     blank = x.new_full((), torch.nan)
     after = blank.expand(b, e, n), blank.expand(memory[1].shape)
     if torch.is_grad_enabled():
         from .mixer_backward import learn
 
-        made = learn(w, x, sizes)
+        made = learn(w, eps, x, sizes)
         return (made[torch.arange(b), sizes - 1][:, None] if one else made), after
     recorded = {site: tap.recorded(site) for site in READ}
     kept_at = tap.recorded(*READ)
     kept = room(tap, kept_at, memory[0])
     kept = x.new_empty(b, len(kept_at), e, n) if kept is None else kept
-    made, given = forward(w, x, memory, sizes, (kept_at, kept), one, keep)
+    made, given = forward(w, eps, x, memory, sizes, (kept_at, kept), one, keep)
     hand_over(tap, kept, kept_at, recorded)
     return made, given if keep else after
 
 
 def forward(
-    w: Weights, x: Tensor, memory: Memory, sizes: Tensor, record: tuple[list[int], Tensor], one: bool, keep: bool,
-    saved: Saved | None = None,
+    w: Weights, eps: float | None, x: Tensor, memory: Memory, sizes: Tensor, record: tuple[list[int], Tensor],
+    one: bool, keep: bool, saved: Saved | None = None,
 ) -> tuple[Tensor, Memory]:  # fmt: skip
     """`block` of weights, of rows of so many tokens (b,).
 
     Args:
+        eps: of FalconMamba's norms, or None.
         record: positions, and where their states go (b, positions, e, n).
         one: of each row's last token alone. keep: the memory after it is asked for; else it is of no use.
         saved: filled for a backward, without `one`.
@@ -117,6 +118,7 @@ def forward(
             if len(after):
                 window[i] = _newest(window[i], inputs, here)
             product(u, w.x_proj, None, low)
+            low = low if eps is None else selected(low, r, n, eps)
             product(low[..., :r], w.dt_proj, None, raw)
             given, out = x[i, t], raw
             if one:
@@ -182,6 +184,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor) -> Non
         torch.mm(x.reshape(len(flat), -1), weight.T, out=flat)
     else:
         torch.addmm(bias, x.reshape(len(flat), -1), weight.T, out=flat)
+
+
+def selected(low: Tensor, r: int, n: int, eps: float) -> Tensor:
+    """FalconMamba's dt_low, B and C of what x_proj gives (b, l, r + 2 n), side by side as they are there."""
+    return torch.cat([divided(part, eps) for part in low.split((r, n, n), -1)], -1)
 
 
 def _newest(window: Tensor, x: Tensor, sizes: Tensor) -> Tensor:

@@ -15,23 +15,26 @@ from ..by_hand import by_hand
 from ..step import Weights
 from ..threads import free, over
 from .loop import run
-from .mixer import Saved, ends, first, forward, piece, pieces, product, shares, space
+from .mixer import Saved, ends, first, forward, piece, pieces, product, selected, shares, space
 from .scan import TOKENS
 
 BUFFERS = 6  # (tokens, e) each
 PRODUCTS = ("in_proj", "in_bias", "x_proj", "dt_proj", "out_proj", "out_bias")  # whose gradients cost some
 
 
-def learn(w: Weights, x: Tensor, sizes: Tensor) -> Tensor:
-    """The mixer of x (b, l, d), rows of `sizes` tokens, on padding what nothing gives -> (b, l, d)."""
-    out: Tensor = _Mixer.apply(x, sizes, *w)
+def learn(w: Weights, eps: float | None, x: Tensor, sizes: Tensor) -> Tensor:
+    """The mixer of x (b, l, d), rows of `sizes` tokens, on padding what nothing gives -> (b, l, d).
+
+    eps: of FalconMamba's norms, or None.
+    """
+    out: Tensor = _Mixer.apply(eps, x, sizes, *w)
     return out
 
 
 class _Mixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Tensor, *given: Tensor) -> Tensor:
-        w, (b, l, _) = Weights(*given), x.shape
+    def forward(ctx: Any, eps: float | None, x: Tensor, sizes: Tensor, *given: Tensor) -> Tensor:
+        w, (b, l, _), ctx.eps = Weights(*given), x.shape, eps
         (e, n), k = w.A.shape, w.conv.shape[1]
         memory, saved = (x.new_zeros(b, e, n), x.new_zeros(b, e, k)), None
         if any(ctx.needs_input_grad):
@@ -39,19 +42,20 @@ class _Mixer(torch.autograd.Function):
             inputs, z, s, low = (x.new_empty(b, l, size) for size in (e, e, e, len(w.x_proj)))
             saved = Saved(inputs, z, low, s, x.new_empty(b, chunks, n, e))
             ctx.save_for_backward(x, sizes, *saved, *given)
-        return forward(w, x, memory, sizes, ([], x.new_empty(b, 0, e, n)), False, False, saved)[0]
+        return forward(w, eps, x, memory, sizes, ([], x.new_empty(b, 0, e, n)), False, False, saved)[0]
 
     @staticmethod
     @by_hand
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, sizes, *others = ctx.saved_tensors
         many = len(Saved._fields)
-        dx, dw = backward(Weights(*others[many:]), x, sizes, Saved(*others[:many]), dout, ctx.needs_input_grad[2:])
-        return dx, None, *(dw.get(name) for name in Weights._fields)
+        w, saved = Weights(*others[many:]), Saved(*others[:many])
+        dx, dw = backward(w, ctx.eps, x, sizes, saved, dout, ctx.needs_input_grad[3:])
+        return None, dx, None, *(dw.get(name) for name in Weights._fields)
 
 
 def backward(
-    w: Weights, x: Tensor, sizes: Tensor, saved: Saved, dout: Tensor, wanted: Sequence[bool]
+    w: Weights, eps: float | None, x: Tensor, sizes: Tensor, saved: Saved, dout: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """dL/dx (b, l, d) and the gradients of the weights, from dout (b, l, d), of which padding counts for nothing.
 
@@ -82,7 +86,8 @@ def backward(
                       for half in (slice(e), slice(e, None)))  # fmt: skip
         for i, _ in pieces(mine, l, rows, l):
             count = i.stop - i.start
-            g, length, low, tokens = dout[i].contiguous(), sizes[i], saved.low[i], count * l * e
+            g, length, tokens = dout[i].contiguous(), sizes[i], count * l * e
+            low = saved.low[i] if eps is None else selected(saved.low[i], r, n, eps)
             ds, u, raw, dt, du, ddt = (first(s, count, l, e) for s in own)
 
             gated, dz = u, dt  # until these are made
@@ -109,6 +114,9 @@ def backward(
             torch.sum(dB, 1, out=dlow[..., r : r + n])
             torch.sum(dC, 1, out=dlow[..., r + n :])
             _add(total, "dt_proj", draw, low[..., :r])
+            if eps is not None:
+                for part, d in zip(saved.low[i].split((r, n, n), -1), dlow.split((r, n, n), -1), strict=True):
+                    _through_divided(part, d, eps)
             _add(total, "x_proj", dlow, u)
             du.view(-1, e).addmm_(dlow.view(count * l, -1), w.x_proj)
 
@@ -125,6 +133,13 @@ def backward(
     small = {"conv": dconv.sum(0).T, "conv_bias": dconv_bias.sum(0), "dt_bias": ddt_bias.sum(0), "A": dA.sum(0).T,
              "D": dD.sum(0)}  # fmt: skip
     return dx, found | small
+
+
+def _through_divided(x: Tensor, d: Tensor, eps: float) -> None:
+    """The gradient of what `divided` gives of x (b, l, m) becomes that of x, in place."""
+    scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = x * scale
+    d.addcmul_(y, (d * y).mean(-1, keepdim=True), value=-1).mul_(scale)
 
 
 def _add(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor | None = None) -> None:

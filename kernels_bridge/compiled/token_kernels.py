@@ -61,6 +61,19 @@ def product(weight, x, bias, out):
             out[r, i] = a
 
 
+@partial(_jit, flags=("contract", "reassoc"))
+def _divide(x, eps):
+    """x (b, m) by each row's root mean square."""
+    m = x.shape[1]
+    for r in range(len(x)):
+        square = x.dtype.type(0)
+        for i in range(m):
+            square += x[r, i] * x[r, i]
+        scale = x.dtype.type(1 / np.sqrt(square / m + eps))
+        for i in range(m):
+            x[r, i] *= scale
+
+
 @_jit
 def _window(x, weight, bias, before, after, conv):
     """One row's window after an input, and the convolution; x, bias, conv: (e), weight, before, after: (e, k)."""
@@ -107,12 +120,12 @@ def _recur(p, u, dt, A, B, C, before, after, y):
 
 @_jit
 def step(p, first, stop, in_proj, in_bias, conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj, out_bias, no_bias,
-         x, h, window, out, h_after, window_after):  # fmt: skip
+         eps, x, h, window, out, h_after, window_after):  # fmt: skip
     """`Mixer.forward` for one token of each of the rows first..stop.
 
     Args:
         in_proj (2 e, d), x_proj (r + 2 n, e), dt_proj (e, r), out_proj (d, e), and what is added behind three of them,
-        or (0). conv (e, k), conv_bias (e), A (e, n), D (e).
+        or (0). conv (e, k), conv_bias (e), A (e, n), D (e). eps: of FalconMamba's norms; below 0: none.
         x, out: (b, d). h, h_after: (b, e, n). window, window_after: (b, e, k).
     """
     _whole_vectors()
@@ -128,6 +141,9 @@ def step(p, first, stop, in_proj, in_bias, conv, conv_bias, x_proj, dt_proj, dt_
     product(x_proj[:r], u, no_bias, low)
     product(x_proj[r : r + n], u, no_bias, B)
     product(x_proj[r + n :], u, no_bias, C)
+    if eps >= 0:
+        for part in (low, B, C):
+            _divide(part, eps)
     product(dt_proj, low, dt_bias, dt)
     for row in range(b):
         for c in range(e):

@@ -34,11 +34,13 @@ def make(kernels: Callable[[], Kernels], name: str = NAME) -> Ops:
     def begin(model: nn.Module, fresh: bool, keep: bool) -> Ops:
         k = kernels()
         check(model, k)
+        config: Any = model.config
+        plain = config.mixer_rms_eps is None  # of FalconMamba's norms mamba-ssm's block has no backward
         return Ops(
             name,
             partial(conv, kernels=k, fresh=fresh, keep=keep),
             partial(scan, kernels=k, fresh=fresh, keep=keep),
-            block=partial(block, kernels=k) if fresh and not keep else None,
+            block=partial(block, kernels=k) if fresh and not keep and plain else None,
             add_norm=k.add_norm,
         )
 

@@ -18,8 +18,9 @@ ODD = MambaConfig(  # every choice other than SMALL's, and sizes that no vector 
     d_model=50, n_layer=2, vocab_size=61, d_state=11, d_conv=3, expand=3.63, dt_rank=7, conv_bias=False, bias=True,
     rms_norm=False, residual_in_fp32=False, tie_embeddings=False,
 )  # fmt: skip
+FALCON = replace(SMALL, mixer_rms_eps=1e-6)
 LARGE = MambaConfig(d_model=768, n_layer=24, vocab_size=50277)  # mamba-130m
-SIZES = {"small": SMALL, "odd": ODD, "130m": LARGE}
+SIZES = {"small": SMALL, "odd": ODD, "falcon": FALCON, "130m": LARGE}
 
 
 def draw_model(config: MambaConfig, seed: int) -> Mamba:

@@ -18,7 +18,7 @@ from .watch import Implementation, Ours
 
 
 def transformers_model(model: Mamba) -> nn.Module:
-    """HF's `MambaForCausalLM` with the same weights, in its own sequential path on a CPU.
+    """HF's `MambaForCausalLM` or `FalconMambaForCausalLM` with the same weights, in its sequential path on a CPU.
 
     Raises:
         BackendUnavailable: transformers is missing, or would take mamba_ssm's functions in the place of its own.
@@ -29,8 +29,9 @@ def transformers_model(model: Mamba) -> nn.Module:
             "imported and then cannot run on a CPU. Use an environment without mamba_ssm."
         )
     transformers = _package("transformers", "pip install 'mambascope[train]'")
-    raw = {k: v for k, v in model.config.to_hf().items() if k not in ("architectures", "model_type")}
-    theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**raw, use_mambapy=False))
+    raw = model.config.to_hf()
+    (kind,) = raw.pop("architectures")
+    theirs = getattr(transformers, kind)(transformers.AutoConfig.for_model(**raw, use_mambapy=False))
     state = {k.replace("embedding.", "embeddings."): v for k, v in model.state_dict().items()}
     theirs.load_state_dict(state)
     return theirs.to(model.device, model.dtype)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from minimal_mamba.block import wide
 from minimal_mamba.errors import CheckpointError, InputError
 
 from .watch import EACH, Implementation, Seen, alone, collect, embedded, leaf, loss_of, training
+
+
+FALCON_NORMS = {"dt_low": "dt_layernorm", "B": "b_layernorm", "C": "c_layernorm"}  # of transformers' mixer
 
 
 class Theirs(Implementation):
@@ -131,8 +135,13 @@ class Theirs(Implementation):
             def split_x(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
                 b = seen["mixer_in", i].shape[0]
                 u = args[0].reshape(b, -1, args[0].shape[-1])  # mamba-ssm folds the batch into positions
-                low, B, C = out.reshape(b, -1, out.shape[-1]).split([rank, n, n], -1)
-                seen["u", i], seen["dt_low", i], seen["B", i], seen["C", i] = u, low, B, C
+                seen["u", i] = u
+                if self.config.mixer_rms_eps is None:
+                    parts = out.reshape(b, -1, out.shape[-1]).split([rank, n, n], -1)
+                    seen["dt_low", i], seen["B", i], seen["C", i] = parts
+
+            def leave_norm(module: nn.Module, args: tuple[Any, ...], out: Tensor, *, site: str) -> None:
+                seen[site, i] = out
 
             def enter_out(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
                 seen["gated", i] = args[0]
@@ -143,6 +152,9 @@ class Theirs(Implementation):
             on(mixer, enter_mixer, leave_mixer)
             on(mixer.in_proj, after=split_in)
             on(mixer.x_proj, after=split_x)
+            if self.config.mixer_rms_eps is not None:
+                for site, norm in FALCON_NORMS.items():
+                    on(getattr(mixer, norm), after=partial(leave_norm, site=site))
             on(mixer.out_proj, after=enter_out)
 
         try:

@@ -96,7 +96,7 @@ def test_it_is_the_mixer(l: int, padded: bool) -> None:
 @pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("sizes", [
     {"bias": True}, {"conv_bias": False}, {"d_conv": 1}, {"d_conv": 2}, {"d_conv": 7}, {"d_state": 1}, {"d_state": 40},
-    {"expand": 1}, {"dt_rank": 1}, {"d_model": 130},
+    {"expand": 1}, {"dt_rank": 1}, {"d_model": 130}, {"mixer_rms_eps": 0.3}, {"mixer_rms_eps": 1e-6, "d_state": 1},
 ], ids=str)  # fmt: skip
 @torch.no_grad()
 def test_every_size_and_bias(sizes: dict[str, Any]) -> None:

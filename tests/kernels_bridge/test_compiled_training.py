@@ -66,7 +66,7 @@ def test_the_gradients_are_the_mixers(l: int, padded: bool) -> None:
 @pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("sizes", [
     {"bias": True}, {"conv_bias": False}, {"d_conv": 1}, {"d_conv": 2}, {"d_conv": 7}, {"d_state": 1}, {"d_state": 40},
-    {"expand": 1}, {"dt_rank": 1}, {"d_model": 130},
+    {"expand": 1}, {"dt_rank": 1}, {"d_model": 130}, {"mixer_rms_eps": 0.3}, {"mixer_rms_eps": 1e-6, "d_state": 1},
 ], ids=str)  # fmt: skip
 def test_every_size_and_bias(sizes: dict[str, Any]) -> None:
     m = tiny(n_layer=1, **sizes).backbone.layers[0].mixer

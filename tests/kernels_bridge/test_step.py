@@ -24,6 +24,7 @@ FAST = pytest.mark.parametrize("backend", HERE)
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "n 16, k 4, biases": {"d_state": 16, "d_conv": 4, "bias": True, "conv_bias": False},
+    "FalconMamba": {"mixer_rms_eps": 0.3},
     "LayerNorm, k 1, n 1": {"rms_norm": False, "d_conv": 1, "d_state": 1, "tie_embeddings": False},
 }
 MODEL = tiny()

@@ -23,6 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "d_conv 2, dt_rank 1": {"d_conv": 2, "dt_rank": 1},
     "d_conv 4, rank auto, large eps": {"d_conv": 4, "dt_rank": "auto", "d_model": 20, "norm_eps": 0.1},
     "expand 1.5, one layer": {"expand": 1.5, "n_layer": 1, "residual_in_fp32": False},
+    "FalconMamba, an eps that shows": {"mixer_rms_eps": 0.3},
 }
 
 
@@ -66,6 +67,9 @@ def mamba_row(w: dict[str, Array], c: MambaConfig, ids: list[int], h: Array, win
             v["conv_state"], v["conv"], v["u"] = window[i].copy(), conv, silu(conv)
             low = w[f"{m}.x_proj.weight"] @ v["u"]
             v["dt_low"], v["B"], v["C"] = low[:r], low[r : r + n], low[r + n :]
+            if c.mixer_rms_eps is not None:
+                for part in ("dt_low", "B", "C"):
+                    v[part] = v[part] / np.sqrt(np.mean(v[part] ** 2) + c.mixer_rms_eps)
             v["dt"] = softplus(w[f"{m}.dt_proj.weight"] @ v["dt_low"] + w[f"{m}.dt_proj.bias"])
             v["decay"], v["state_write"] = np.zeros((e, n)), np.zeros((e, n))
             for ch in range(e):

@@ -28,6 +28,24 @@ def test_round_trip(tmp_path, layout, safetensors, tied):
         assert back.config == model.config
 
 
+@pytest.mark.parametrize("safetensors", KINDS)
+def test_falcon_mamba_round_trips_through_transformers(tmp_path, safetensors):
+    transformers = pytest.importorskip("transformers")
+    model = tiny(mixer_rms_eps=1e-3, dtype=torch.float32, tie_embeddings=False)
+    with pytest.raises(ConfigError, match="Save the HF layout"):
+        model.save_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "ours", layout="hf", safetensors=safetensors)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(theirs).__name__ == "FalconMambaForCausalLM"
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        back = Mamba.from_pretrained(tmp_path / folder)
+        assert same(back, model) and back.config.mixer_rms_eps == 1e-3
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.allclose(theirs(ids).logits, back(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_layernorm_and_its_bias_round_trip(tmp_path):
     model = tiny(rms_norm=False)
     model.save_pretrained(tmp_path)

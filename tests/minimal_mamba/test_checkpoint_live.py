@@ -9,14 +9,17 @@ from helpers import tiny
 from torch import nn
 
 from minimal_mamba import Mamba
+from minimal_mamba.config import HF_TYPES
 from minimal_mamba.errors import CheckpointError, ConfigError
 
 
+@pytest.mark.parametrize("model_type", HF_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_from_module_copies_a_live_hf_model(dtype):
+def test_from_module_copies_a_live_hf_model(dtype, model_type):
     transformers = pytest.importorskip("transformers")
-    config = transformers.MambaConfig(hidden_size=12, num_hidden_layers=2, vocab_size=32, state_size=5, conv_kernel=3)
-    theirs = transformers.MambaForCausalLM(config).to(dtype)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 32, "state_size": 5, "conv_kernel": 3}
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     ours = Mamba.from_module(theirs)
     assert same(Mamba.from_module(torch.compile(theirs)), ours)
     want = {k.replace("embeddings.", "embedding."): v.clone() for k, v in theirs.state_dict().items()}
@@ -68,8 +71,8 @@ def test_from_module_says_what_it_takes():
     sizes = {"hidden_size": 12, "num_hidden_layers": 2, "vocab_size": 32, "state_size": 5}
     with pytest.raises(CheckpointError, match="MambaModel; it takes"):  # no language-model head
         Mamba.from_module(transformers.MambaModel(transformers.MambaConfig(**sizes)))
-    other = transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**sizes))
-    with pytest.raises(CheckpointError, match="FalconMamba"):
+    other = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, num_heads=1, head_dim=24))
+    with pytest.raises(CheckpointError, match="given a Mamba2ForCausalLM"):
         Mamba.from_module(other)
 
 

@@ -7,6 +7,7 @@ import pytest
 from helpers import lively
 
 from minimal_mamba import Mamba, MambaConfig
+from minimal_mamba.config import HF_TYPES
 from minimal_mamba.errors import ConfigError
 
 LAYOUTS = ["mamba_ssm", "hf"]
@@ -24,6 +25,37 @@ PILE_HF = {
     "time_step_rank": 48, "time_step_scale": 1.0, "torch_dtype": "float32", "transformers_version": "4.39.0.dev0",
     "use_bias": False, "use_cache": True, "use_conv_bias": True, "vocab_size": 50280,
 }  # fmt: skip
+FALCON = {  # falcon-mamba-7b: its expand contradicts its sizes
+    "_name_or_path": "./", "architectures": ["FalconMambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4,
+    "eos_token_id": 11, "expand": 16, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.1,
+    "intermediate_size": 8192, "layer_norm_epsilon": 1e-05, "model_type": "falcon_mamba", "num_hidden_layers": 64,
+    "pad_token_id": 11, "rescale_prenorm_residual": False, "residual_in_fp32": True, "state_size": 16,
+    "tie_word_embeddings": False, "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1,
+    "time_step_min": 0.001, "time_step_rank": 256, "time_step_scale": 1.0, "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0", "use_bias": False, "use_cache": True, "use_conv_bias": True,
+    "vocab_size": 65024,
+}  # fmt: skip
+
+
+def test_falcon_mambas_published_configuration_is_read():
+    config = MambaConfig.from_dict(FALCON)
+    assert (config.d_model, config.d_inner, config.expand, config.rank, config.n_layer) == (4096, 8192, 2, 256, 64)
+    assert config.mixer_rms_eps == 1e-6 and not config.tie_embeddings
+    assert MambaConfig.from_dict(FALCON | {"mixer_rms_eps": 1e-3}).mixer_rms_eps == 1e-3
+    assert MambaConfig.from_dict(config.to_hf()) == config
+    with pytest.raises(ConfigError, match=r"mixer_rms_eps=1e-06: mamba-ssm's layout has no field.*Save the HF layout"):
+        config.to_mamba_ssm()
+
+
+@pytest.mark.parametrize("model_type", HF_TYPES)
+def test_hf_makes_the_layers_by_their_stated_width(model_type):
+    transformers = pytest.importorskip("transformers")
+    for inner in (24, 32, 181):
+        sizes = {"hidden_size": 12, "num_hidden_layers": 1, "vocab_size": 8, "expand": 3, "intermediate_size": inner}
+        raw = transformers.AutoConfig.for_model(model_type, **sizes)
+        theirs = transformers.AutoModelForCausalLM.from_config(raw)
+        ours = Mamba.from_module(theirs)  # refuses tensors of other shapes
+        assert ours.config.d_inner == inner == theirs.backbone.layers[0].mixer.A_log.shape[0]
 
 
 def test_the_published_configurations_are_read():
@@ -41,12 +73,14 @@ def test_bookkeeping_of_others_is_passed_over():
     assert MambaConfig.from_dict(PILE_HF | kept) == MambaConfig.from_dict(PILE_HF)
 
 
-def test_every_key_that_hf_writes_is_read(tmp_path):
+@pytest.mark.parametrize("model_type", HF_TYPES)
+def test_every_key_that_hf_writes_is_read(tmp_path, model_type):
     transformers = pytest.importorskip("transformers")
-    config = transformers.MambaConfig(hidden_size=12, num_hidden_layers=2, vocab_size=32)
+    config = transformers.AutoConfig.for_model(model_type, hidden_size=12, num_hidden_layers=2, vocab_size=32)
     want = MambaConfig.from_dict(config.to_dict())
+    assert (want.mixer_rms_eps is None) == (model_type == "mamba")
     assert MambaConfig.from_dict(config.to_diff_dict()) == want
-    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert MambaConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == want
     assert MambaConfig.from_dict(want.to_hf()) == dataclasses.replace(want, dt_rank=1)
 
@@ -64,7 +98,9 @@ def test_every_key_that_hf_writes_is_read(tmp_path):
         (PILE_HF, {"hiden_size": 768}, "'hiden_size'.*Did you mean 'hidden_size'"),
         (PILE_HF, {"model_type": "mamba2", "num_heads": 8}, "model_type='mamba2'"),
         (PILE_HF, {"d_model": 512}, "d_model=512 contradicts hidden_size=768"),
-        (PILE_HF, {"intermediate_size": 768}, "intermediate_size=768"),
+        (PILE_HF, {"intermediate_size": 768}, "d_inner=1536, but the model has 768 inner channels"),
+        (PILE_HF, {"intermediate_size": "768"}, "intermediate_size='768', but the model has 1536 inner channels"),
+        (PILE_HF, {"mixer_rms_eps": 1e-6}, "unknown key 'mixer_rms_eps'"),
         (PILE_HF, {"rms_norm": False}, "rms_norm=False"),
         (PILE_HF, {"quantization_config": {"bits": 4}}, "the weights are quantised.*Load the checkpoint"),
         (PILE_HF, {"stray": 1}, r"unknown key 'stray' \(value 1\).*remove it from config\.json"),

@@ -1,10 +1,12 @@
-"""The readable model against transformers' MambaForCausalLM: logits and the gradient of every parameter.
+"""The readable model against transformers' MambaForCausalLM and FalconMambaForCausalLM: logits and the gradient of every parameter.
 
 HF casts to float32 inside, so a float64 model of HF's is float32 in places. Two comparisons, then: HF as it is, in
 float32, where a gradient can cancel down to the rounding; and HF with its casts widened to float64, where both agree to
 the last digits, parameter by parameter.
 """
 
+import dataclasses
+import importlib
 import random
 
 import pytest
@@ -13,10 +15,11 @@ from helpers import lively
 from torch import Tensor
 
 from minimal_mamba import Mamba, MambaConfig, Ops
+from minimal_mamba.config import HF_TYPES
 from minimal_mamba.scan import READABLE, causal_conv, selective_scan
 
 transformers = pytest.importorskip("transformers")
-modeling_mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba")
+MODELING = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in HF_TYPES]
 
 # Relative Frobenius norm of the logits, and of the gradient of each parameter. Measured over the seeds below: 3e-6 and
 # 3e-5 in float32, where HF's own gradients are up to 4e-5 from its float64 ones; 2e-14 and 5e-14 in float64.
@@ -42,14 +45,18 @@ def draw(seed: int) -> tuple[MambaConfig, int]:
         residual_in_fp32=rng.random() < 0.5,
         tie_embeddings=rng.random() < 0.5,
         pad_vocab_size_multiple=1,
+        mixer_rms_eps=rng.choice([None, 1e-6, 0.1]),
     )
+    if config.mixer_rms_eps == 1e-6 and 1 in (config.d_state, config.rank):  # of one number it leaves the sign alone,
+        config = dataclasses.replace(config, mixer_rms_eps=0.1)  # and of its gradient nothing that float32 could show
     return config, LENGTHS[seed % len(LENGTHS)]
 
 
 def hf_twin(ours: Mamba) -> torch.nn.Module:
     """HF's model with the same weights, its sequential scan and no mambapy."""
-    raw = {k: v for k, v in ours.config.to_hf().items() if k not in ("architectures", "model_type")}
-    theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**raw, use_mambapy=False, use_cache=False))
+    raw = ours.config.to_hf()
+    (kind,) = raw.pop("architectures")
+    theirs = getattr(transformers, kind)(transformers.AutoConfig.for_model(**raw, use_mambapy=False, use_cache=False))
     state = {k.replace("embedding.", "embeddings."): v for k, v in ours.state_dict().items()}
     theirs.load_state_dict(state)
     return theirs.train()  # the path that has gradients
@@ -137,7 +144,8 @@ def test_agrees_with_hf_in_float64(seed, monkeypatch):
     """Every cast to float32 in HF's code goes to float64 here; its equations stay as they are."""
     ours, theirs, ids, weight = pair(seed)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(modeling_mamba, "torch", WideTorch())
+    for modeling in MODELING:
+        monkeypatch.setattr(modeling, "torch", WideTorch())
     want = measure(theirs.double(), ids, weight.double())
     assert {tensor.dtype for tensor in want.values()} == {torch.float64}
     off = errors(measure(ours.double(), ids, weight.double()), want)
@@ -172,6 +180,7 @@ def test_the_draws_cover_every_choice():
         "d_conv": {1, 2, 3, 4}, "expand": {1, 2, 3}, "d_state": {1, 5, 16}, "n_layer": {1, 2, 3, 4},
         "conv_bias": {True, False}, "bias": {True, False}, "tie_embeddings": {True, False},
         "residual_in_fp32": {True, False}, "dt_rank": {1, 3, "auto"}, "norm_eps": {1e-5, 1e-3, 0.1},
+        "mixer_rms_eps": {None, 1e-6, 0.1},
     }.items():  # fmt: skip
         assert {getattr(config, name) for config in configs} == values, name
 
