@@ -4,9 +4,10 @@
     mamba_ssm   ssm_cfg, d_model      pytorch_model.bin or model.safetensors           backbone.embedding.weight
     hf          model_type = mamba    model.safetensors or pytorch_model.bin           backbone.embeddings.weight
 
-Nothing else differs; FalconMamba's (model_type = falcon_mamba) is HF's layout, its norms have no weights. Either may be in shards, with an index beside them. Two more are told by their names: what a
-wrapper saved, with `module.` or `model.` before each; and a base model, the backbone alone without `backbone.`, which
-is read if its head is tied. Nothing else is renamed.
+Nothing else differs; FalconMamba has HF's layout, with model_type = falcon_mamba, and its norms inside the mixer no
+weights. Either may be in shards, with an index beside them. Two more are told by their names: what a wrapper saved,
+with `module.` or `model.` before each; and a base model, the backbone alone without `backbone.`, which is read if its
+head is tied. Nothing else is renamed.
 """
 
 import dataclasses
@@ -81,8 +82,8 @@ def load(
 
 
 def from_module(module: nn.Module, *, n_layer: int | None = None) -> Mamba:
-    """Copy a live `MambaForCausalLM` or `FalconMambaForCausalLM` (transformers) or `MambaLMHeadModel` (mamba-ssm), in its
-    types and on its device.
+    """Copy a live model, in its types and on its device: transformers' `MambaForCausalLM` or `FalconMambaForCausalLM`,
+    or mamba-ssm's `MambaLMHeadModel`.
 
     Args:
         module: told by its config, so neither library is imported. n_layer: keep the first layers only.

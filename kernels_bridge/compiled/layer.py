@@ -36,7 +36,9 @@ def _advance(weights: Sequence[Array], eps: float, work: int, x: Tensor, memory:
 
     rows, given, h, window = len(x), array(x), array(memory[0]), array(memory[1])
     out, h_after, window_after = empty_like(given), empty_like(h), empty_like(window)
-    spread(loop, rows, rows * work, given.dtype, *weights, eps, given[:, 0], h, window, out[:, 0], h_after, window_after)
+    spread(
+        loop, rows, rows * work, given.dtype, *weights, eps, given[:, 0], h, window, out[:, 0], h_after, window_after
+    )
     return from_numpy(out), (from_numpy(h_after), from_numpy(window_after))
 
 

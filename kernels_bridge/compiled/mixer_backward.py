@@ -115,8 +115,8 @@ def backward(
             torch.sum(dC, 1, out=dlow[..., r + n :])
             _add(total, "dt_proj", draw, low[..., :r])
             if eps is not None:
-                for part, d in zip(saved.low[i].split((r, n, n), -1), dlow.split((r, n, n), -1), strict=True):
-                    _through_divided(part, d, eps)
+                for given, d in zip(saved.low[i].split((r, n, n), -1), dlow.split((r, n, n), -1), strict=True):
+                    _through_divided(given, d, eps)
             _add(total, "x_proj", dlow, u)
             du.view(-1, e).addmm_(dlow.view(count * l, -1), w.x_proj)
 

@@ -35,7 +35,7 @@ def make(kernels: Callable[[], Kernels], name: str = NAME) -> Ops:
         k = kernels()
         check(model, k)
         config: Any = model.config
-        plain = config.mixer_rms_eps is None  # of FalconMamba's norms mamba-ssm's block has no backward
+        plain = config.mixer_rms_eps is None  # mamba-ssm's block divides dt elsewhere, and forgets it in its backward
         return Ops(
             name,
             partial(conv, kernels=k, fresh=fresh, keep=keep),

@@ -14,7 +14,6 @@ from minimal_mamba.errors import CheckpointError, InputError
 
 from .watch import EACH, Implementation, Seen, alone, collect, embedded, leaf, loss_of, training
 
-
 FALCON_NORMS = {"dt_low": "dt_layernorm", "B": "b_layernorm", "C": "c_layernorm"}  # of transformers' mixer
 
 

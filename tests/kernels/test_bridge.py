@@ -21,9 +21,12 @@ from interp import Scale, Set, Zero, at, generate, gradients, logit_diff, run
 from kernels_bridge import backends
 from kernels_bridge.fused import FUSED, kernels, load
 from kernels_bridge.harness.targets import roundings
-from minimal_mamba import Mamba
+from minimal_mamba import Mamba, block
+from minimal_mamba.block import divided
 from minimal_mamba.errors import BackendUnavailable
+from minimal_mamba.scan import READABLE
 from minimal_mamba.sites import ADDRESSABLE
+from minimal_mamba.tap import NO_TAP
 
 KERNELS = dataclasses.replace(load(), name="fused[on a CPU]", device="cpu")
 SINGLE = tiny(seed=5).float()
@@ -172,6 +175,61 @@ def test_the_convolutions_own_backward_is_wrong_where_rows_are_lengthened(dtype:
         want = torch.autograd.grad(F.silu(wide), (weight, bias), g.double())
         wrong = max(error(a, b) for a, b in zip(got, want, strict=True)) > 1e-5
         assert wrong == (kernels._lengthened(x).shape[2] > l), l
+
+
+def falcon() -> tuple[Mamba, Mamba]:
+    small = tiny(seed=5, mixer_rms_eps=1e-3).float()
+    exact = Mamba(small.config).double()
+    exact.load_state_dict(small.state_dict())
+    return small, exact
+
+
+def test_falcon_mamba() -> None:
+    small, exact = falcon()
+    ids, edits = draw_ids(3, 17), [Set(at.ssm_state(layer=1, pos=4), 0.3), Scale(at.dt_low(layer=2, pos=3), 0.5)]
+    for some in ([], edits):
+        found = []
+        for model, backend in ((exact, "reference"), (small, "fused"), (small, "reference")):
+            logits = run(model, ids, some, backend=backend, lengths=[17, 9, 5]).logits
+            found.append([logits, *torch.autograd.grad(logits.square().sum(), [*model.parameters()])])
+        for want, got, plain in zip(*found, strict=True):
+            assert want.any() and error(got, want) <= 4 * error(plain, want) + 5e-6
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_mamba_ssms_own_block_is_no_falcon_mamba(elsewhere: bool) -> None:
+    """It divides dt behind `dt_proj`, over all channels, where transformers divides dt_low, unless it trains through
+    this; and its backward takes what it divides by for constants.
+    """
+    small, exact = falcon()
+    m, wide, eps = small.backbone.layers[0].mixer, exact.backbone.layers[0].mixer, 1e-3
+    rng = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(2, 9, 12, generator=rng) for _ in range(2))
+    b, c, dt = (torch.ones(size) for size in (5, 5, 24))
+    got = KERNELS.mamba_inner_fn(
+        m.in_proj(x).transpose(1, 2), m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight,
+        m.out_proj.weight, None, m.A(torch.float32), None, None, m.D, delta_bias=m.dt_proj.bias, delta_softplus=True,
+        b_rms_weight=b, c_rms_weight=c, dt_rms_weight=dt, b_c_dt_rms_eps=eps,
+    )  # fmt: skip
+    memory = exact.initial_state(2).ssm_state[0], exact.initial_state(2).conv_state[0]
+    with pytest.MonkeyPatch.context() as patch:
+        if elsewhere:
+
+            def divided_behind(low: Tensor, weight: Tensor) -> Tensor:
+                return divided(F_linear(low, weight), eps) if weight is wide.dt_proj.weight else F_linear(low, weight)
+
+            F_linear = F.linear
+            patch.setattr(block, "divided", lambda x, eps: x if x.shape[-1] == 4 else divided(x, eps))
+            patch.setattr(F, "linear", lambda x, w, *bias: F_linear(x, w, *bias) if bias else divided_behind(x, w))
+        want = wide(x.double(), memory, None, NO_TAP, READABLE)[0]
+    off = error(got, want)
+    assert off < 1e-5 if elsewhere else off > 0.1
+    names = ("x_proj.weight", "dt_proj.weight", "conv1d.weight", "in_proj.weight")
+    found, right = (
+        torch.autograd.grad((y * g).sum(), [dict(mixer.named_parameters())[n] for n in names])
+        for y, mixer in ((got, m), (want, wide))
+    )
+    assert all(error(a, b) > 0.1 for a, b in zip(found, right, strict=True))
 
 
 def test_gradients_of_states_carried_and_edited() -> None:

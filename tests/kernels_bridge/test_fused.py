@@ -177,6 +177,17 @@ def test_an_untouched_layer_is_one_call(counted: Counted) -> None:
     assert counted.take() == clean | {"layer_norm_fn": layers - 1}
 
 
+def test_falcon_mamba_goes_line_by_line(counted: Counted) -> None:
+    """mamba-ssm's block would give other outputs, and gradients of neither (`tests/kernels/test_bridge.py`)."""
+    model, ids = tiny(seed=5, mixer_rms_eps=0.01), draw_ids(2, 9)
+    want, got = (run(model, ids, backend=b, lengths=[9, 4]).logits for b in ("reference", "fused"))
+    assert counted.take() == dict.fromkeys(["layer_norm_fn", "causal_conv1d_fn", "selective_scan_fn"], CONFIG.n_layer)
+    near(got, want)
+    grads = (torch.autograd.grad(out.square().sum(), [*model.parameters()]) for out in (got, want))
+    for found, right in zip(*grads, strict=True):
+        near(found, right)
+
+
 @pytest.mark.parametrize("site", INSIDE)
 def test_whatever_is_named_inside_a_layer_opens_its_block(site: str, counted: Counted) -> None:
     run(MODEL, draw_ids(2, 3), backend="fused", record=[getattr(at, site)(layer=1)])

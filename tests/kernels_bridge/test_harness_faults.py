@@ -1,13 +1,16 @@
 """Every fault that is planted is found, and named where: in operations, in modules, in blocks of several lines."""
 
+import dataclasses
+
 import pytest
 import torch
-from forks import ask, failed, faulty, model, plain, swapped, with_tf32
+from forks import CONFIG, ask, failed, faulty, model, plain, swapped, with_tf32
 
 from kernels_bridge import resolve
 from kernels_bridge.harness import Blind, Ours, Theirs, bisect, check, target
 from kernels_bridge.harness.draw import SMALL, draw_model
 from minimal_mamba import Mamba, MambaConfig, Ops
+from minimal_mamba.block import divided
 from minimal_mamba.scan import causal_conv, selective_scan, ssm_step
 from minimal_mamba.tap import NO_TAP, Tap
 
@@ -277,6 +280,31 @@ def test_one_channel_of_a_blocks_gradient_is_enough_in_sixteen_bits():
         report = check(target, weights, kinds=[kind], lengths=[17], progress=False)
         found[kind] = {(r.quantity, r.error > r.bound) for r in report.rows if not r.passed}
     assert found == {"mixers": {("d mixer.A_log", True)}, "gradients": set()}
+
+
+def test_a_norm_without_its_jacobian_is_found():
+    """As mamba-ssm's own block gives FalconMamba's gradients: the outputs are right."""
+    good, weights = resolve("torch"), draw_model(dataclasses.replace(CONFIG, mixer_rms_eps=1e-6), 0).float()
+
+    def constant(x, eps):
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt().detach()
+
+    for fault in (divided, constant):
+
+        def block(mixer, x, memory, mask, tap, fault=fault):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("minimal_mamba.block.divided", fault)
+                return mixer(x, memory, mask, Tap(), good)
+
+        target = Ours(weights, Ops("faulty", good.conv, good.scan, block=block))
+        found = {}
+        for kind in ("mixers", "model", "gradients"):
+            found[kind] = failed(check(target, weights, kinds=[kind], lengths=[17], progress=False))
+        if fault is divided:
+            assert not any(found.values())
+        else:
+            wrong = {"d mixer_in", "d mixer.x_proj.weight", "d mixer.conv1d.weight", "d mixer.in_proj.weight"}
+            assert wrong <= found["mixers"] and "d mixer.x_proj.weight" in found["gradients"] and not found["model"]
 
 
 def test_what_a_block_records_is_seen():

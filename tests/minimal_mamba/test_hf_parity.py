@@ -1,4 +1,4 @@
-"""The readable model against transformers' MambaForCausalLM and FalconMambaForCausalLM: logits and the gradient of every parameter.
+"""The readable model against transformers' MambaForCausalLM and FalconMambaForCausalLM: logits and all gradients.
 
 HF casts to float32 inside, so a float64 model of HF's is float32 in places. Two comparisons, then: HF as it is, in
 float32, where a gradient can cancel down to the rounding; and HF with its casts widened to float64, where both agree to
