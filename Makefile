@@ -55,7 +55,7 @@ bench-peers:  ## TransformerLens, nnsight, mambapy and MambaLens, in environment
 # On a machine with CUDA, mamba-ssm and causal-conv1d: `make -k gpu GPU_PYTHON=python3`, which goes on past what fails. A
 # check that was interrupted goes on where it was; each step can be made alone, as in `make fused-130m`.
 CHECK = $(GPU_PYTHON) -m kernels_bridge check --device cuda --json $(CHECKS)/$@.json --target
-GPU := gpu-tests gpu-golden fused-float32 fused-bfloat16 fused-float16 fused-odd fused-130m fused-masked gpu-speed mamba_ssm-float32
+GPU := gpu-tests gpu-golden fused-float32 fused-bfloat16 fused-float16 fused-odd fused-falcon fused-130m fused-masked gpu-speed mamba_ssm-float32
 .PHONY: gpu $(GPU)
 gpu: $(GPU)  ## what only a GPU can show: tests, golden vectors of the kernels, the check, the speed
 
@@ -68,7 +68,7 @@ gpu-golden:
 fused-float32 fused-bfloat16 fused-float16: fused-%:
 	$(CHECK) fused --dtype $*
 
-fused-odd fused-130m: fused-%:
+fused-odd fused-falcon fused-130m: fused-%:
 	$(CHECK) fused --size $*
 
 fused-masked:

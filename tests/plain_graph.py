@@ -56,6 +56,8 @@ def formula(model, node, got):
     parts = {"dt": slice(0, r), "B": slice(r, r + n), "C": slice(r + n, r + 2 * n)}
     if site in parts:
         low = by["u"] @ m.x_proj.weight[parts[site]].T
+        if c.mixer_rms_eps is not None:
+            low = low / (low.pow(2).mean(-1, keepdim=True) + c.mixer_rms_eps).sqrt()
         return F.softplus(low @ m.dt_proj.weight.T + m.dt_proj.bias) if site == "dt" else low
     if site == "decay":
         return torch.exp(by["dt"][..., None] * -torch.exp(m.A_log))

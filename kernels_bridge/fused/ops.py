@@ -35,7 +35,8 @@ def make(kernels: Callable[[], Kernels], name: str = NAME) -> Ops:
         k = kernels()
         check(model, k)
         config: Any = model.config
-        plain = config.mixer_rms_eps is None  # mamba-ssm's block divides dt elsewhere, and forgets it in its backward
+        # of FalconMamba mamba-ssm's block normalises dt behind `dt_proj`, and leaves the norms out of its backward
+        plain = config.mixer_rms_eps is None
         return Ops(
             name,
             partial(conv, kernels=k, fresh=fresh, keep=keep),

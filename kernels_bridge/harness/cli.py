@@ -28,7 +28,8 @@ Size = Annotated[
     str,
     typer.Option(
         help="of drawn weights: small (2 layers, d_model 64), odd (every choice other than small's: biases, LayerNorm, "
-        "untied head, sizes without a power of two) or 130m (24 layers, d_model 768)"
+        "untied head, sizes without a power of two), falcon (small, with FalconMamba's norms) or 130m (24 layers, "
+        "d_model 768)"
     ),
 ]
 Seed = Annotated[int, typer.Option(help="of drawn weights, tokens and edits")]

@@ -76,6 +76,8 @@ def written_out(mixer, value, t, cut, baseline, change=lambda conv: conv):
     for r in range(t + 1):
         u.append(conv(r, content if r in everything else x, content))
         low, b_r, c_r = mixer.x_proj(conv(r, chosen, chosen)).split(mixer.sizes)
+        if mixer.rms_eps is not None:
+            low, b_r, c_r = (part / (part.square().mean() + mixer.rms_eps).sqrt() for part in (low, b_r, c_r))
         dt.append(F.softplus(mixer.dt_proj(low)))
         B.append(b_r)
         C.append(c_r)
@@ -116,9 +118,10 @@ def test_scan_is_the_matrix_form_with_zeroed_entries(backend):
         assert (out - clean(MODEL, IDS, at.mixer_out(layer=[0, 1]))[0]).abs().max() > 0.1
 
 
-def test_every_route_is_its_equation():
+@pytest.mark.parametrize("model", [MODEL, tiny(seed=6, mixer_rms_eps=0.01)], ids=["Mamba", "FalconMamba"])
+def test_every_route_is_its_equation(model):
     """One target of each row of the batch, with its own sources for each route, against loops over the equation."""
-    value = clean(MODEL, IDS, at.mixer_in(layer=1))[0]
+    value = clean(model, IDS, at.mixer_in(layer=1))[0]
     rng = torch.Generator().manual_seed(2)
     baseline = torch.randn(MODEL.config.d_model, generator=rng, dtype=torch.float64)
     subsets = [c for n in (1, 2, 3, 4) for c in itertools.combinations(ROUTES, n)]
@@ -132,11 +135,11 @@ def test_every_route_is_its_equation():
                 mine = sorted(sources - {t}) if route == "conv" else sorted(sources)
                 cuts += [Knockout(mine, t, 1, route, rows=row)] if mine else []
         with torch.no_grad():
-            expected = clean(MODEL, IDS, OUT)[0][1]  # nothing else in the layer changes
+            expected = clean(model, IDS, OUT)[0][1]  # nothing else in the layer changes
             for row, t, cut in wanted:
-                expected[row, t] = written_out(MODEL.backbone.layers[1].mixer, value[row], t, cut, baseline)
+                expected[row, t] = written_out(model.backbone.layers[1].mixer, value[row], t, cut, baseline)
             for backend in ("reference", "torch", "fused"):
-                out = knockout(MODEL, IDS, cuts, record=OUT, baseline=baseline, backend=backend)[OUT][1]
+                out = knockout(model, IDS, cuts, record=OUT, baseline=baseline, backend=backend)[OUT][1]
                 torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-11)
 
 

@@ -17,6 +17,7 @@ SHAPES = {
     "plain": {},
     "wide conv": {"d_conv": 7},
     "no conv": {"d_conv": 1},
+    "FalconMamba": {"mixer_rms_eps": 0.3},
     "LayerNorm, biases, one state": {"rms_norm": False, "bias": True, "d_state": 1},
 }
 

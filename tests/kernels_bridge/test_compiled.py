@@ -281,6 +281,7 @@ def test_attribution_agrees(site: str, keep: str | None, edited: bool) -> None:
         ("small", torch.float32, [37]),
         ("small", torch.float64, [37]),
         ("small", torch.bfloat16, [37]),
+        ("falcon", torch.float32, [17]),
         ("odd", torch.float32, [1, 2, 5, 17]),  # whose gradients one rounding of the readable model hardly errs in
     ],
 )
