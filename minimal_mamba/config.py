@@ -87,6 +87,12 @@ class MambaConfig:
         if self.dt_init not in ("random", "constant"):
             raise ConfigError(f"dt_init={self.dt_init!r} is unknown; 'random' and 'constant' are.")
 
+    def __repr__(self) -> str:
+        # without FalconMamba's field where it is not set: saved runs name their model by a digest of this
+        shown = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        fields = (f"{name}={value!r}" for name, value in shown if (name, value) != ("mixer_rms_eps", None))
+        return f"{type(self).__name__}({', '.join(fields)})"
+
     @property
     def d_inner(self) -> int:
         """Width e of the mixer."""

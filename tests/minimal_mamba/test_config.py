@@ -10,6 +10,7 @@ from helpers import near
 
 from minimal_mamba import Mamba, MambaConfig, MambascopeError
 from minimal_mamba.errors import ConfigError
+from minimal_mamba.provenance import model_digest
 
 
 def test_initialisation_is_mamba_ssms() -> None:
@@ -63,6 +64,17 @@ def test_sizes_that_follow_from_others(vocab: int, multiple: int, rows: int) -> 
 def test_a_config_goes_through_pickle() -> None:
     config = MambaConfig(d_model=8, n_layer=1, vocab_size=8, expand=1.5, tie_embeddings=False)
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_config_is_printed_as_a_call_and_without_falcon_mambas_field_has_the_digest_it_had() -> None:
+    for eps in (None, 1e-6):
+        config = MambaConfig(d_model=8, n_layer=1, vocab_size=8, mixer_rms_eps=eps)
+        assert eval(repr(config)) == config and ("mixer_rms_eps" in repr(config)) == (eps is not None)
+    model = Mamba(MambaConfig(d_model=8, n_layer=1, vocab_size=8))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(0.5)
+    assert model_digest(model) == "c577e4fbee3f37b863688b6c9a1be40d"  # of version 0.1.0, before there was the field
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
