@@ -16,20 +16,26 @@ patterns, Haufe et al. 2014 (NeuroImage 87). The noise is that of the data, all 
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kernels_bridge import resolve as operations
 from minimal_mamba import Address, Mamba, Plan
 from minimal_mamba.address import address_of, named_site, resolve, selector
 from minimal_mamba.block import wide
 from minimal_mamba.errors import EditError, InputError, nearest
+from minimal_mamba.provenance import digest, model_digest
 from minimal_mamba.sites import ADDRESSABLE
 
+from .linear_probe import LinearProbe
 from .positions import from_start, present
 from .probe_fit import How, Space, commonest, decide, fit, interval, like, patterns, score
 from .probe_rows import (
@@ -44,91 +50,10 @@ from .probe_rows import (
     same_so_far,
 )
 from .run import Lengths, each, run
+from .sweep.store import Saved
 
 FOLDS = 5
 MEMORY = 1 << 30  # bytes of recordings that a grid takes from one pass, unless one layer's are more
-
-
-@dataclass(frozen=True, eq=False)
-class LinearProbe:
-    """What a probe found. `weights`, `patterns` and `basis` are fitted on all rows, in the site's own coordinates.
-
-    Args:
-        score: held-out accuracy of classes; R^2 of numbers, 1 - sum (y - guess)^2 / sum (y - mean)^2, the mean that of
-            the training rows.
-        interval: 95 %: Wilson's, with each group counted once (of unequal ones as many as they are worth); of R^2,
-            percentiles of a bootstrap over groups, of few groups too narrow (92 % with 20, 83 % with 5). Neither covers
-            how another training set would have come out.
-        chance: the share of the commonest class; 0 of numbers.
-        controls: name -> one score a seed. Of numbers in few rows they can be far below 0: what is fitted to nothing
-            misses by more than the mean does.
-        classes: labels in the order of `weights`; None of numbers.
-        predicted: (rows,) held-out: indices into `classes`, or numbers. fold: (rows,) the fold that held each row out.
-        weights: (classes, *features), or (1, *features) of two classes and of numbers; bias likewise.
-        patterns: (classes, *features) each class's mean less the mean of all rows; of numbers (1, *features), what x
-            moves by, on average, for one unit. The weights are what the probe reads, not what a class is. `towards`
-            makes of them what to `Add`.
-        basis: (m, *features) orthonormal, the space that the probe reads, for `Project`; m is classes - 1, or 1. To
-            remove it blinds this probe, not every other: classes stay apart along what their means differ by. To erase
-            a label, remove the span of all `patterns` but one, after which no linear probe tells the classes apart
-            (Belrose et al. 2023, arXiv:2306.03819, theorem 3.1).
-        dims: principal components used. rows, groups: how many.
-    """
-
-    score: float
-    interval: tuple[float, float]
-    chance: float
-    controls: Mapping[str, tuple[float, ...]]
-    classes: tuple[Any, ...] | None
-    predicted: Tensor = field(repr=False)
-    fold: Tensor = field(repr=False)
-    weights: Tensor = field(repr=False)
-    bias: Tensor = field(repr=False)
-    patterns: Tensor = field(repr=False)
-    basis: Tensor = field(repr=False)
-    dims: int
-    rows: int
-    groups: int
-
-    def towards(self, to: Any, frm: Any = None) -> Tensor:
-        """What to `Add` at the site to bring a label about: along the patterns, not the weights.
-
-        Of classes, the mean of class `to` less that of class `frm`: patterns[to] alone leads there from the mean of all
-        rows, and from another class about as far as the boundary. Of numbers, what moves the reading by exactly
-        to - frm, so that `towards(1.0)` is one unit. One unit of `patterns` moves it by less: by the slope of the
-        readings on the labels, which of least squares is R^2 on the rows of the fit.
-
-        Args:
-            to, frm: two of `classes`, where frm may be left out if there are no others; or two numbers, frm 0 if None.
-        Returns:
-            (*features).
-        Raises:
-            InputError: no such class, or a probe whose reading nothing moves.
-        """
-        if self.classes is None:
-            reading = float((self.weights * self.patterns).sum())
-            if reading <= 0:
-                raise InputError("the probe reads the same number off every row: there is no direction that moves it.")
-            return (to - (0.0 if frm is None else frm)) / reading * self.patterns[0]
-        if frm is None and len(self.classes) == 2 and to in self.classes:
-            frm = self.classes[1 - self.classes.index(to)]
-        if to not in self.classes or frm not in self.classes:
-            raise InputError(f"from {frm!r} to {to!r}: name two of the classes {self.classes}.")
-        return self.patterns[self.classes.index(to)] - self.patterns[self.classes.index(frm)]
-
-    @property
-    def selectivity(self) -> float:
-        """Score less the mean of the shuffled labels', each of numbers counted as 0 at least, which a constant has."""
-        if "shuffled" not in self.controls:
-            raise InputError("selectivity needs the control 'shuffled'; this probe was made with seeds=0.")
-        least = 0.0 if self.classes is None else -float("inf")
-        chance = [max(least, score) for score in self.controls["shuffled"]]
-        return self.score - sum(chance) / len(chance)
-
-    def scores(self, features: Any) -> Tensor:
-        """x w + b: (rows, classes), or (rows, 1), of rows like those that it was fitted on."""
-        x = read_features("features", features).flatten(1)
-        return x @ self.weights.flatten(1).T + self.bias
 
 
 @torch.no_grad()
@@ -260,6 +185,11 @@ def probe(
     )  # fmt: skip
 
 
+OPTIONS = {
+    k: p.default for k, p in signature(probe).parameters.items() if k not in ("features", "labels", "groups", "other")
+}
+
+
 @dataclass(frozen=True, eq=False)
 class ProbeGrid:
     """Probes of one site: `grid[row, column]` is a `LinearProbe`, `values("score")` (layers, columns).
@@ -307,6 +237,7 @@ def probe_grid(
     batch: int = 64,
     backend: str = "auto",
     progress: bool = True,
+    path: str | Path | None = None,
     **options: Any,
 ) -> ProbeGrid:
     """Probe a site at each layer and position.
@@ -322,11 +253,14 @@ def probe_grid(
             first words is read only as far as it is read off words that no other prompt began with. `groups` of a
             probe, or `values("groups")`, says how many.
         random_model: another model of the same sizes, such as one with fresh weights, for the control "random".
+        path: a folder to save each probe in, as soon as it is fitted; a grid that was interrupted goes on from there,
+            to the same numbers. What is finished comes back from it without a run.
         options: of `probe`.
     Raises:
-        InputError: as `probe`, with the cell that it was in. AddressError, EditError: no such place.
+        InputError: as `probe`, with the cell that it was in. AddressError, EditError: no such place. CheckpointError:
+            the folder holds another grid, by model, tokens, labels, groups, places or options, or is damaged.
     Cost: a probe a cell; (b, positions, features) of as many layers at a time as take 1 GiB, one at least, and for them
-        rows / batch forwards.
+        rows / batch forwards. A file of a probe of c classes holds 8 bytes (3c - 1) times for each feature.
     """
     named_site(site)
     ids, sizes = model.check(ids, lengths)
@@ -337,7 +271,6 @@ def probe_grid(
     chosen = selector(slice(None) if layers is None else layers, "layer")
     rows: list[int | None] = [*resolve(chosen, model.config.n_layer, "layer")] if layered else [None]
     wanted = sorted({p for column in columns for p in column})
-    found = []
     given = []  # of each column: labels, which rows have one, their groups
     for column in columns:
         y = torch.cat([labels_at(labels, p, sizes) for p in column])
@@ -349,26 +282,46 @@ def probe_grid(
     size = math.prod(model.config.size(axis) for axis in ADDRESSABLE[site].features)
     of_layer = len(models) * len(ids) * len(wanted) * size * torch.finfo(wide(model.dtype)).bits // 8
     together = max(1, MEMORY // of_layer)
+    saved = None
+    if path is not None:
+        what = {
+            "model": model_digest(model), "random_model": random_model and model_digest(random_model),
+            "ids": ids.tolist(), "lengths": None if lengths is None else sizes.tolist(),
+            "labels": digest(*(x for y, has, _ in given for x in (y, has))),
+            "groups": digest(*(shared for *_, shared in given)), "site": site, "layers": rows, "positions": columns,
+            "options": {k: str(v) for k, v in (OPTIONS | options).items()}, "batch": batch,
+            "backend": operations(backend, model.device).name, "torch": torch.__version__,
+        }  # fmt: skip
+        saved = Saved(path, what, "probe_grid")
+    found: list[LinearProbe] = []
     with tqdm(total=len(rows) * len(columns), desc=f"probe {site}", disable=not progress) as bar:
         for i in range(0, len(rows), together):
             places = {(r, p): address_of(site, r, pos=p) for r in rows[i : i + together] for p in wanted}
-            kept = [
-                collect(m, ids, list(places.values()), batch=batch, lengths=lengths, backend=backend) for m in models
-            ]
-            for layer in rows[i : i + together]:
-                cells = []
-                for column, (y, has, shared) in zip(columns, given, strict=True):
+            kept: list[dict[Address, Tensor]] = []
+            for layer, j in product(rows[i : i + together], range(len(columns))):
+                column, (y, has, shared) = columns[j], given[j]
+                there = saved.load(len(found)) if saved else None
+                if there is None:
+                    kept = kept or [
+                        collect(m, ids, [*places.values()], batch=batch, lengths=lengths, backend=backend)
+                        for m in models
+                    ]
                     xs = [torch.cat([k[places[layer, p]] for p in column])[has] for k in kept]
                     how = dict(options)
-                    if groups is None and 2 <= (there := len(shared.unique())) < how.get("folds", FOLDS):
-                        how["folds"] = there
+                    if groups is None and 2 <= (beginnings := len(shared.unique())) < how.get("folds", FOLDS):
+                        how["folds"] = beginnings
                     try:
-                        cells.append(probe(xs[0], y, groups=shared, other=xs[1] if xs[1:] else None, **how))
+                        made = probe(xs[0], y, groups=shared, other=xs[1] if xs[1:] else None, **how)
                     except InputError as error:
                         cell = address_of(site, layer, pos=column if len(column) > 1 else column[0])
                         left = "" if has.all() else " Rows whose label is -1 or NaN are left out."
                         raise InputError(f"{cell}: {error}{left}") from None
-                    bar.update()
-                found.append(tuple(cells))
+                    if saved:
+                        saved.save(len(found), made.tensors())
+                else:
+                    made = LinearProbe.from_tensors(there)
+                found.append(made)
+                bar.update()
+    cells = tuple(tuple(found[i : i + len(columns)]) for i in range(0, len(found), len(columns)))
     names = tuple(c[0] if len(c) == 1 else tuple(c) for c in columns)
-    return ProbeGrid(tuple(found), site, tuple(rows), names)
+    return ProbeGrid(cells, site, tuple(rows), names)

@@ -1,6 +1,6 @@
 """Sweeps on disk: each group as soon as it is done, and at the end the grid with all that it takes to make it again.
 
-sweep.json              what the sweep is: model, tokens, edits, metrics, backend, groups
+sweep.json              what the sweep is: model, tokens, edits, metrics, backend, groups; or probe_grid.json
 group-00007.safetensors what one group gave
 grid.json, .safetensors of `patch_grid`: the recipe, the inputs and the numbers
 """
@@ -43,22 +43,22 @@ def edits_digest(cell: Sequence[Edit]) -> str:
 
 
 class Saved:
-    """The folder of one sweep.
+    """The folder of one sweep, or of another `kind` of work that is done part by part.
 
     Args:
         folder: made if it is not there.
-        what: what the sweep is, in JSON's types.
+        what: what the work is, in JSON's types.
     Raises:
         CheckpointError: the folder holds another sweep, or cannot be read.
     """
 
-    def __init__(self, folder: str | Path, what: Mapping[str, Any]):
+    def __init__(self, folder: str | Path, what: Mapping[str, Any], kind: str = "sweep"):
         self.folder = Path(folder)
         what = {"version": VERSION, **what}
-        head = self.folder / "sweep.json"
+        head = self.folder / f"{kind}.json"
         if not head.exists():
             if any(not file.name.startswith(".") for file in make_folder(self.folder).iterdir()):
-                raise CheckpointError(f"{self.folder} holds other files and no sweep.json; give an empty folder.")
+                raise CheckpointError(f"{self.folder} holds other files and no {head.name}; give an empty folder.")
             write_json(head, what)
             return
         there = read_json(head)
@@ -66,7 +66,7 @@ class Saved:
         if differ:
             says = ", ".join(f"{k} ({there.get(k)!s:.40} there, {what.get(k)!s:.40} here)" for k in differ)
             raise CheckpointError(
-                f"{self.folder} holds another sweep: they differ in {says}. Give another folder, or delete this one."
+                f"{self.folder} holds another {kind}: they differ in {says}. Give another folder, or delete this one."
             )
 
     def load(self, group: int) -> dict[str, Tensor] | None:
@@ -96,7 +96,7 @@ class Saved:
 
     @staticmethod
     def _damaged(file: Path, why: str) -> CheckpointError:
-        return CheckpointError(f"{file} is damaged ({why}). Delete this file: the sweep then makes its cells again.")
+        return CheckpointError(f"{file} is damaged ({why}). Delete this file: what it held is then made again.")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def read_json(file: Path) -> dict[str, Any]:
         assert isinstance(found, dict)
     except (OSError, ValueError, AssertionError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error}); a sweep with path= writes it. If it is damaged, delete the folder."
+            f"{file} cannot be read ({error}); a method with path= writes it. If it is damaged, delete the folder."
         ) from None
     return found
 
