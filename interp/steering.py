@@ -21,6 +21,7 @@ from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
 
 from .run import Lengths, Metric, apply_metric, run
+from .sweep import sweep
 
 Positions = int | slice | Sequence[int]
 
@@ -123,7 +124,8 @@ def steering_curve(
     Args:
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
         controls: how many random directions, drawn with seed, seed + 1, ...
-    Cost: strengths * (1 + controls) forwards.
+    Cost: a `sweep` of strengths * (1 + controls) cells: of each the layers from the direction's on, from its first
+        position on, in batches. From a carried `state`, as many whole forwards.
     """
     strengths = list(strengths)
     if not strengths or controls < 0 or not all(math.isfinite(strength) for strength in strengths):
@@ -131,13 +133,14 @@ def steering_curve(
             f"strengths={strengths}, controls={controls}: at least one finite strength, and 0 controls or more."
         )
     directions = [direction, *(direction.random(seed + i) for i in range(controls))]
-    short, rows = lengths is not None, []
-    with tqdm(total=len(directions) * len(strengths), desc="steering", disable=not progress) as bar:
-        for one in directions:
-            for strength in strengths:
-                edit = one.add(strength, pos)
-                out = run(model, ids, edit, (), backend, state, lengths=lengths, last_only=short)
-                rows.append(apply_metric(metric, out.logits))
-                bar.update()
-    values = torch.stack(rows).unflatten(0, (len(directions), len(strengths)))
+    cells = [one.add(strength, pos) for one in directions for strength in strengths]
+    if state is None:
+        found = sweep(model, ids, cells, metric, lengths=lengths, backend=backend, progress=progress).values
+    else:  # a sweep starts afresh
+        rows, short = [], lengths is not None
+        for edit in tqdm(cells, desc="steering", disable=not progress):
+            out = run(model, ids, edit, (), backend, state, lengths=lengths, last_only=short)
+            rows.append(apply_metric(metric, out.logits))
+        found = torch.stack(rows)
+    values = found.unflatten(0, (len(directions), len(strengths)))
     return SteeringCurve(torch.tensor(strengths, dtype=torch.float64), values[0], values[1:])

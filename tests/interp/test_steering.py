@@ -201,6 +201,28 @@ def test_the_curve_is_one_run_a_strength_and_direction():
         assert found.controls.shape == (2, 3, 3)
 
 
+@pytest.mark.parametrize("lengths", [None, [7, 4, 5]])
+@pytest.mark.parametrize("place", [at.resid_post(layer=1), at.ssm_state(layer=2)])
+@pytest.mark.parametrize("carried", [False, True])
+def test_the_curve_runs_its_cells_together(place, lengths, carried, monkeypatch):
+    """It ran the whole model once a strength and direction."""
+    model, tokens, forwards = tiny(), ids(7), []
+    state = run(model, ids(4, seed=3), keep_state=True).state if carried else None
+    push, pos = direction(place), slice(6, None) if carried else slice(2, None)
+    strengths, score = [-1.0, 0.5, 2.0], type(model).score
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "score", lambda *args: forwards.append(1) or score(*args))
+        found = steering_curve(
+            model, tokens, push, lambda x: logit_diff(x, 3, 5), strengths, pos=pos, controls=2, lengths=lengths,
+            state=state, progress=False,
+        )  # fmt: skip
+    assert len(forwards) == (9 if carried else 1)  # the base run of a sweep
+    for one, values in zip([push, push.random(0), push.random(1)], [found.values, *found.controls], strict=True):
+        for strength, value in zip(strengths, values, strict=True):
+            alone = run(model, tokens, one.add(strength, pos), state=state, lengths=lengths)
+            assert_close(value, logit_diff(alone, 3, 5), rtol=1e-9, atol=1e-10)
+
+
 def test_what_has_no_meaning_says_so():
     model, tokens = tiny(), ids(7)
     place = at.resid_post(layer=1, pos=-1)
