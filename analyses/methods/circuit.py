@@ -19,7 +19,8 @@ from interp import edge_attribution, faithfulness, logit_diff, prune
 from ._save import save
 
 ROWS, STEPS = 8, 8
-SIZES = (25, 50, 100, 150, 200, 300, 400, 600, 800, 1000)
+SIZES = (0, 100, 150, 200, 300, 400, 600, 800, 1000)
+FEW = (25, 50)  # so few of those ranked at the base do not yet make a way
 
 
 def figure(folder: Path) -> list[Path]:
@@ -48,10 +49,12 @@ def _curve(folder: Path) -> list[Path]:
         return logit_diff(logits, found.base_answer, found.donor_answer)
 
     drawn, ax = plt.subplots(figsize=(3.4, 2.1), constrained_layout=True)
-    for steps, colour, marker, name in ((None, "#D55E00", "s", "at the base"),
-                                        (STEPS, "#0072B2", "o", f"{STEPS} points on the way")):  # fmt: skip
+    for steps, sizes, colour, marker, name in (
+        (None, SIZES, "#D55E00", "s", "at the base"),
+        (STEPS, sorted({*SIZES, *FEW}), "#0072B2", "o", f"{STEPS} points on the way"),
+    ):
         effects = edge_attribution(*prompts, metric, steps=steps)
-        several = [prune(effects, keep=keep) for keep in SIZES]
+        several = [prune(effects, keep=keep) for keep in sizes]
         carried = faithfulness(*prompts[:1], several, *prompts[1:], metric, progress=False)
         ax.errorbar(
             carried.sizes, carried.score(), yerr=carried.error(), color=colour, marker=marker, markersize=3,

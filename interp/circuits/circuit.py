@@ -1,6 +1,7 @@
 """A circuit: the edges that are kept of the graph, how it is found, and how much of the metric it carries."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +107,11 @@ def prune(*effects: EdgeEffects, keep: int | None = None, threshold: float | Non
     Args:
         effects: of single edges; several of the same edges count by the largest size, such as those of both directions.
             Edges that it does not name count as kept; they are not part of the circuit.
-        keep: how many edges, before the last step. threshold: or the least size, in the metric's unit.
+        keep: how many edges, before the last step. threshold: or the least size, in the metric's unit; the circuit may
+            then be empty.
     Raises:
-        InputError: neither or both of keep and threshold; effects of several edges at once, or of different ones.
+        InputError: neither or both of keep and threshold; effects of several edges at once, or of different ones; a
+            number of edges, other than 0, of which none lies on such a way, with the least number of which some do.
     """
     if (keep is None) == (threshold is None):
         raise InputError("give either keep=, a number of edges, or threshold=, a size in the metric's unit.")
@@ -129,8 +132,25 @@ def prune(*effects: EdgeEffects, keep: int | None = None, threshold: float | Non
     ranked = [i for i in size.argsort(descending=True, stable=True).tolist() if size[i] > 0]
     chosen = ranked[:keep] if threshold is None else [i for i in ranked if size[i] >= threshold]
     rest = set(all_edges(effects[0].config, effects[0].length)) - set(single)
-    on_the_way = _connected({*(single[i] for i in chosen), *rest})
-    last = [i for i in chosen if single[i] in on_the_way]
+
+    def connected(some: Sequence[int]) -> list[int]:
+        on_the_way = _connected({*(single[i] for i in some), *rest})
+        return [i for i in some if single[i] in on_the_way]
+
+    last = connected(chosen)
+    if keep and not last:
+        if connected(ranked):
+            enough = bisect_left(range(len(ranked)), True, key=lambda n: bool(connected(ranked[:n])))
+            told = f"give keep={enough} or more, which leaves some, or keep=0 for a circuit of none."
+        else:
+            told = (
+                f"nor does any of all {len(ranked)} that have an effect. Give the effects of the other direction too, "
+                "with base and donor exchanged, if these are two prompts that the metric tells apart."
+            )
+        raise InputError(
+            f"keep={keep}: of the {len(chosen)} edges of the largest effects none lies on a way from an embedding to "
+            f"logits, so that no edge would be left; {told}"
+        )
     return Circuit(tuple(single[i] for i in last), tuple(size[last].tolist()), tuple(towards[last].tolist()))
 
 
@@ -215,7 +235,7 @@ def faithfulness(
     once. The live value is that of the circuit's run, so what enters only through edges outside is lost further on.
 
     Args:
-        circuits: one, or several, as for a curve over their sizes: [prune(effects, keep=n) for n in (4, 8, 16)].
+        circuits: one, or several, as for a curve over their sizes: [prune(effects, keep=n) for n in (50, 100, 200)].
         ids, donor_ids: (b, l) base and donor (corrupt) prompts, row by row.
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
         ablate: "donor": edges outside carry the donor's value, row by row; "mean": its mean over the donor's rows.

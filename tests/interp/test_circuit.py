@@ -1,6 +1,8 @@
 """Circuits: running one is what a plain evaluation of the graph gives; pruning drops only what changes nothing."""
 
 import itertools
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,8 +96,11 @@ def test_a_score_of_rows_with_either_sign():
 @pytest.mark.parametrize("keep", [3, 20, 60, 120])
 def test_pruning_drops_only_what_changes_nothing(keep):
     effects = edge_attribution(MODEL, IDS, DONOR, metric)
-    circuit = prune(effects, keep=keep)
-    ranked = [effects.edges[i] for i in effects.size().argsort(descending=True)[:keep].tolist()]
+    best = effects.size().argsort(descending=True)[:keep]
+    ranked = [effects.edges[i] for i in best.tolist()]
+    circuit = prune(effects, threshold=float(effects.size()[best[-1]]))  # which may leave none
+    if len(circuit):
+        assert prune(effects, keep=keep) == circuit
     assert set(circuit.edges) <= set(ranked)
     found = faithfulness(MODEL, [circuit, circuit_of(ranked)], IDS, DONOR, metric, progress=False)
     torch.testing.assert_close(found.values[0], found.values[1], rtol=1e-10, atol=1e-10)
@@ -119,6 +124,28 @@ def test_pruning_by_size_keeps_what_is_above_and_never_what_does_nothing():
         assert towards == pytest.approx(float((effects[edge] * signs).mean()))
     full = faithfulness(MODEL, everything, IDS, DONOR, metric, progress=False)
     torch.testing.assert_close(full.score(), torch.ones(1).double())
+
+
+def test_a_number_of_edges_of_which_none_makes_a_way_says_how_many_do():
+    """The circuit was empty, without a word."""
+    effects = edge_attribution(MODEL, IDS, DONOR, metric)
+    with pytest.raises(InputError, match=r"keep=1: of the 1 edges .* give keep=(\d+) or more, .* or keep=0") as told:
+        prune(effects, keep=1)
+    least = int(re.findall(r"keep=(\d+)", str(told.value))[1])
+    assert len(prune(effects, keep=least)) > 0 == len(prune(effects, keep=0))
+    with pytest.raises(InputError, match=f"give keep={least} or more"):
+        prune(effects, keep=least - 1)
+    two = plant("two", 0)
+    there, back = (
+        edge_attribution(two.model, *x, two.metric) for x in ((two.ids, two.donor_ids), (two.donor_ids, two.ids))
+    )
+    broken = replace(there, values=there.values * (there.size() > 1e-9)[:, None])
+    with pytest.raises(InputError, match=r"nor does any of all 10 that have an effect\. Give the effects of the other"):
+        prune(broken, keep=50)
+    assert len(prune(broken, back, keep=50)) > 0
+    nothing = replace(effects, values=torch.zeros_like(effects.values))
+    with pytest.raises(InputError, match=r"keep=9: of the 0 edges .* if these are two prompts that the metric tells"):
+        prune(nothing, keep=9)
 
 
 @torch.no_grad()
