@@ -12,6 +12,7 @@ from .agreement import Agreement, agreement
 from .attention import Attention, Contributions, attention, contributions
 from .attribution import attribution_grid
 from .circuits import Circuit, Edge, EdgeEffects, Faithfulness, edge_attribution, edges, faithfulness, path_patch, prune
+from .generation import generate
 from .hooked import HookedMamba
 from .knockout import Knockout, knockout, knockout_leak
 from .knockout_grid import KnockoutGrid, knockout_grid
@@ -32,7 +33,7 @@ from .plots import (
     steering_plot,
 )
 from .probes import LinearProbe, ProbeGrid, collect, probe, probe_grid
-from .run import Gradients, Run, generate, gradients, run
+from .run import Gradients, Run, gradients, run
 from .steering import Direction, SteeringCurve, contrast, steering_curve
 from .store import load_edits, save_edits
 from .sweep import Grid, Sweep, load_grid, patch_grid, replay, sweep

@@ -1,9 +1,7 @@
-"""`run`, `generate` and `gradients`: one call, from token ids and edits to numbers."""
+"""`run` and `gradients`: one call, from token ids and edits to numbers."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import TypeVar, cast
 
 import torch
@@ -16,7 +14,7 @@ from minimal_mamba.brief import Brief
 from minimal_mamba.edits import edit_or_address
 from minimal_mamba.errors import EditError, InputError, MetricError, NotRecorded
 from minimal_mamba.item import Probe
-from minimal_mamba.tap import NO_TAP, Toward
+from minimal_mamba.tap import Toward
 
 from .logits import countable, written
 
@@ -36,6 +34,7 @@ class Run(Brief):
         kept: the memory after each row's last token, if it was to be kept; read it as `state`.
         backend: the name of the operations that ran.
         vocab_size: how many of the v columns of `logits` are tokens; the others are padding of the embedding.
+        last: (b,) where in `logits` the last of each row are; None: at the last of its tokens.
     `run_[address]` is a copy of what was recorded there.
     """
 
@@ -46,6 +45,7 @@ class Run(Brief):
     backend: str
     vocab_size: int
     records: Mapping[Address, Tensor] = field(repr=False)
+    last: Tensor | None = field(default=None, repr=False)
 
     def __getitem__(self, address: Address) -> Tensor:
         if address not in self.records:
@@ -67,11 +67,8 @@ class Run(Brief):
         """(b, v): the logits of each row's last token; of `generate`, those that chose it."""
         if self.logits.shape[1] == 1:
             return self.logits[:, 0]
-        beyond = self.ids.shape[1] - self.logits.shape[1]  # `generate` does not run its last token
-        if beyond > 1:
-            return self.logits[:, -1]  # of `generate(..., last_only=True)`: one a new token
         rows = torch.arange(len(self.logits), device=self.logits.device)
-        return self.logits[rows, (self.lengths - 1 - beyond).to(self.logits.device)]
+        return self.logits[rows, (self.lengths - 1 if self.last is None else self.last).to(self.logits.device)]
 
 
 def run(
@@ -135,98 +132,6 @@ def span(ids: Tensor, sizes: Tensor, state: MambaState | None) -> tuple[Tensor, 
     """(b,) the first position of each row in this run, and one past its last."""
     start = torch.zeros(len(ids), dtype=torch.long) if state is None else state.position
     return start, start + sizes
-
-
-@torch.no_grad()
-def generate(
-    model: Mamba,
-    ids: Tensor,
-    n_tokens: int,
-    edits: Edit | Iterable[Edit] = (),
-    record: Address | Iterable[Address] = (),
-    backend: str = "auto",
-    lengths: Lengths = None,
-    last_only: bool = False,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Run:
-    """Go on from a prompt for `n_tokens` tokens, under the same edits as one pass over the result would have.
-
-    Positions are absolute; negative ones count from the prompt's end, so that -1 is its last token, and an open slice
-    goes on through what is generated. The last token generated is not run, so the last position is l + n_tokens - 2.
-
-    Args:
-        ids: (b, l) prompts, right-padded where `lengths` says so.
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn with this temperature and `seed`. Rows of
-            the embedding beyond the vocabulary are never chosen.
-        last_only: keep only the logits that chose the new tokens, (b, n_tokens, v).
-    Returns:
-        Run with ids (b, l + n_tokens); row i holds its prompt, its n_tokens new tokens right behind it, then zeros.
-        logits (b, l + n_tokens - 1, v). No gradients.
-    Cost: one forward of the prompt and n_tokens - 1 steps.
-    """
-    if not isinstance(n_tokens, int) or isinstance(n_tokens, bool) or n_tokens < 1:
-        raise InputError(f"n_tokens={n_tokens!r}: at least 1, an int.")
-    if not isinstance(temperature, Real) or isinstance(temperature, bool) or not 0 <= temperature < math.inf:
-        raise InputError(f"temperature={temperature!r}: a finite number, 0 (the likeliest token) or more.")
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
-        raise InputError(f"seed={seed!r}: an int of 64 bits.")
-    known(model)
-    ops = resolve(backend, model.device)
-    ids, sizes = model.check(ids, lengths)
-    b, l = ids.shape
-    start = torch.zeros(b, dtype=torch.long)
-    plan = Plan(model.config, each(edits, Edit), each(record, Address), start, sizes + n_tokens - 1, origin=sizes)
-    draw = torch.Generator(model.device).manual_seed(int(seed))
-    heat = max(float(temperature), torch.finfo(torch.float32).tiny)
-    chosen, steps, lost = list[Tensor](), list[Tensor](), list[Tensor]()
-
-    def choose(logits: Tensor) -> Tensor:
-        real = logits[:, : model.config.vocab_size]
-        if temperature == 0:
-            token = real.argmax(-1, keepdim=True)  # (b, 1), of a NaN if there is one
-            lost.append(real.gather(1, token)[:, 0].isnan())
-            return token
-        refuse_nan(real.isnan().any(1)[None], len(steps))
-        below = real.float() - real.float().amax(-1, keepdim=True)  # of which a tiny temperature makes 0 and -inf
-        return torch.multinomial((below / heat).softmax(-1), 1, generator=draw)
-
-    rows = torch.arange(b, device=ids.device)
-    ends, one = sizes.to(ids.device), torch.ones_like(sizes)
-    later = model.settled(ops if ops.begin is None else ops.begin(model, False, True))
-    busy = plan.beyond(sizes)
-    out = model.score(ids, sizes, None, True, last_only, plan, ops)
-    last = out.logits[:, -1] if last_only else out.logits[rows, ends - 1]
-    for i in range(n_tokens):
-        token = choose(last)
-        chosen.append(token)
-        steps.append(last)
-        if i < n_tokens - 1:
-            tap = plan if i in busy else NO_TAP  # the plan has nothing to do at most tokens
-            out_i = model.score(token, one, out.state, True, False, tap, later)
-            out, last = out_i if last_only else type(out)(out.logits, out_i.state), out_i.logits[:, 0]
-    if lost:
-        refuse_nan(torch.stack(lost))  # once, not each token: it waits for the device
-    whole = torch.cat([ids * (torch.arange(l, device=ids.device) < ends[:, None]), ids.new_zeros(b, n_tokens)], 1)
-    whole.scatter_(1, ends[:, None] + torch.arange(n_tokens, device=ids.device), torch.cat(chosen, 1))
-    if last_only:
-        logits = torch.stack(steps, 1)
-    else:
-        logits = torch.cat([out.logits, out.logits.new_zeros(b, n_tokens - 1, out.logits.shape[-1])], 1)
-        for i, step in enumerate(steps):
-            logits[rows, ends - 1 + i] = step
-    return Run(whole, logits, sizes + n_tokens, out.state, ops.name, model.config.vocab_size, plan.results())
-
-
-def refuse_nan(lost: Tensor, first: int = 0) -> None:
-    """Raises InputError if the logits that chose one of the new tokens from `first` on hold NaN: lost (tokens, b)."""
-    if bool(lost.any()):
-        token, row = lost.nonzero()[0].tolist()
-        raise InputError(
-            f"the logits of row {row} hold NaN where new token {token + first} is chosen, of which no token is the "
-            "likeliest: look for where this model or an edit overflows, with run(model, ids, edits, "
-            "record=[at.resid_post()])."
-        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)

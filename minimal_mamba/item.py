@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .address import Address, Span
 from .edits import Apply, Edit, Project
-from .errors import AddressError, EditError, ShapeMismatch
+from .errors import AddressError, EditError, NotReached, ShapeMismatch
 from .sites import SITES
 
 
@@ -102,6 +102,24 @@ class Item:
                         f"{self.edit}: the rows reach this position at different times, and {self.site} exists one "
                         "time at a time. Give the mean, or a position counted from the start."
                     )
+
+    def end(self, stop: Tensor) -> None:
+        """The rows have no positions from `stop` (b,) on; NotReached where one must have been reached."""
+        gone = self.pos >= stop[self.rows, None]
+        if not gone.any():
+            return
+        pos = self.pos.where(~gone, -1)
+        address = self.source.address if isinstance(self.source, Edit) else self.source
+        some = isinstance(address.pos, Span)  # of which a row has what it has
+        missing = self.write & ((pos < 0).all(1) if some else gone.any(1))
+        if missing.any():
+            i = int(missing.nonzero()[0])
+            row = int(self.rows[i])
+            raise NotReached(
+                f"{self.source}: row {row} stopped, and its last position is {int(stop[row]) - 1}; it has no position "
+                f"{int(self.pos[i][gone[i]][0])}. Give a slice that begins before, other rows=, or no stop=."
+            )
+        self.pos = pos[:, : int((pos >= 0).any(0).nonzero().max()) + 1] if (pos >= 0).any() else pos[:, :0]
 
     def features(self, lead: int) -> tuple[Tensor, ...]:
         """The chosen channels as index tensors that broadcast after `lead` leading axes."""

@@ -149,6 +149,11 @@ class Plan(Tap):
         for item in self._resolved:
             item.begin(start.cpu(), lengths.cpu())
 
+    def end(self, stop: Tensor) -> None:
+        """The rows have no positions from `stop` (b,) on, as was not known when the plan was made."""
+        for item in self._resolved:
+            item.end(stop)
+
     def at_layer(self, layer: int) -> "Tap":
         return LayerTap(self, layer)
 
