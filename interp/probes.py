@@ -50,6 +50,7 @@ from .probe_rows import (
     same_so_far,
 )
 from .run import Lengths, each, run
+from .sweep.engine import rows_at_once
 from .sweep.store import Saved
 
 FOLDS = 5
@@ -67,8 +68,7 @@ def collect(
         address -> on the CPU, what one run of all rows would record, NaN in the cells of a slice that a row lacks.
     """
     places = each(record, Address)
-    if batch < 1:
-        raise InputError(f"batch={batch}: at least 1 row at a time.")
+    batch = rows_at_once(batch, 64, 1)
     ids, sizes = model.check(ids, lengths)
     every = Plan(model.config, (), places, torch.zeros_like(sizes), sizes)
     axis = {a: int(a.layer_axis) for a in places}  # the batch's

@@ -142,9 +142,15 @@ class _SiteAt:
         self._site = site
         self.__doc__ = f"{site.meaning} ({site.axes})"
 
-    def __call__(self, **fields: Any) -> Address:
+    def __call__(self, *unnamed: Any, **fields: Any) -> Address:
         site = self._site
         known = [*(["layer"] if site.layered else []), "pos", *(f for f in site.features if f != "n+k")]
+        if unnamed:
+            named = ", ".join(f"{name}={value!r:.40}" for name, value in zip(known, unnamed, strict=False))
+            raise AddressError(
+                f"at.{site.name}({', '.join(f'{v!r:.40}' for v in unnamed)}): name the fields, as in "
+                f"at.{site.name}({named}). It has {', '.join(known)}."
+            )
         for name in fields:
             if name not in known:
                 hint = nearest(name, known)

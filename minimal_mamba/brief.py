@@ -1,9 +1,12 @@
-"""How values that hold tensors are printed: by type and shape, where the numbers would fill a screen."""
+"""How values that hold tensors are printed: by type and shape, where the numbers would fill a screen; and copied."""
 
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
+
+from .errors import InputError
 
 FEW = 8  # numbers of a tensor that are printed
 
@@ -14,6 +17,20 @@ class Brief:
     def __repr__(self) -> str:
         parts = [f"{f.name}={_brief(getattr(self, f.name))}" for f in fields(self) if f.repr]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(parts)})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Brief":
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        try:
+            vars(made).update((name, deepcopy(value, memo)) for name, value in vars(self).items())
+        except RuntimeError as error:
+            if "support the deepcopy protocol" not in str(error):
+                raise
+            raise InputError(
+                f"deepcopy of a {type(self).__name__} whose tensors keep what their gradients need, which torch copies "
+                "for no tensor: make it under torch.no_grad(), or copy the numbers, as in tensor.detach().clone()."
+            ) from None
+        return made
 
 
 def _brief(value: Any) -> str:

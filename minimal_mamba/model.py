@@ -121,13 +121,17 @@ class Mamba(nn.Module):
             lengths: (b,) tokens in each row, 1..l; what follows is padding and changes nothing. None: all l.
             keep_state: return the memory after each row's last token.
             last_only: logits of each row's last token only.
-            tap: called at every site. ops: the backend's operations.
+            tap: called at every site. ops: the backend's operations. With either, torch.compile does not trace it.
         Returns:
             MambaOutput; logits on padding are zero.
         Raises:
             InputError: ids, lengths or a state that do not fit.
         """
-        return self.score(*self.check(ids, lengths, state), state, keep_state, last_only, tap, ops)
+        given = (*self.check(ids, lengths, state), state, keep_state, last_only, tap, ops)
+        if torch.compiler.is_compiling() and not (ops is READABLE and tap is NO_TAP):  # in a trace they fail
+            done: MambaOutput = torch.compiler.disable(self.score)(*given)
+            return done
+        return self.score(*given)
 
     def score(
         self, ids: Tensor, sizes: Tensor, state: MambaState | None, keep_state: bool, last_only: bool, tap: Tap,
@@ -292,6 +296,9 @@ def _integers(what: str, given: object, rule: str) -> Tensor:
         tensor = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{what} is no rectangular array of integers ({error}); {rule}.") from None
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+        form = "meta, which holds no numbers" if tensor.is_meta else "nested" if tensor.is_nested else "sparse"
+        raise InputError(f"{what} is {form}; give a dense tensor, right-padded where rows differ in length; {rule}.")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise InputError(f"{what} has type {tensor.dtype}; {rule}.")
     return tensor.long()

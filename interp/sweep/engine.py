@@ -8,6 +8,7 @@ grows from layer to layer as cells enter.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import overload
 
@@ -107,6 +108,8 @@ def run_cells(
     backend: str, memory: int, progress: bool, path: str | Path | None,
 ) -> dict[str, Sweep]:  # fmt: skip
     """`sweep`, of metrics by name."""
+    if not isinstance(memory, Real) or isinstance(memory, bool) or memory != memory:
+        raise InputError(f"memory={memory!r}: a number of bytes, such as {MEMORY}, a GiB.")
     if not named:
         raise InputError("no metric is given: name at least one, logits (b, l, v) -> (b,).")
     base = Base(model, ids, lengths, backend)
@@ -151,9 +154,9 @@ def rows_at_once(batch: int | None, most: int, l: int) -> int:
     """The rows that are asked for; if None `most`, or of prompts of many tokens l as few as a group has."""
     if batch is None:
         return min(most, max(1, TOKENS // l))
-    if batch < 1:
-        raise InputError(f"batch={batch}: at least 1 row at a time.")
-    return batch
+    if not isinstance(batch, Integral) or isinstance(batch, bool) or batch < 1:
+        raise InputError(f"batch={batch!r}: at least 1 row at a time, an int.")
+    return int(batch)
 
 
 def need(base: Base, rows: int, tokens: int, columns: int, stages: int = 1) -> int:

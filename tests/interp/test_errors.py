@@ -64,6 +64,8 @@ def test_names():
     fails(UnknownSiteError, r"u has no field 'layers'\. Did you mean 'layer'\? It has layer, pos, e", at.u, layers=3)
     fails(UnknownSiteError, r"embed has no field 'layer'\..* It has pos, d", at.embed, layer=0)
     fails(UnknownSiteError, r"recurrent_state has no field 'n'\..* It has layer, pos, e", at.recurrent_state, n=0)
+    fails(AddressError, r"at\.y\(0, 7\): name the fields, as in at\.y\(layer=0, pos=7\)\. It has", at.y, 0, 7)
+    fails(AddressError, r"at\.embed\(slice.*as in at\.embed\(pos=slice\(1, 2, None\)\)", at.embed, slice(1, 2))
     assert not hasattr(at, "nothing")
 
 

@@ -1,5 +1,6 @@
 """What a run returns, and that nothing done to it changes another run; generation."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -26,7 +27,7 @@ from interp import (
 )
 from kernels_bridge import resolve
 from kernels_bridge.backends import BACKENDS
-from minimal_mamba import MambaState
+from minimal_mamba import MambaState, Plan
 from minimal_mamba.errors import EditError, InputError, NotRecorded
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -259,6 +260,35 @@ def test_what_torch_compile_wraps_runs_untraced(backend):
 
     for found, expected in zip(numbers(torch.compile(MODEL, backend=refuse)), numbers(MODEL), strict=True):
         assert torch.equal(found, expected)
+
+
+@ALL
+def test_what_torch_compile_wraps_can_be_called_with_a_backend_s_operations(backend):
+    """It had been torch's own internal error."""
+    torch.compiler.reset()
+    wrapped, ops = torch.compile(MODEL, backend="eager"), resolve(backend, "cpu")
+    place, start = at.ssm_state(layer=1, pos=2), torch.zeros(3, dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(wrapped(IDS, ops=ops).logits, MODEL(IDS, ops=ops).logits)
+        plan = Plan(CONFIG, [Scale(place, 2.0)], [place], start, start + 8)
+        found = wrapped(IDS, tap=plan, ops=ops)
+        one = run(MODEL, IDS, Scale(place, 2.0), place, backend)
+    assert torch.equal(found.logits, one.logits) and torch.equal(plan.results()[place], one[place])
+    torch.compiler.reset()
+
+
+def test_a_copy_of_what_holds_tensors_is_one_or_says_why_not():
+    place = at.ssm_state(layer=1, pos=2)
+    with torch.no_grad():
+        out = run(MODEL, IDS, record=place, keep_state=True)
+    two = copy.deepcopy(out)
+    assert type(two) is type(out) and torch.equal(two.logits, out.logits) and torch.equal(two[place], out[place])
+    two.logits.zero_(), two.state.ssm_state[0].zero_()
+    assert out.logits.any() and out.state.ssm_state[0].any()
+    with_gradients = run(MODEL, IDS, keep_state=True)
+    for one in (with_gradients, with_gradients.state):
+        with pytest.raises(InputError, match=rf"deepcopy of a {type(one).__name__} .* make it under torch\.no_grad"):
+            copy.deepcopy(one)
 
 
 @ALL
