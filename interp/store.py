@@ -12,6 +12,7 @@ from minimal_mamba.address import Address, Span, at
 from minimal_mamba.edits import KINDS, Apply, Edit, Rows, function_name, import_function
 from minimal_mamba.errors import CheckpointError, EditError
 from minimal_mamba.files import make_folder, write_files
+from minimal_mamba.provenance import provenance
 from minimal_mamba.sites import ADDRESSABLE
 
 VERSION = 1
@@ -42,7 +43,7 @@ def save_edits(edits: Edit | Iterable[Edit], folder: str | Path) -> None:
             values[str(i)] = edit.value.detach().cpu().contiguous()
     make_folder(folder)
     data = save(values)
-    head = {"version": VERSION, "values": hashlib.sha256(data).hexdigest(), "edits": rows}
+    head = {"version": VERSION, "values": hashlib.sha256(data).hexdigest(), "edits": rows, "provenance": provenance()}
     text = json.dumps(head, indent=1) + "\n"
     write_files(
         folder, {"edits.safetensors": lambda f: f.write_bytes(data), "edits.json": lambda f: f.write_text(text)}

@@ -19,14 +19,17 @@ PACKAGES = (
 )  # fmt: skip
 
 
+def version(name: str = "mambascope") -> str | None:
+    """Of a package, None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def provenance(**more: Any) -> dict[str, Any]:
     """What a results file says about how it was made; `more` adds seed, command and the like."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    found = {name: there for name in PACKAGES if (there := version(name)) is not None}
     return {
         "python": platform.python_version(),
         "packages": found,

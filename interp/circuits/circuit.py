@@ -15,6 +15,7 @@ from minimal_mamba import Address, Mamba
 from minimal_mamba.brief import Brief
 from minimal_mamba.errors import CheckpointError, InputError, MambascopeError
 from minimal_mamba.files import write_json
+from minimal_mamba.provenance import provenance
 
 from ..run import Lengths, Metric, apply_metric
 from ..sweep.engine import rows_at_once
@@ -70,7 +71,7 @@ class Circuit:
             {"sender": _out(edge.sender), "receiver": _out(edge.receiver), "size": size, "towards": towards}
             for edge, size, towards in zip(self.edges, self.sizes, self.towards, strict=True)
         ]
-        write_json(Path(path), {"version": VERSION, "edges": rows})
+        write_json(Path(path), {"version": VERSION, "edges": rows, "provenance": provenance()})
 
     @classmethod
     def load(cls, path: str | Path) -> "Circuit":

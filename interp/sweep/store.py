@@ -19,7 +19,7 @@ from torch import Tensor
 from minimal_mamba import Edit, Mamba
 from minimal_mamba.errors import CheckpointError, EditError
 from minimal_mamba.files import make_folder, write_files, write_json
-from minimal_mamba.provenance import digest, model_digest
+from minimal_mamba.provenance import digest, model_digest, provenance, version
 
 from ..run import Metric
 from .functions import known_by
@@ -49,7 +49,8 @@ class Saved:
         folder: made if it is not there.
         what: what the work is, in JSON's types.
     Raises:
-        CheckpointError: the folder holds another sweep, or cannot be read.
+        CheckpointError: the folder holds another sweep, or one that another version of mambascope began, or cannot be
+            read.
     """
 
     def __init__(self, folder: str | Path, what: Mapping[str, Any], kind: str = "sweep"):
@@ -59,9 +60,13 @@ class Saved:
         if not head.exists():
             if any(not file.name.startswith(".") for file in make_folder(self.folder).iterdir()):
                 raise CheckpointError(f"{self.folder} holds other files and no {head.name}; give an empty folder.")
-            write_json(head, what)
+            write_json(head, what | {"provenance": provenance()})
             return
         there = read_json(head)
+        # of mambascope's versions too, where an earlier one wrote which it was
+        mine = version()
+        what["mambascope"] = mine
+        there["mambascope"] = there.pop("provenance", {}).get("packages", {}).get("mambascope", mine)
         differ = [k for k in sorted({*what, *there}) if json.loads(json.dumps(what.get(k))) != there.get(k)]
         if differ:
             says = ", ".join(f"{k} ({there.get(k)!s:.40} there, {what.get(k)!s:.40} here)" for k in differ)
@@ -121,8 +126,12 @@ def save_grid(folder: Path, grids: Mapping[str, Grid], recipe: Mapping[str, Any]
     axes = {"site": one.site, "layers": one.layers, "positions": one.positions, "parts": one.parts}
     stamp = digest(*(x for item in sorted(tensors.items()) for x in item))
     text = json.dumps(
-        {"version": VERSION, "axes": axes, "metrics": list(grids), "recipe": recipe, "numbers": stamp}, indent=1
-    )
+        {
+            "version": VERSION, "axes": axes, "metrics": list(grids), "recipe": recipe, "numbers": stamp,
+            "provenance": provenance(),
+        },
+        indent=1,
+    )  # fmt: skip
     write_files(
         folder,
         {"grid.safetensors": lambda to: save_file(tensors, to), "grid.json": lambda to: to.write_text(text + "\n")},

@@ -11,11 +11,27 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import Apply, Scale, Zero, accuracy, at, load_grid, logit_diff, patch_grid, replay, run, save_edits, sweep
+from interp import (
+    Apply,
+    Circuit,
+    Scale,
+    Zero,
+    accuracy,
+    at,
+    load_edits,
+    load_grid,
+    logit_diff,
+    patch_grid,
+    replay,
+    run,
+    save_edits,
+    sweep,
+)  # fmt: skip
 from interp.sweep import batch
 from interp.sweep.functions import known_by
 from interp.sweep.parts import bands
 from minimal_mamba.errors import CheckpointError, EditError
+from minimal_mamba.provenance import version
 
 MODEL = tiny(seed=6, dtype=torch.float32)
 RNG = torch.Generator().manual_seed(0)
@@ -96,6 +112,26 @@ def test_a_folder_that_cannot_be(tmp_path):
         for write in (swept, partial(save_edits, CELLS[0])):
             with pytest.raises(CheckpointError, match="is a file, or in one; give a folder"):
                 write(folder)
+
+
+def test_what_is_saved_names_the_version_and_goes_on_with_no_other(tmp_path, monkeypatch):
+    want, head, here = swept(tmp_path / "s", cells=CELLS[:4]), tmp_path / "s" / "sweep.json", version()
+    patch_grid(MODEL, IDS, DONOR, site="y", metric=score, layers=0, positions=-1, path=tmp_path / "g", progress=False)
+    save_edits(CELLS[0], tmp_path / "e")
+    Circuit((), (), ()).save(tmp_path / "c.json")
+    for file in (head, *(tmp_path / name for name in ("g/sweep.json", "g/grid.json", "e/edits.json", "c.json"))):
+        told = json.loads(file.read_text())["provenance"]
+        assert told["packages"]["mambascope"] == here is not None and "commit" in told
+    assert load_edits(tmp_path / "e") == CELLS[0] and len(Circuit.load(tmp_path / "c.json")) == 0
+    torch.testing.assert_close(load_grid(tmp_path / "g").base, want.base)
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: "9.0")
+        with pytest.raises(CheckpointError, match=rf"differ in mambascope \({here} there, 9\.0 here\)"):
+            swept(tmp_path / "s", cells=CELLS[:4])
+    old = json.loads(head.read_text())
+    del old["provenance"]  # as it was written before
+    head.write_text(json.dumps(old))
+    assert torch.equal(swept(tmp_path / "s", cells=CELLS[:4]).values, want.values)
 
 
 def test_a_sweep_of_another_function_is_another(tmp_path):
