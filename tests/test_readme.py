@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from analyses.hidden_reasoning.drawing.trainings import scores
 from analyses.hidden_reasoning.experiments.results import RESULTS
 from analyses.hidden_reasoning.organism import MODELS
 from analyses.pages import placed
+from kernels_bridge import torch_scan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +40,13 @@ def test_the_other_examples_run(block):
 def test_every_file_that_it_names_is_there():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("l", [1, 7, 15, 16, 17, 22, 63, 500])
+def test_the_scan_keeps_no_more_states_than_it_says(l):
+    assert "at most one state for every 16 tokens of a row, begun or whole" in README
+    for b, e, n, threads in itertools.product((1, 64), (24, 1536, 5120), (5, 16, 128), (1, 8)):
+        assert -(-l // torch_scan.cut(b, l, e, n, threads)[1]) <= -(-l // 16)
 
 
 def test_the_tables_of_times_are_those_of_the_results():

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from analyses.methods import __main__ as gallery
-from analyses.methods import _agreement
+from analyses.methods import _agreement, knockout
 from analyses.pages import placed
 
 FOLDER = Path(gallery.__file__).parent
@@ -83,6 +83,12 @@ def test_an_unknown_method_is_an_error_in_a_sentence(tmp_path):
     found = CliRunner().invoke(gallery.app, ["nonesuch", "--out", str(tmp_path)])
     assert found.exit_code == 2
     assert "no method 'nonesuch'" in found.output
+
+
+def test_what_the_page_says_of_the_usual_knockout_is_what_its_figure_shows():
+    scan, whole = map(knockout.largest, knockout.grids(["scan", "all"]))
+    said = f"it changes the answer by {scan:.1f} nats at most, in the mean over its prompts, where the whole knockout"
+    assert f"{said} changes it by {whole:.1f}." in PAGE
 
 
 def test_the_table_of_agreements_is_that_of_its_results():
