@@ -180,6 +180,13 @@ def test_a_run_gives_what_it_gives_on_a_cpu(backend: str, moved: bool, tmp_path:
         found += [run(model, donor[:, :2], state=first.state, last_only=True, **how).logits]
         found += [generate(model, ids, 3, edits[:2], **how).ids]
         found += [generate(model, ids, 3, edits[:2], temperature=0.0, **how).logits]
+        open_end = at.ssm_state(layer=1, pos=slice(2, None))
+        stop = int(generate(model, ids, 1, Scale(open_end, 1.1), **how).ids[1, -1])  # row 1 stops at once
+        ended = generate(model, ids, 3, Scale(open_end, 1.1), open_end, stop=stop, **how)
+        assert ended.lengths[1] == 7 < int(ended.lengths.max())
+        found += [ended.logits, ended.last_logits, ended[open_end].nan_to_num(), *ended.state.ssm_state, ended.lengths]
+        later = generate(model, ids[:, :1], 2, state=first.state, temperature=1.0, top_k=1, top_p=0.9, **how)
+        found += [later.ids, later.last_logits]
         places = [at.ssm_state(layer=0, pos=[1, 4]), at.state_write(layer=1), at.resid_pre(layer=2)]
         made = gradients(model, ids, lambda x: logit_diff(x[:, -1], 3, 5), places, edits=edits[:2], **how)
         found += [made[p] for p in places]
