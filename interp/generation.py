@@ -134,8 +134,8 @@ def generate(
 
     Args:
         ids: (b, l) prompts, right-padded where `lengths` says so.
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn with this temperature and `seed`. Rows of
-            the embedding beyond the vocabulary are never chosen.
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn with this temperature and `seed`, by the
+            row's place in the batch. Rows of the embedding beyond the vocabulary are never chosen.
         last_only: keep only the logits that chose the new tokens, (b, n, v).
         state: a memory to go on from, such as `Run.state`; positions then count on from where it stood.
         stop: a token, or several, with which a row ends. It is kept as the row's last token and not run; the other rows

@@ -260,7 +260,7 @@ def probe_grid(
         InputError: as `probe`, with the cell that it was in. AddressError, EditError: no such place. CheckpointError:
             the folder holds another grid, by model, tokens, labels, groups, places or options, or is damaged.
     Cost: a probe a cell; (b, positions, features) of as many layers at a time as take 1 GiB, one at least, and for them
-        rows / batch forwards. A file of a probe of c classes holds 8 bytes (3c - 1) times for each feature.
+        rows / batch forwards. A file of a probe of c classes holds up to 3c - 1 numbers of 8 bytes a feature.
     """
     named_site(site)
     ids, sizes = model.check(ids, lengths)
