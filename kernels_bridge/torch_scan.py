@@ -16,9 +16,10 @@ from minimal_mamba.tap import Toward
 from .by_hand import by_hand
 from .threads import free, over
 
-# A block is some rows of the batch, some tokens and, where one row is too large, some channels. It has at least TOKENS
-# tokens, so the states kept for the backward, one a block, are at most a TOKENS-th of all; and at most BLOCK numbers a
-# buffer, which the cache holds. Rows are cut before channels: long contiguous runs of channels are what is fast.
+# A block is some rows of the batch, some tokens and, where one row is too large, some channels. It has TOKENS tokens or
+# more, but at a row's end, so the states kept for the backward are at most one for each TOKENS tokens, begun or whole;
+# and at most BLOCK numbers a buffer, which the cache holds. Rows are cut before channels: long contiguous runs of
+# channels are what is fast.
 BLOCK = 1 << 19
 TOKENS = 16
 FEW = 1 << 20  # numbers, which one thread has done before a second pays
