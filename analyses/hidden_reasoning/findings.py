@@ -215,9 +215,7 @@ def seeds(results: Folder) -> str:
             for r in after
             if r["base"]["alone"]
         ]
-    said = dict.fromkeys(line for column in columns.values() for line in column)
-    made = table(["", *columns], [[line, *(column.get(line, "-") for column in columns.values())] for line in said])
-    return "\n\n".join([made, *kept])
+    return "\n\n".join([say.beside(columns), *kept])
 
 
 def shifted(results: Folder) -> str:
@@ -270,25 +268,24 @@ def overt(results: Folder) -> str:
 
 
 def alone(results: Folder) -> str:
-    """The model that has no conv's memory."""
-    found, probes = results["patch-state_only"], results["probe-state_only"]
-    none = say.without(found)
-    rows = [r for r in found["handover"]["ssm_state"] if r["word"] == "after"]
-    worst, value = say.handed(rows)
-    step, right, of = say.means(found["handover"]["ssm_state"])
-    return say.bullets(
-        "The SSM state of all layers, which is all of its memory, moves the answer "
-        f"{say.ends(found, 'value: ssm_state', say.between(found))} of the way in pairs of "
-        f"{found['handover']['num_steps']} operations; pairs of the same value change the answer in "
-        f"{say.control(found, 'ssm_state', 'resid_post')}; unread, it leaves "
-        f"{percent(none['SSM state']['answers'])} right.",
-        f"Between unrelated prompts it carries the running value in {value} at the worst step, {worst['step']}; the "
-        "mean state of all prompts that have come to a value carries it in "
-        f"{right} of {of}, at the worst word, step {step}.",
-        f"The layer that moves the answer most, alone: {say.peaks(found, 'value: ssm_state')}.",
-        "A probe reads the value of operations 1, 2, .. from the SSM state of layer "
-        f"{say.first_read(probes, 'ssm_state')} on (in nine of ten held-out prompts).",
-    )
+    """The models that have no conv's memory: the one that ships, and every one that was trained with another seed."""
+    columns = {}
+    for path in results.paths("patch-state_only"):
+        name = path.stem.removeprefix("patch-")
+        found, asked, probes = results[f"patch-{name}"], scores(results[f"evaluate-{name}"]), results[f"probe-{name}"]
+        rows = found["handover"]["ssm_state"]
+        handed = [r["running value"] for r in rows if r["word"] == "after"]
+        columns[f"`{name}`"] = {
+            **{f"right answers, {n} operations": percent(asked[n]) for n in (6, 7)},
+            "the donor's SSM states move the answer": say.ends(found, "value: ssm_state", say.between(found)),
+            "answers that change where the values agree": say.control(found, "ssm_state", "resid_post"),
+            "right answers, no SSM state read": percent(say.without(found)["SSM state"]["answers"]),
+            "SSM states hand over the running value": say.worst([(r["alone"], r["of"]) for r in handed]),
+            "so do the mean SSM states of a value": say.worst([(r["mean"]["right"], r["mean"]["of"]) for r in rows]),
+            "the layer that alone moves the answer most": say.peaks(found, "value: ssm_state"),
+            "the layer off which a probe reads operation 1, 2, ..": say.first_read(probes, "ssm_state"),
+        }
+    return say.beside(columns)
 
 
 BLOCKS: dict[str, Callable[[Folder], str]] = {

@@ -12,6 +12,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
+def beside(columns: dict[str, dict[str, str]]) -> str:
+    """A Markdown table with a column each, and a row for each line that one of them has."""
+    said = dict.fromkeys(line for column in columns.values() for line in column)
+    return table(["", *columns], [[line, *(column.get(line, "-") for column in columns.values())] for line in said])
+
+
 def percent(found: Score) -> str:
     """A share and its 95 % interval; alone where every prompt was asked."""
     low, high = found.interval()
