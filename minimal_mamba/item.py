@@ -49,6 +49,7 @@ class Item:
     value: Tensor | None  # (layers, R, P, *features), with 1 where it broadcasts; for Project (m, *features)
     done: int = 0
     pieces: dict[int | None, list[tuple[Tensor, Tensor | None, Tensor]]] = field(default_factory=dict)
+    lines: dict[tuple[int | None, bool], tuple[Tensor, ...]] = field(default_factory=dict)  # the value by position
     room: Tensor | None = None  # (layers, R, P, *features), where a scan may write a whole recording
     live: bool = True  # in the present call; before the first, in any
     # of the present call: columns of `pos` inside it, their local times (R, c), and which of them exist
@@ -141,7 +142,7 @@ class Item:
         value = self.value
         if value is not None and not isinstance(self.edit, Project) and value.shape[0] > 1:
             value = value[[self.layers.index(layer) for layer in layers]]
-        return replace(self, layers=layers, value=value)
+        return replace(self, layers=layers, value=value, lines={})
 
     def place(self, layer: int | None) -> Tensor | None:
         """This layer's part of the room (R, P, *features)."""
@@ -152,6 +153,23 @@ class Item:
         if self.value is None or isinstance(self.edit, Project):
             return self.value
         return self.value[self.layers.index(layer) if self.value.shape[0] > 1 else 0]
+
+    def share_at(self, layer: int | None, i: Tensor, j: Tensor) -> Tensor | None:
+        """This layer's part of the value at the places (i, j) of one time, whose rows ascend: (K or 1, *features)."""
+        if self.value is None:
+            return None
+        key = layer, torch.is_grad_enabled()
+        if key not in self.lines:  # an index into all positions would have a backward as large as all, at each of them
+            share = self.share(layer)
+            assert share is not None
+            self.lines[key] = share.unbind(1)
+        lines = self.lines[key]
+        which = sorted(set(j.tolist())) if len(lines) > 1 else [0]
+        if len(which) == 1:
+            line = lines[which[0]]
+            return line if len(line) in (1, len(i)) else line[i]
+        some = torch.stack([lines[c] for c in which])
+        return some[torch.searchsorted(torch.tensor(which), j), i if some.shape[1] > 1 else 0]
 
     def covers(self, value: Tensor) -> bool:
         """Whether the item selects the whole tensor (b, l, ...) in its order, so that no index is needed."""

@@ -233,14 +233,9 @@ class Plan(Tap):
             old = value[:1].expand(len(i), *value.shape[1:])
         else:
             old = value if where is None else value[where]  # (K, *features)
-        share = item.share(layer)
-        if share is not None and not isinstance(item.edit, Project):
-            if len(i) == len(share) and share.shape[1] == 1:
-                share = share[:, 0]  # each row its own, in order
-            else:
-                share = share[i if share.shape[0] > 1 else 0, j if share.shape[1] > 1 else 0]
-            if share.dim() < old.dim():  # both were 1: one value for all rows
-                share = share[None]
+        if isinstance(item.edit, Project):  # a basis is the same at every place
+            share = item.value
+        elif (share := item.share_at(layer, i, j)) is not None:
             share = cast(item.edit, item.visible(share, 1), old.dtype)
         share = None if share is None else share.to(old.device)
         seen = item.visible(old, 1)

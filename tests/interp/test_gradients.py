@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from interp import Add, Mean, Scale, Set, Zero, accuracy, at, attribution_grid, gradients, logit_diff, run
 from kernels_bridge import torch_ops
@@ -228,3 +230,29 @@ def test_a_mean_over_the_batch_has_no_gradient_of_one_row():
     with pytest.raises(EditError, match="Give the mean"):
         attribution_grid(MODEL, IDS, IDS, site="u", metric=metric, edits=Mean(at.u(layer=1, pos=3)), progress=False)
     assert gradients(MODEL, IDS, metric, place, Mean(at.u(layer=1, pos=3), mean))[place].abs().max() > 0
+
+
+class Counted(TorchDispatchMode):
+    """Counts the numbers that torch's operations make."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.made += sum(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor) and not x._is_view())
+        return out
+
+
+@BOTH
+@pytest.mark.parametrize("shorter", [0, 1])
+def test_gradients_at_every_position_take_time_in_proportion(shorter, backend):
+    """Not its square: an index into all positions, at each of them, has a backward as large as all of them."""
+    made = []
+    for l in (32, 64):
+        place = at.ssm_state(layer=[0, 2], pos=slice(-l // 2, None))
+        with Counted() as counted:
+            gradients(MODEL, torch.zeros(2, l, dtype=torch.long), spread, [place],
+                      edits=[Add(at.state_write(layer=1), torch.ones(2, l, 24, 5).double().requires_grad_())],
+                      lengths=[l, l - shorter], backend=backend)  # fmt: skip
+        made.append(counted.made)
+    assert made[1] < 2.3 * made[0], made
