@@ -1,5 +1,6 @@
 import pretended  # noqa: F401, I001  before torch
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,13 @@ torch.set_num_threads(1)  # small models: more threads only wait for one another
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs CUDA, and is skipped only for lack of it")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What is there when a file's tests begin lives on: the collector, which `Trainer` calls often, goes past it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
