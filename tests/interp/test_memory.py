@@ -14,8 +14,8 @@ from minimal_mamba import Mamba, MambaConfig
 
 ROOT = Path(__file__).parents[2]
 HERE = ["reference", *(n for n in ("torch", "compiled") if not BACKENDS[n].missing(torch.device("cpu")))]
-LENGTH, D_MODEL, N = 2048, 64, 128
-TRAJECTORY = LENGTH * 2 * D_MODEL * N * 4  # bytes of (1, l, e, n) in float32: 128 MiB
+LENGTH, D_MODEL, N = 1024, 64, 128
+TRAJECTORY = LENGTH * 2 * D_MODEL * N * 4  # bytes of (1, l, e, n) in float32: 64 MiB
 HEAD = """
 import sys, torch
 from minimal_mamba import Mamba, MambaConfig, at
