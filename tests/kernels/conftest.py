@@ -200,5 +200,7 @@ else:
 
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks of a quarter of the rows, which is enough in float32: each of them costs, whatever its length."""
-    monkeypatch.setattr(importlib.import_module("kernels_bridge.harness.check"), "TOKENS", 32)
+    """Checks of a quarter of the rows and decoded tokens, which is enough in float32: each of them costs."""
+    module = importlib.import_module("kernels_bridge.harness.check")
+    monkeypatch.setattr(module, "TOKENS", 32)
+    monkeypatch.setattr(module, "DECODED", 9)  # twice the conv's window, and one; each is a step in the interpreter
