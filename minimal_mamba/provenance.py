@@ -79,11 +79,12 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, marked where the files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, marked where its code differs from it, not by results; "unknown" outside a checkout."""
     here = Path(__file__).parent
+    code = ["git", "status", "--porcelain", "--untracked-files=all", "--", ":(top)*.py"]
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(code, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

@@ -21,6 +21,8 @@ from .targets import NAMES
 from .targets import target as make
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# of 130m: gradients by all states hold some ten times what float64 states take, 53 GB at 512 tokens
+LARGE_LENGTHS = {"cuda": [128, 512], "cpu": [16, 33]}
 Weights = Annotated[Path | None, typer.Option("--model", help="a checkpoint folder; without it weights are drawn")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one, if not given")]
 Type = Annotated[str, typer.Option(help=f"one of {', '.join(DTYPES)}")]
@@ -57,8 +59,9 @@ def _weights(path: Path | None, size: str, seed: int, dtype: str, device: str) -
         raise InputError(f"--dtype {dtype} is none of {', '.join(DTYPES)}.")
     if size not in SIZES:
         raise InputError(f"--size {size} is none of {', '.join(SIZES)}.")
+    place = _device(device)
     model = Mamba.from_pretrained(path) if path else draw_model(SIZES[size], seed)
-    return model.to(_device(device), DTYPES[dtype])
+    return model.to(place, DTYPES[dtype])
 
 
 @contextlib.contextmanager
@@ -100,8 +103,8 @@ def check(
         if lengths and not all(part.strip().isdecimal() for part in lengths.split(",")):
             raise InputError(f"--lengths {lengths}: give whole numbers between commas, as in 1,17,128.")
         chosen = [int(part) for part in lengths.split(",")] if lengths else None
-        if chosen is None and size == "130m":
-            chosen = [128, 2048] if weights.device.type == "cuda" else [16, 33]
+        if chosen is None and size == "130m" and model is None:
+            chosen = LARGE_LENGTHS[weights.device.type]
         report = check_target(
             make(target, weights), weights, kinds=[k.strip() for k in kinds.split(",")] if kinds else None,
             lengths=chosen, batch=batch, seed=seed, path=json, fresh=fresh,

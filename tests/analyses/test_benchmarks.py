@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from analyses.benchmarks import cpu, floor, gpu, growth, memory, peers, report, rounds
+from analyses.benchmarks import cpu, floor, fused, gpu, growth, memory, peers, report, rounds
 from analyses.benchmarks.cpu import LABELS, Piece
 from analyses.pages import PageError, placed
 
@@ -214,6 +214,26 @@ def test_the_command_for_a_gpu_rehearses_on_a_cpu_and_says_what_is_missing():
     if not torch.cuda.is_available():
         refused = CliRunner().invoke(app, ["gpu"])
         assert refused.exit_code == 1 and "no CUDA device" in refused.output
+
+
+def test_sixteen_bits_of_many_layers_are_timed():
+    """Two roundings of them lie far apart; that the models are the same is judged in float32."""
+    found = fused.measure(cpu.MambaConfig(16, 24, 32), 2, 70, 1, torch.bfloat16, "cpu", "torch")
+    assert found["logits against mamba-ssm's in bfloat16"] > 0.05
+    assert found["logits against mamba-ssm's, relative"] < 1e-4 and min(found["ratios"].values()) > 0
+
+
+def test_models_that_differ_are_not_timed(monkeypatch):
+    real = fused.models
+
+    def other(*how):
+        ours, theirs = real(*how)
+        theirs.backbone.layers[0].mixer.D.data *= 1.5
+        return ours, theirs
+
+    monkeypatch.setattr(fused, "models", other)
+    with pytest.raises(RuntimeError, match="differ"):
+        fused.measure(cpu.MambaConfig(16, 2, 32), 2, 70, 1, torch.bfloat16, "cpu", "torch")
 
 
 def test_a_sweep_that_does_not_agree_is_not_timed(monkeypatch):
