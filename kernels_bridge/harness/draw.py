@@ -20,6 +20,8 @@ ODD = MambaConfig(  # every choice other than SMALL's, and sizes that no vector 
 )  # fmt: skip
 FALCON = replace(SMALL, mixer_rms_eps=1e-6)
 LARGE = MambaConfig(d_model=768, n_layer=24, vocab_size=50277)  # mamba-130m
+# every sixteenth channel from the first on: what its steps' bias is moved by, and the size of its u and A
+UNLIKE = ((0, -9.0, 8.0), (8, 25.0, 1 / 32))
 SIZES = {"small": SMALL, "odd": ODD, "falcon": FALCON, "130m": LARGE}
 
 
@@ -36,7 +38,7 @@ def draw_model(config: MambaConfig, seed: int) -> Mamba:
     with torch.no_grad():
         for layer in model.backbone.layers:
             m = layer.mixer
-            for first, shift, size in ((0, -9.0, 8.0), (8, 25.0, 1 / 32)):
+            for first, shift, size in UNLIKE:
                 some = slice(first, None, 16)
                 m.dt_proj.bias[some] += shift
                 m.conv1d.weight[some] *= size
@@ -70,6 +72,14 @@ def draw_state(model: Mamba, b: int, seed: int) -> MambaState:
     return replace(blank, ssm_state=h, conv_state=window)
 
 
+def _sizes(config: MambaConfig) -> Tensor:
+    """(e,) of what size u is in the channels of a drawn model, most of them 1."""
+    sizes = torch.ones(config.d_inner, dtype=torch.float64)
+    for first, _, size in UNLIKE:
+        sizes[first::16] = size
+    return sizes
+
+
 @dataclass(frozen=True)
 class Draw:
     """How many edits, and at most how many positions of the recurrence each of them touches."""
@@ -79,7 +89,7 @@ class Draw:
 
 
 def draw_edits(config: MambaConfig, b: int, l: int, seed: int, draw: Draw = Draw()) -> list[Edit]:
-    """Edits of any kind at any site, layer, position, channel and row; values of the size of the lively model's own.
+    """Edits of any kind at any site, layer, position, channel and row; values of the size of a drawn model's own.
 
     The first is a Set of `ssm_state`, so that a check with edits is never one without an edit of the state. The others
     go round all sites from one seed to the next. The second is where the first is, every other time in `state_read`, as
@@ -108,10 +118,16 @@ def draw_edits(config: MambaConfig, b: int, l: int, seed: int, draw: Draw = Draw
         zero = torch.zeros(b, dtype=torch.long)
         shape = list(Plan(config, [bare := Zero(place, rows=rows)], [], zero, zero + l).shape(bare))
         value = 0.5 * torch.randn(shape, generator=rng, dtype=torch.float64)
-        if site in ("dt", "decay"):
-            value = value.abs().clamp(max=1.0)  # below zero, or kept more than wholly, states explode
         kinds = ["Set", "Add", "Scale", "Zero", "Mean", "Project"] if i else ["Set"]
+        if site in ("dt", "decay"):  # below zero, or kept more than wholly, states explode
+            value = value.abs().clamp(max=1.0)
+            kinds.remove("Project")
+        if i and site in ("embed", "resid_pre", "resid_post") and "d" not in fields:
+            kinds.remove("Zero")  # the norm of zeros has the slope eps^-0.5, 316, in each layer: float16 ends at 65504
         kind = r.choice(kinds)
+        if site in ("conv", "u") and kind in ("Set", "Add", "Mean"):
+            chosen = fields.get("e", slice(None))
+            value = value * _sizes(config)[chosen]  # type: ignore[index]
         if kind == "Project":
             basis = torch.randn([1, *shape[2:]], generator=rng, dtype=torch.float64)
             made.append(Project(place, basis, rows=rows))

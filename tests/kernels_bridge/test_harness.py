@@ -14,8 +14,9 @@ from kernels_bridge import resolve
 from kernels_bridge.__main__ import app
 from kernels_bridge.harness import Ours, Theirs, bisect, check, target
 from kernels_bridge.harness.check import SHORT, Report
-from kernels_bridge.harness.draw import SMALL, draw_edits, draw_model
+from kernels_bridge.harness.draw import ODD, SMALL, draw_edits, draw_ids, draw_model
 from kernels_bridge.harness.rows import compare, table
+from kernels_bridge.harness.targets import reference
 from kernels_bridge.harness.theirs import hf_cache
 from minimal_mamba import Ops
 from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError
@@ -120,6 +121,18 @@ def test_the_drawn_edits_reach_every_site_and_the_state_always():
         kinds |= {type(e).__name__ for e in edits}
     assert sites == set(SITES) - {"logits", "final_norm"}
     assert kinds == {"Set", "Add", "Scale", "Zero", "Mean", "Project"}
+
+
+@pytest.mark.parametrize("config", [SMALL, ODD], ids=["small", "odd"])
+def test_drawn_edits_leave_numbers_that_sixteen_bits_hold(config):
+    """A dt below zero lets states explode; a norm of zeros, gradients: then float16 has no verdict."""
+    exact = reference(draw_model(config, 0))
+    for seed in range(60):
+        l = 3 + seed % 4
+        edits, ids = draw_edits(config, 2, l, seed), draw_ids(config, 2, l, seed)
+        seen = exact.forward(ids, edits=edits) | exact.gradients(ids, edits)
+        size = {key: float(x.abs().max()) for key, x in seen.items()}
+        assert max(size.values()) < 3e4, (seed, max(size, key=size.get))
 
 
 def test_a_check_goes_on_where_it_stopped(tmp_path, monkeypatch):
