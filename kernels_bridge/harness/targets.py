@@ -60,6 +60,9 @@ def _package(name: str, remedy: str) -> Any:
 MODULES: dict[str, Callable[[Mamba], nn.Module]] = {"hf": transformers_model, "mamba_ssm": mamba_ssm_model}
 NAMES = [*BACKENDS, *MODULES]
 NUDGED = 3
+# of 2,156 comparisons of `torch` with the readable model, both in 16 bits, one rounding of that was too few for 46, two
+# for 13, three for 3: all of whole models, where a rounding goes through every layer after it
+NUDGED_WHOLE = 7
 
 
 def target(name: str, model: Mamba) -> Implementation:
@@ -88,16 +91,16 @@ def readable(model: Mamba) -> Ours:
 
 
 @torch.no_grad()
-def roundings(model: Mamba, seed: int = 0) -> Iterator[Ours]:
+def roundings(model: Mamba, seed: int = 0, several: int = NUDGED) -> Iterator[Ours]:
     """The readable model in the model's own type; but for float64 also with one weight in eight moved by a last place.
 
     Where a sum cancels or a norm divides by little, one rounding errs several times as much as another: the size of the
-    error is known from a few. In float64 it is nowhere near its floor.
+    error is known from several. In float64 it is nowhere near its floor.
     """
     yield readable(model)
     unit = torch.finfo(model.dtype).eps
     rng = torch.Generator().manual_seed(seed)
-    for _ in range(NUDGED if model.dtype != torch.float64 else 0):
+    for _ in range(several if model.dtype != torch.float64 else 0):
         moved = Mamba(model.config).to(model.device, model.dtype)
         moved.load_state_dict(model.state_dict())
         for weight in moved.parameters():
