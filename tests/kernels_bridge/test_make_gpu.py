@@ -35,8 +35,8 @@ def test_each_check_is_one_that_the_command_line_takes(commands: list[list[str]]
     files = [c[c.index("--json") + 1] for c in checks]
     assert len(checks) > 8 and len({*files}) == len(files)
     for asked in checks:
-        told = CliRunner().invoke(app, [*asked[:-1], asked[-1]])
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available():  # where there is one, all of them would run
+            told = CliRunner().invoke(app, asked)
             assert told.exit_code == 2 and "torch sees no CUDA device here" in told.output, told.output
     for kind in (["--dtype", dtype] for dtype in ("float32", "bfloat16", "float16")):
         assert lengths_of(checks, kind) == {*LENGTHS}
@@ -55,7 +55,7 @@ def test_the_tests_for_a_gpu_are_all_that_are_collected(commands: list[list[str]
     marked = [
         p for p in (ROOT / "tests").rglob("test_*.py") if re.search(r"^pytestmark.*mark\.gpu", p.read_text(), re.M)
     ]
-    assert {ROOT / name for name in asked if name.endswith(".py")} == {*marked} and not {ROOT / "x"} & {*marked}
+    assert {ROOT / name for name in asked if name.endswith(".py")} == {*marked} and marked
     assert not any((ROOT / name).is_dir() for name in asked)
 
 
