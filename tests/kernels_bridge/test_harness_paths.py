@@ -125,7 +125,13 @@ def keeps_what_it_made_of_the_weights():
 
     def step(mixer):
         weights = made.setdefault(id(mixer), -torch.exp(mixer.A_log.detach()))
-        return lambda x, memory: good(mixer).func(good(mixer).args[0]._replace(A=weights), x, memory)
+
+        def kept(x, memory):
+            whole = good(mixer)
+            own, *rest = whole.args
+            return whole.func(own._replace(A=weights), *rest, x, memory)
+
+        return kept
 
     return ours(step=step)
 
