@@ -263,12 +263,15 @@ def test_what_torch_compile_wraps_runs_untraced(backend):
 
 
 @ALL
-def test_what_torch_compile_wraps_can_be_called_with_a_backend_s_operations(backend):
-    """It had been torch's own internal error."""
+@pytest.mark.parametrize("before", [False, True])
+def test_what_torch_compile_wraps_can_be_called_with_a_backend_s_operations(backend, before):
+    """It had been torch's own internal error; then only where the first call of all had them."""
     torch.compiler.reset()
     wrapped, ops = torch.compile(MODEL, backend="eager"), resolve(backend, "cpu")
     place, start = at.ssm_state(layer=1, pos=2), torch.zeros(3, dtype=torch.long)
     with torch.no_grad():
+        if before:
+            assert torch.equal(wrapped(IDS).logits, MODEL(IDS).logits)
         assert torch.equal(wrapped(IDS, ops=ops).logits, MODEL(IDS, ops=ops).logits)
         plan = Plan(CONFIG, [Scale(place, 2.0)], [place], start, start + 8)
         found = wrapped(IDS, tap=plan, ops=ops)
