@@ -50,8 +50,9 @@ class _Choice:
             token = real.argmax(-1, keepdim=True)  # (b, 1), of a NaN if there is one
             self.lost.append(real.gather(1, token)[:, 0].isnan())
             return token
-        refuse_nan(real.isnan().any(1)[None], self.made - 1)
         below = real.float() - real.float().amax(-1, keepdim=True)  # of which a tiny temperature makes 0 and -inf
+        for lost, what in ((real, "NaN"), (below, "inf, or nothing but -inf,")):
+            refuse_nan(lost.isnan().any(1)[None], self.made - 1, what)
         shares = self.narrowed(below / self.heat).softmax(-1)
         return torch.multinomial(shares, 1, generator=self.rng)
 
@@ -79,7 +80,10 @@ def _tokens(stop: int | Iterable[int], vocab: int) -> Tensor:
     """The tokens with which a row ends; InputError for what is none."""
     try:
         given = stop.tolist() if hasattr(stop, "tolist") else stop  # of a tensor without axes an int
-        found = [operator.index(s) for s in (given if isinstance(given, Iterable) else [given])]
+        several = [*given] if isinstance(given, Iterable) else [given]
+        if any(isinstance(s, bool) for s in several):
+            raise TypeError
+        found = [operator.index(s) for s in several]
     except TypeError:
         raise InputError(f"stop={stop!r:.60}: a token id, or several; () for none.") from None
     if wrong := [s for s in found if not 0 <= s < vocab]:
@@ -97,12 +101,12 @@ def _where(live: Tensor, new: MambaState | None, old: MambaState | None) -> Mamb
     return MambaState(h, window, new.position.where(live.cpu(), old.position))
 
 
-def refuse_nan(lost: Tensor, first: int = 0) -> None:
+def refuse_nan(lost: Tensor, first: int = 0, what: str = "NaN") -> None:
     """Raises InputError if the logits that chose one of the new tokens from `first` on hold NaN: lost (tokens, b)."""
     if bool(lost.any()):
         token, row = lost.nonzero()[0].tolist()
         raise InputError(
-            f"the logits of row {row} hold NaN where new token {token + first} is chosen, of which no token is the "
+            f"the logits of row {row} hold {what} where new token {token + first} is chosen, of which no token is the "
             "likeliest: look for where this model or an edit overflows, with run(model, ids, edits, "
             "record=[at.resid_post()])."
         )
@@ -139,7 +143,8 @@ def generate(
         last_only: keep only the logits that chose the new tokens, (b, n, v).
         state: a memory to go on from, such as `Run.state`; positions then count on from where it stood.
         stop: a token, or several, with which a row ends. It is kept as the row's last token and not run; the other rows
-            go on as they would without it. Edits and recordings of a row end with it.
+            go on as they would without it, but for a `Mean` over the batch, which is over the rows that are left. Edits
+            and recordings of a row end with it.
         top_k: draw from the k likeliest tokens only. top_p: then from the fewest likeliest ones that have this share.
     Returns:
         Run with ids (b, l + n), n = n_tokens or what the longest row took; row i holds its prompt, its new tokens right

@@ -135,10 +135,15 @@ class MambaConfig:
         ssm = {"layer": "Mamba1"} | {k: own[k] for k in _SSM_KEYS}
         top = {k: own[k] for k in _TOP_KEYS}
         top["ssm_cfg"] = ssm
-        for name, only in (("norm_eps", 1e-5), ("mixer_rms_eps", None)):
-            if own[name] != only:
-                raise ConfigError(f"{name}={own[name]}: mamba-ssm's layout has no field for it. Save the HF layout.")
+        if lacking := self._beyond_mamba_ssm():
+            hf = "Save the HF layout." if self.rms_norm else f"HF's has RMSNorm only. {_NO_LAYOUT}"
+            raise ConfigError(f"{lacking}: mamba-ssm's layout has no field for it. {hf}")
         return top
+
+    def _beyond_mamba_ssm(self) -> str:
+        """The first field that mamba-ssm's layout cannot say, with its value; "" if there is none."""
+        fixed = ("norm_eps", 1e-5), ("mixer_rms_eps", None)
+        return next((f"{name}={getattr(self, name)}" for name, only in fixed if getattr(self, name) != only), "")
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of an HF `MambaForCausalLM`, or of a `FalconMambaForCausalLM`.
@@ -148,11 +153,12 @@ class MambaConfig:
         is written as False.
         """
         if not self.rms_norm:
-            raise ConfigError("rms_norm=False: HF's MambaForCausalLM has RMSNorm only. Save the mamba-ssm layout.")
-        if self.expand != int(self.expand):
-            raise ConfigError(f"expand={self.expand}: HF's MambaConfig takes an int. Save the mamba-ssm layout.")
+            lacking = self._beyond_mamba_ssm()
+            other = f"mamba-ssm's has no field for {lacking}. {_NO_LAYOUT}" if lacking else "Save the mamba-ssm layout."
+            raise ConfigError(f"rms_norm=False: HF's layout has RMSNorm only. {other}")
         hf = {theirs: getattr(self, ours) for theirs, ours in _HF_KEYS.items()}
-        hf |= {"vocab_size": self.padded_vocab, "time_step_rank": self.rank, "expand": int(self.expand)}
+        # HF takes an int, and makes the layers by intermediate_size
+        hf |= {"vocab_size": self.padded_vocab, "time_step_rank": self.rank, "expand": max(1, int(self.expand))}
         # where this is true, transformers 5.23 divides out_proj again each time that it loads the checkpoint
         hf["rescale_prenorm_residual"] = False
         if self.mixer_rms_eps is not None:
@@ -166,6 +172,7 @@ class MambaConfig:
         }
 
 
+_NO_LAYOUT = "No layout holds this model: keep model.state_dict() and repr(model.config)."
 _SSM_KEYS = ["d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias"]
 _SSM_KEYS += ["dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"]
 _TOP_KEYS = ["d_model", "n_layer", "vocab_size", "rms_norm", "residual_in_fp32", "tie_embeddings"]

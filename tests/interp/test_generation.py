@@ -1,5 +1,7 @@
 """Generation that stops, goes on from a memory and draws from few: each row is one pass over what it came to."""
 
+import math
+
 import pytest
 import torch
 from helpers import tiny
@@ -197,6 +199,8 @@ def test_bad_choices_say_what_to_do():
         ({"temperature": 0, "top_p": 0.5}, r"top_p=0\.5 with temperature=0"),
         ({"stop": None}, r"stop=None: a token id, or several; \(\) for none"),
         ({"stop": 2.0}, r"stop=2\.0: a token id"),
+        ({"stop": True}, r"stop=True: a token id"),
+        ({"stop": [3, False]}, r"stop=\[3, False\]: a token id"),
         ({"stop": [1, "a"]}, r"stop=\[1, 'a'\]: a token id"),
         ({"stop": [3, 29]}, r"stop=29 is outside the vocabulary 0\.\.28: no row would ever end with it"),
         ({"stop": -1}, r"stop=-1 is outside the vocabulary"),
@@ -204,5 +208,11 @@ def test_bad_choices_say_what_to_do():
     ):
         with pytest.raises(InputError, match=text):
             generate(MODEL, IDS, 2, **{"temperature": 1.0} | given)
+    for bad, to in ((math.inf, [3]), (-math.inf, slice(None))):  # of +inf, and of nothing but -inf, nothing can be drawn
+        value = torch.zeros(MODEL.config.padded_vocab, dtype=torch.float64)
+        value[to] = bad
+        edit = Add(at.logits(pos=slice(8, None)), value, rows=[2])
+        with pytest.raises(InputError, match=r"row 2 hold inf, or nothing but -inf, where new token 1 is chosen"):
+            generate(MODEL, IDS, 2, edit, temperature=1.0)
     generate(MODEL, IDS, 2, stop=torch.tensor([3, 4]))
     generate(MODEL, IDS, 2, stop=torch.tensor(3))

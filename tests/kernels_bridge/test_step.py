@@ -88,10 +88,11 @@ def test_a_step_is_the_readable_mixer(sizes: str, b: int, backend: str) -> None:
 
 
 @FAST
+@pytest.mark.parametrize("sizes", ["tiny", "FalconMamba"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_errs_no_more_than_twice_the_readable_one(dtype: torch.dtype, backend: str) -> None:
-    ids, model = draw_ids(3, 70), tiny(dtype=dtype)
-    exact = token_by_token(MODEL, ids, READABLE)
+def test_it_errs_no_more_than_twice_the_readable_one(dtype: torch.dtype, sizes: str, backend: str) -> None:
+    ids, model = draw_ids(3, 70), tiny(dtype=dtype, **MODELS[sizes])
+    exact = token_by_token(tiny(**MODELS[sizes]), ids, READABLE)
 
     def off(ops: Ops) -> list[float]:
         found = token_by_token(model, ids, ops)

@@ -56,6 +56,26 @@ def test_hf_makes_the_layers_by_their_stated_width(model_type):
         theirs = transformers.AutoModelForCausalLM.from_config(raw)
         ours = Mamba.from_module(theirs)  # refuses tensors of other shapes
         assert ours.config.d_inner == inner == theirs.backbone.layers[0].mixer.A_log.shape[0]
+        again = transformers.AutoConfig.for_model(**ours.config.to_hf())
+        assert again.intermediate_size == inner and MambaConfig.from_dict(ours.config.to_hf()) == ours.config
+
+
+def test_every_width_is_read_as_it_is_stated():
+    for d, inner in ((7, 61), (7, 115), (12, 5), (4096, 10001)):  # of some int(inner / d * d) is inner - 1
+        raw = {"model_type": "mamba", "hidden_size": d, "num_hidden_layers": 1, "vocab_size": 8}
+        config = MambaConfig.from_dict(raw | {"intermediate_size": inner})
+        assert config.d_inner == inner == MambaConfig.from_dict(config.to_hf()).d_inner
+
+
+def test_what_neither_layout_holds_is_not_sent_from_one_to_the_other():
+    config = MambaConfig(12, 1, 8, rms_norm=False, mixer_rms_eps=1e-6)
+    text = r"RMSNorm only\. .*No layout holds this model: keep model\.state_dict\(\)"
+    with pytest.raises(ConfigError, match=f"mixer_rms_eps=1e-06: mamba-ssm's layout has no field for it.*{text}"):
+        config.to_mamba_ssm()
+    with pytest.raises(ConfigError, match=r"RMSNorm only\. mamba-ssm's has no field for mixer_rms_eps=1e-06\. No layout"):
+        config.to_hf()
+    with pytest.raises(ConfigError, match=r"RMSNorm only\. Save the mamba-ssm layout\."):
+        MambaConfig(12, 1, 8, rms_norm=False).to_hf()
 
 
 def test_the_published_configurations_are_read():
