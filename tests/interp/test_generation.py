@@ -208,7 +208,7 @@ def test_bad_choices_say_what_to_do():
     ):
         with pytest.raises(InputError, match=text):
             generate(MODEL, IDS, 2, **{"temperature": 1.0} | given)
-    for bad, to in ((math.inf, [3]), (-math.inf, slice(None))):  # of +inf, and of nothing but -inf, nothing can be drawn
+    for bad, to in ((math.inf, [3]), (-math.inf, slice(None))):  # of which nothing can be drawn
         value = torch.zeros(MODEL.config.padded_vocab, dtype=torch.float64)
         value[to] = bad
         edit = Add(at.logits(pos=slice(8, None)), value, rows=[2])
