@@ -128,10 +128,10 @@ class Mamba(nn.Module):
             InputError: ids, lengths or a state that do not fit.
         """
         given = (*self.check(ids, lengths, state), state, keep_state, last_only, tap, ops)
-        return self.score(*given) if _traceable(tap, ops) else self._untraced(*given)
-
-    @torch.compiler.disable
-    def _untraced(self, *given: Any) -> MambaOutput:
+        # in a trace they fail; and there what `is` says of the first call's would hold for the next call's
+        if torch.compiler.is_compiling() and not (type(tap) is Tap and ops.name == READABLE.name):
+            done: MambaOutput = torch.compiler.disable(self.score)(*given)
+            return done
         return self.score(*given)
 
     def score(
@@ -289,12 +289,6 @@ class Mamba(nn.Module):
         from .checkpoint import save
 
         save(self, path, layout=layout, **options)
-
-
-@torch.compiler.disable  # in a trace what `is` said of the first call would hold for the next
-def _traceable(tap: Tap, ops: Ops) -> bool:
-    """Whether torch.compile can trace a forward: with a backend's operations, or sites, it fails."""
-    return ops is READABLE and tap is NO_TAP
 
 
 def _integers(what: str, given: object, rule: str) -> Tensor:

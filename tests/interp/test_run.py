@@ -276,6 +276,9 @@ def test_what_torch_compile_wraps_can_be_called_with_a_backend_s_operations(back
         plan = Plan(CONFIG, [Scale(place, 2.0)], [place], start, start + 8)
         found = wrapped(IDS, tap=plan, ops=ops)
         one = run(MODEL, IDS, Scale(place, 2.0), place, backend)
+        alone = Plan(CONFIG, [Scale(place, 2.0)], [place], start, start + 8)
+        assert torch.equal(wrapped(IDS, tap=alone).logits, MODEL(IDS, tap=alone).logits)
+        assert torch.equal(wrapped(IDS).logits, MODEL(IDS).logits)
     assert torch.equal(found.logits, one.logits) and torch.equal(plan.results()[place], one[place])
     torch.compiler.reset()
 
