@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = ("minimal_mamba", "kernels_bridge", "interp", "analyses")  # each imports only those before it
 FILES = sorted(p for package in ORDER for p in (ROOT / package).rglob("*.py"))
 NAMES = [str(p.relative_to(ROOT)) for p in FILES]
-HEAVY = ("transformers", "matplotlib", "sklearn", "pandas", "scipy", "mamba_ssm", "causal_conv1d", "triton", "numba")
+HEAVY = ("transformers", "matplotlib", "sklearn", "pandas", "scipy", "mamba_ssm", "causal_conv1d", "triton", "numba",
+         "torch._dynamo")  # fmt: skip
 LONGEST = 400
 
 

@@ -175,6 +175,13 @@ def test_few_are_drawn_from_as_transformers_does():
             want = processors.TopPLogitsWarper(top_p)(None, want)
         found = _Choice(29, 1.0, 0, top_k, top_p, torch.device("cpu")).narrowed(scores)
         assert torch.equal(found, want)
+    even = torch.zeros(1, 8)  # of equal shares as many as make up top_p, and not one more
+    for top_p, count in ((0.5, 4), (0.25, 2), (0.26, 3)):
+        for found in (
+            _Choice(8, 1.0, 0, None, top_p, torch.device("cpu")).narrowed(even),
+            processors.TopPLogitsWarper(top_p)(None, even),
+        ):
+            assert found.isfinite().sum() == count
     for hot, given in ((2.0, {"top_k": 3}), (2.0, {"top_p": 0.4}), (0.7, {"top_k": 5, "top_p": 0.6})):
         many = generate(MODEL, IDS[:1].expand(4000, -1), 1, temperature=hot, seed=5, **given)
         share = torch.bincount(many.ids[:, -1], minlength=VOCAB) / 4000

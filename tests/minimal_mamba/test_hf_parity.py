@@ -15,6 +15,7 @@ from helpers import lively
 from torch import Tensor
 
 from minimal_mamba import Mamba, MambaConfig, Ops
+from minimal_mamba.block import divided
 from minimal_mamba.config import HF_TYPES
 from minimal_mamba.scan import READABLE, causal_conv, selective_scan
 
@@ -183,6 +184,14 @@ def test_the_draws_cover_every_choice():
         "mixer_rms_eps": {None, 1e-6, 0.1},
     }.items():  # fmt: skip
         assert {getattr(config, name) for config in configs} == values, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_16_bits_are_divided_by_is_taken_in_32(dtype):
+    """The square of 300 is more than float16 holds; only the quotient is as narrow as what is given."""
+    norm = MODELING[HF_TYPES.index("falcon_mamba")].FalconMambaWeightlessRMSNorm(7, eps=1e-3)
+    x = (300 * torch.randn(40, 7, generator=torch.Generator().manual_seed(0))).to(dtype)
+    assert torch.equal(divided(x, 1e-3), norm(x)) and divided(x, 1e-3).dtype == dtype
 
 
 def test_hf_generates_what_ours_scores():
