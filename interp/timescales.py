@@ -25,6 +25,8 @@ from .run import Lengths, Metric, gradients, run
 def typical_dt(model: Mamba) -> Tensor:
     """The step size of each channel without data: softplus of dt_proj's bias, what dt is where dt_low is 0.
 
+    A FalconMamba divides dt_low by its root mean square, so that it is nowhere near 0 there: take `mean_dt` of a run.
+
     Returns:
         (layers, e), > 0.
     """
