@@ -5,7 +5,8 @@ checkpoints, several processes or GPUs.
     trainer.train(resume_from_checkpoint=...)
 
 started as `python script.py`, or on several devices as `torchrun --nproc-per-node 2 script.py` or `accelerate launch`.
-`Mamba.from_pretrained` reads each of its checkpoints, and what `save_model` writes.
+`Mamba.from_pretrained` reads each of its checkpoints, and what `save_model` writes; they are in mamba-ssm's layout, or,
+where that has no field for the model, as for a FalconMamba, in HF's, which transformers reads too.
 A script of several processes ends with `torch.distributed.destroy_process_group()`: a thread of gloo's that is left
 when Python ends aborts it now and then.
 """
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from minimal_mamba import Mamba, Ops
 from minimal_mamba.block import wide
-from minimal_mamba.checkpoint import HEAD, unwrapped
+from minimal_mamba.checkpoint import EMBEDDING, HEAD, HF_EMBEDDING, unwrapped
 from minimal_mamba.errors import CheckpointError, ConfigError, InputError, nearest
 from minimal_mamba.files import write_json
 
@@ -101,6 +102,7 @@ class Learner(nn.Module):
             CheckpointError: it holds other tensors.
         """
         stored = unwrapped(load_file(checkpoint / "model.safetensors"))  # older ones have this module's prefix
+        stored = {EMBEDDING if name == HF_EMBEDDING else name: t for name, t in stored.items()}
         shapes, own = ({name: t.shape for name, t in x.items()} for x in (stored, self.weights()))
         if shapes != own:
             differ = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
@@ -207,7 +209,10 @@ class MambaTrainer(Trainer):
         return super()._get_num_items_in_batch(counted, device)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, self.learner.weights())
+        weights = self.learner.weights()
+        if self.config is not None and "model_type" in self.config:  # transformers reads it, and draws what it misses
+            weights = {HF_EMBEDDING if name == EMBEDDING else name: t for name, t in weights.items()}
+        super()._save(output_dir, weights)
         if self.config is not None and self.args.should_save:
             write_json(Path(output_dir or str(self.args.output_dir)) / "config.json", self.config)
 

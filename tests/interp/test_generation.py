@@ -134,6 +134,13 @@ def test_what_a_stopped_row_does_not_reach_raises():
         assert torch.equal(
             generate(MODEL, IDS, NEW, Add(place, 0.0, rows=longest), **given).lengths - 8, torch.tensor(count)
         )
+    # a row that a mean is only taken of need not be there
+    means = Mean(at.u(layer=0, pos=end), rows=longest)
+    others = [i for i in range(5) if count[i] > count[short]]
+    out, changed = (generate(MODEL, IDS, NEW, e, at.u(layer=0), **given) for e in ((), means))
+    whole, part = out[at.u(layer=0)], changed[at.u(layer=0)]
+    assert len(others) > 1
+    assert_close(part[longest[0], end], whole[others, end].mean(0), rtol=1e-9, atol=1e-10)
 
 
 @ALL

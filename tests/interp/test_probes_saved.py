@@ -61,7 +61,7 @@ def test_an_interrupted_grid_goes_on_to_the_same_bits(tmp_path, monkeypatch, lab
     assert not fitted and not runs
 
 
-def test_another_grid_is_refused(tmp_path):
+def test_another_grid_is_refused(tmp_path, monkeypatch):
     grid(tmp_path, layers=0)
     odd = IDS.clone()
     odd[3, 0] += 1
@@ -85,6 +85,10 @@ def test_another_grid_is_refused(tmp_path):
             grid(tmp_path, **({"layers": 0} | given))
     with pytest.raises(CheckpointError, match="differ in options"):
         grid(tmp_path, layers=0, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "0.1")
+        with pytest.raises(CheckpointError, match="differ in torch"):
+            grid(tmp_path, layers=0)
     same(grid(tmp_path, layers=0, dims=64), grid(layers=0))  # the default, said
     with pytest.raises(CheckpointError, match=r"holds other files and no sweep\.json"):
         sweep(MODEL, IDS, [], lambda x: x[:, -1, 0], path=tmp_path, progress=False)

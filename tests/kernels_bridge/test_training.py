@@ -134,6 +134,25 @@ def test_checkpoints_are_read_as_any_other_and_the_best_comes_back(tmp_path, tie
         assert torch.equal(tensor, best.state_dict()[name]) and torch.equal(tensor, last.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("sizes", [{"mixer_rms_eps": 1e-3}, {"norm_eps": 1e-3}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpoints_in_hfs_layout_are_read_by_transformers_too(tmp_path, sizes, tied):
+    """They had HF's config beside an embedding of mamba-ssm's name, in whose place transformers drew one."""
+
+    def fresh():
+        return tiny(dtype=torch.float32, seed=3, tie_embeddings=tied, **sizes)
+
+    losses, model = curve(tmp_path, model=fresh(), save_strategy="steps", save_steps=3)
+    ids = torch.arange(12).view(2, 6)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    with torch.no_grad():
+        want = model.eval()(ids).logits
+        assert torch.allclose(theirs(ids).logits, want, rtol=1e-3, atol=1e-3)
+        assert torch.equal(Mamba.from_pretrained(tmp_path / "checkpoint-6")(ids).logits, want)
+    going, again = curve(tmp_path, model=fresh(), save_strategy="no", resume=str(tmp_path / "checkpoint-3"))
+    assert going == losses and all(map(torch.equal, again.parameters(), model.parameters()))
+
+
 def test_labels_that_are_ignored_and_padding_give_no_gradient():
     model, batch = tiny(), pad(rows(4))
     learner = Learner(model, resolve("torch"))
