@@ -20,7 +20,6 @@ class Brief:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Brief":
         made = object.__new__(type(self))
-        memo[id(self)] = made
         try:
             vars(made).update((name, deepcopy(value, memo)) for name, value in vars(self).items())
         except RuntimeError as error:
