@@ -1,5 +1,6 @@
 """What would give plausible numbers for another question is refused, and the text says what to do."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,12 @@ IDS = torch.randint(0, 29, (3, 6), generator=torch.Generator().manual_seed(0))
 DONOR = IDS.flip(1).clone()
 QUIET = {"progress": False}
 RESID, RUN = at.resid_post(layer=0, pos=-1), run(MODEL, IDS)
+
+
+def nested(layout):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that the one of the two layouts is a prototype
+        return torch.nested.nested_tensor([IDS[0], IDS[1, :3]], layout=layout)
 
 
 def metric(logits):
@@ -96,9 +103,9 @@ def test_windows_of_layers_are_named_as_in_patch_grid():
         (lambda: run(MODEL, IDS.to("meta")), "ids is meta, which holds no numbers; give a dense tensor"),
         (lambda: run(MODEL, IDS, lengths=torch.ones(3, device="meta").long()), "lengths.* is meta, .* give one int of"),
         (lambda: run(MODEL, IDS.to_sparse()), "ids is sparse; give a dense tensor"),
-        (
-            lambda: run(MODEL, torch.nested.nested_tensor([IDS[0], IDS[1, :3]], layout=torch.jagged)),
-            "ids is nested; .* right-padded where rows differ in length",
+        *(
+            (lambda layout=layout: run(MODEL, nested(layout)), "ids is nested; .* right-padded where rows differ")
+            for layout in (torch.jagged, torch.strided)
         ),
         (lambda: probe(torch.randn(20), torch.arange(20) % 2), "features"),
         (lambda: probe(torch.randn(20, 3), torch.arange(20) % 2, other=torch.full((20, 3), torch.nan)), "other"),
