@@ -46,7 +46,8 @@ class Saved:
     """The folder of one sweep, or of another `kind` of work that is done part by part.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it is not there. What the work is, is written with its first part: one that was refused before
+            leaves the folder as it was.
         what: what the work is, in JSON's types.
     Raises:
         CheckpointError: the folder holds another sweep, or one that another version of mambascope began, or cannot be
@@ -56,11 +57,12 @@ class Saved:
     def __init__(self, folder: str | Path, what: Mapping[str, Any], kind: str = "sweep"):
         self.folder = Path(folder)
         what = {"version": VERSION, **what}
-        head = self.folder / f"{kind}.json"
+        head = self.head = self.folder / f"{kind}.json"
+        self.what: dict[str, Any] | None = None  # to be written
         if not head.exists():
             if any(not file.name.startswith(".") for file in make_folder(self.folder).iterdir()):
                 raise CheckpointError(f"{self.folder} holds other files and no {head.name}; give an empty folder.")
-            write_json(head, what | {"provenance": provenance()})
+            self.what = what | {"provenance": provenance()}
             return
         there = read_json(head)
         # of mambascope's versions too, where an earlier one wrote which it was
@@ -91,6 +93,9 @@ class Saved:
 
     def save(self, group: int, values: Mapping[str, Tensor]) -> None:
         """Write what a group gave, whole or not at all."""
+        if self.what is not None:
+            write_json(self.head, self.what)
+            self.what = None
         kept = {name: v.cpu().contiguous() for name, v in values.items()}
         stamp = {"digest": digest(*(x for item in sorted(kept.items()) for x in item))}
         file = self._file(group)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import probe_grid, sweep
+from interp import Zero, at, probe_grid, sweep
 from interp.linear_probe import LinearProbe
-from minimal_mamba.errors import CheckpointError
+from minimal_mamba.errors import CheckpointError, InputError
 
 MODEL = tiny(seed=9)
 IDS = torch.randint(0, 29, (40, 4), generator=torch.Generator().manual_seed(0))
@@ -98,3 +98,16 @@ def test_another_grid_is_refused(tmp_path, monkeypatch):
         grid(tmp_path, layers=0)
     file.unlink()
     same(grid(tmp_path, layers=0), grid(layers=0))
+
+
+def test_what_is_refused_leaves_the_folder_free(tmp_path):
+    with pytest.raises(InputError):
+        grid(tmp_path, seeds=-1)
+
+    def fails(logits):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sweep(MODEL, IDS, [Zero(at.y(layer=0, pos=0))], fails, progress=False, path=tmp_path)
+    assert not [*tmp_path.iterdir()]
+    same(grid(tmp_path), grid())
