@@ -232,6 +232,8 @@ class Mamba(nn.Module):
             )
         if sizes.shape != (b,) or int(sizes.min()) < 1 or int(sizes.max()) > l:
             raise InputError(f"lengths={sizes.tolist()}: {rule}.")
+        if self.device.type == "meta":
+            raise InputError("the model is on the meta device, where tensors hold no numbers; load its weights first.")
         if state is not None:
             self._check_state(state, b)
         return ids.to(self.device, copy=True), sizes.clone()

@@ -109,3 +109,8 @@ def test_a_type_by_its_name_is_refused(tmp_path: Path) -> None:
     MODEL32.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"dtype='float32' is no torch.dtype; pass one, such as torch.float32"):
         Mamba.from_pretrained(tmp_path, dtype="float32")  # type: ignore[arg-type]
+
+
+def test_a_model_without_numbers_is_refused():
+    with pytest.raises(InputError, match="the meta device, where tensors hold no numbers"):
+        tiny().to("meta")(torch.tensor([[1, 2]]))
