@@ -209,6 +209,13 @@ def seeds(results: Folder) -> str:
             "right echoes": percent(none["SSM state"]["echo"]),
             "right answers, every conv state at its mean": percent(none["conv state"]["answers"]),
         }
+        if (results.folder / f"probe-{name}.json").exists():
+            probes = results[f"probe-{name}"]
+            ssm = [say.best(probes, "ssm_state", "value", j) for j in range(len(probes["steps"]))]
+            columns[f"`{name}`"] |= {
+                "a probe of the SSM states reads the value, at worst": f"{min(ssm):.1%}",
+                "it reads operation 1, 2, .. off the stream from layer": say.first_read(probes, "resid_post"),
+            }
         kept += [
             f"In `{name}`, where the conv states are handed over after operation {r['step']}, the answer stays the "
             f"base's own in {r['base']['alone']} of {r['base']['of']} cases in which nothing else foretells it."
