@@ -9,7 +9,6 @@ import numpy as np
 
 from ..pages import placed
 from . import say
-from .drawing.probes import layers_of
 from .drawing.trainings import GROUPS, LOSSES, scores
 from .experiments.curves import DEPTHS, sizes
 from .experiments.results import RESULTS, Read, ResultsError, read, together
@@ -137,9 +136,7 @@ def where(results: Folder) -> str:
     others = [sum(r[name]["alone"] for r in rows) for name in ("done", "partial sum", "base")]
     none = say.without(found)
     needed = {s: np.array(found[f"needed: {s}"]["right"]) for s in ("ssm_state", "conv_state")}
-    erased = [probes[f"erase value, layer {i}"] for i in layers_of(probes, "resid_post")]
-    goes = [e["space"]["answer"] for e in erased]
-    stays = [float(np.mean([control["answer"] for control in e["controls"]])) for e in erased]
+    erased, goes, stays = say.erased(probes)
     controls = [control["variance"] for e in erased for control in e["controls"]]
     taken = [e["space"]["variance"] for e in erased]
     steps = len(probes["steps"])
@@ -212,9 +209,12 @@ def seeds(results: Folder) -> str:
         if (results.folder / f"probe-{name}.json").exists():
             probes = results[f"probe-{name}"]
             ssm = [say.best(probes, "ssm_state", "value", j) for j in range(len(probes["steps"]))]
+            _, goes, stays = say.erased(probes)
             columns[f"`{name}`"] |= {
                 "a probe of the SSM states reads the value, at worst": f"{min(ssm):.1%}",
                 "it reads operation 1, 2, .. off the stream from layer": say.first_read(probes, "resid_post"),
+                "right answers, the value erased after a layer": f"{min(goes):.0%} to {max(goes):.0%}",
+                "as much erased of shuffled labels": f"{min(stays):.0%} to {max(stays):.0%}",
             }
         kept += [
             f"In `{name}`, where the conv states are handed over after operation {r['step']}, the answer stays the "

@@ -71,6 +71,13 @@ def first_read(probes: Read, site: str) -> str:
     return ", ".join(str(layers[int(good.argmax())]) if good.any() else "none" for good in (scored >= 0.9).T)
 
 
+def erased(probes: Read) -> tuple[list[Read], list[float], list[float]]:
+    """Of each layer, what was erased after it, the answers that stay right, and those with shuffled labels' spaces."""
+    found = [probes[f"erase value, layer {i}"] for i in layers_of(probes, "resid_post")]
+    stays = [float(np.mean([control["answer"] for control in one["controls"]])) for one in found]
+    return found, [one["space"]["answer"] for one in found], stays
+
+
 def best(probes: Read, site: str, label: str, step: int) -> float:
     """Of the best layer, the score of a label at a step, counted from 0."""
     return max(probes[f"{site}, layer {i}"][label]["score"][step] or 0 for i in layers_of(probes, site))
