@@ -14,7 +14,8 @@ from minimal_mamba.errors import CheckpointError, InputError
 
 from .watch import EACH, Implementation, Seen, alone, collect, embedded, leaf, loss_of, training
 
-FALCON_NORMS = {"dt_low": "dt_layernorm", "B": "b_layernorm", "C": "c_layernorm"}  # of transformers' mixer
+# modules of transformers' mixer; before 5.15 it calls a function, which no hook sees
+FALCON_NORMS = {"dt_low": "dt_layernorm", "B": "b_layernorm", "C": "c_layernorm"}
 
 
 class Theirs(Implementation):
@@ -152,8 +153,9 @@ class Theirs(Implementation):
             on(mixer.in_proj, after=split_in)
             on(mixer.x_proj, after=split_x)
             if self.config.mixer_rms_eps is not None:
-                for site, norm in FALCON_NORMS.items():
-                    on(getattr(mixer, norm), after=partial(leave_norm, site=site))
+                for site, name in FALCON_NORMS.items():
+                    if isinstance(norm := getattr(mixer, name, None), nn.Module):
+                        on(norm, after=partial(leave_norm, site=site))
             on(mixer.out_proj, after=enter_out)
 
         try:

@@ -1,6 +1,7 @@
 """The harness lets what is right pass, compares any two, and keeps what it found."""
 
 import dataclasses
+import functools
 import importlib
 import json
 
@@ -17,7 +18,7 @@ from kernels_bridge.harness.check import SHORT, Report
 from kernels_bridge.harness.draw import ODD, SMALL, draw_edits, draw_ids, draw_model
 from kernels_bridge.harness.rows import compare, table
 from kernels_bridge.harness.targets import reference
-from kernels_bridge.harness.theirs import hf_cache
+from kernels_bridge.harness.theirs import FALCON_NORMS, hf_cache
 from minimal_mamba import Ops
 from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError
 from minimal_mamba.sites import SITES
@@ -85,13 +86,28 @@ def test_another_rounding_is_asked_for_where_one_has_failed(monkeypatch):
     assert ask(other, weights, kinds=["model", "gradients"]).passed
 
 
-@pytest.mark.parametrize("eps", [None, 1e-6])
-def test_transformers_passes_but_for_its_padding(eps):
+@pytest.mark.parametrize(("eps", "norms"), [(None, None), (1e-6, "modules"), (1e-6, "functions")])
+def test_transformers_passes_but_for_its_padding(eps, norms):
     """The state goes on over pad tokens there (transformers #48256); the logits of real tokens are right."""
     weights = draw_model(dataclasses.replace(CONFIG, mixer_rms_eps=eps), 0).float()
     theirs = target("hf", weights)
+    for mixer in [layer.mixer for layer in theirs.layers] if norms else ():
+        for name in FALCON_NORMS.values():
+            if not hasattr(mixer, name):  # transformers before 5.15
+                norms = "functions"
+            elif norms == "functions":
+                norm = getattr(mixer, name)
+                function = functools.partial(type(norm).forward, norm)
+                function.weight = norm.weight  # the mixer hands it to its kernels' path
+                delattr(mixer, name)
+                setattr(mixer, name, function)
     report = ask(theirs, weights, kinds=["layers", "model", "gradients", "decoding"])
-    assert report.passed and {"dt_low", "B", "C"} <= {r.quantity for r in report.rows}
+    assert report.passed
+    normed, seen = {"dt_low", "B", "C"}, {r.quantity for r in report.rows}
+    if norms == "functions":
+        assert not normed & seen and normed <= set(report.unseen) and {"x", "u", "gated"} <= seen
+    else:
+        assert normed <= seen and not normed & set(report.unseen)
     padded = ask(theirs, weights, kinds=["padding"])
     assert failed(padded) == {"last ssm_state", "last conv_state"}
     assert padded.first is None and "conv" in padded.unseen
