@@ -1,6 +1,7 @@
 """The demo: its figures and numbers, on the model that ships."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -45,12 +46,13 @@ def test_the_command_writes_figures_and_says_what_they_show(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "text"), [(["--differ", "6"], "one of 1..5 may differ"), (["--differ", "0"], "greater than or equal")]
+    ("option", "text"),
+    [(["--differ", "6"], "one of 1..5 may differ"), (["--differ", "0"], "greater than or equal|x>=1")],
 )
 def test_an_operation_that_is_not_there(tmp_path, option, text):
     result = RUNNER.invoke(app, ["demo", "--out", str(tmp_path), *option])
     assert result.exit_code == 2
-    assert text in result.output
+    assert re.search(text, result.output)  # typer before it went on without click says x>=1
 
 
 @pytest.mark.parametrize(

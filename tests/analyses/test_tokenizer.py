@@ -149,6 +149,18 @@ def test_a_folder_without_a_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_whose_reader_is_missing(tmp_path, monkeypatch):
+    """As transformers 5.5 says it, also of an empty folder: the first line is empty."""
+
+    def refuse(path):
+        raise ImportError("\n requires the protobuf library but it was not found.\nInstall it.\n")
+
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(TokenizerError, match=r"finds no tokenizer in .* \(requires the protobuf library"):
+        load_tokenizer(tmp_path)
+
+
 def test_training_on_a_pretrained_mamba_with_its_tokenizer(whole, tmp_path):
     """The whole way: a checkpoint in mamba-130m's layout with a tokenizer beside it, its first layer, two steps."""
     import shutil

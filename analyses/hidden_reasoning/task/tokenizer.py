@@ -125,8 +125,8 @@ class HubTokenizer:
             ) from None
         try:
             self.inner: Any = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError) as error:
-            why = str(error).splitlines()[0]
+        except (OSError, ValueError, ImportError) as error:  # the last: of what would read another kind of file
+            why = (str(error).strip() or repr(error)).splitlines()[0]
             raise TokenizerError(
                 f"transformers finds no tokenizer in {path} ({why}); give a folder or hub id."
             ) from None
