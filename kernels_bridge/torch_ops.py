@@ -29,6 +29,11 @@ def stretches(length: int, touched: list[int]) -> Iterator[tuple[int, int, bool]
         first = t + 1
 
 
+def cut(x: Tensor, cuts: list[tuple[int, int, bool]]) -> tuple[Tensor, ...]:
+    """x (b, l, ...) in its stretches; the backward of all of them is one cat, of a slice each it is O(l) a slice."""
+    return x.split([stop - first for first, stop, _ in cuts], 1)
+
+
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *,
     tap: Tap = NO_TAP, scan: Callable[..., tuple[Tensor, Tensor, Tensor]] = scan,
@@ -39,15 +44,17 @@ def selective_scan(
     recorded = {site: tap.recorded(site) for site in ("decay", "state_write", "ssm_state", "state_read")}
     move = tap.toward()
     replaced = {*tap.overwritten()} - {*recorded["decay"], *recorded["state_write"]} if move is None else set()
-    for first, stop, touched in stretches(l, tap.edited(*recorded)):
+    cuts = list(stretches(l, tap.edited(*recorded)))
+    parts = zip(*(cut(x, cuts) for x in (u, dt, B, C)), strict=True)
+    for (first, stop, touched), (u_s, dt_s, B_s, C_s) in zip(cuts, parts, strict=True):
         if first in replaced:  # what the state would be is not asked
             h = tap("ssm_state", h, first)
             read = tap("state_read", h, first)
-            ys.append(einsum(read, C[:, first].to(read.dtype), "b e n, b n -> b e")[:, None])
+            ys.append(einsum(read, C_s[:, 0].to(read.dtype), "b e n, b n -> b e")[:, None])
             continue
         if touched:
             step = tap if move is None else _Moved(tap, move, A, first)
-            h, y = ssm_step(h, u[:, first], dt[:, first], A, B[:, first], C[:, first], tap=step, t=first)
+            h, y = ssm_step(h, u_s[:, 0], dt_s[:, 0], A, B_s[:, 0], C_s[:, 0], tap=step, t=first)
             ys.append(y[:, None])
             move = step.rest if isinstance(step, _Moved) else move
             continue
@@ -56,14 +63,14 @@ def selective_scan(
         keep = sorted({*wanted["ssm_state"], *wanted["state_read"]})
         added_at, added = tap.probed(range(first, stop)) or ([], None)
         y, h, kept = scan(
-            u[:, s], dt[:, s], A, B[:, s], C[:, s], h,
+            u_s, dt_s, A, B_s, C_s, h,
             keep=[t - first for t in keep], added=added, added_at=[t - first for t in added_at],
             move=None if move is None else _during(move, s), room=room(tap, keep, h),
         )  # fmt: skip
         ys.append(y)
         if move is not None and stop < l:  # an edited position follows
             with torch.no_grad():
-                ends = [scan(run.u[:, s], run.dt[:, s], A, run.B[:, s], C[:, s], run.h)[1] for run in move.runs]
+                ends = [scan(run.u[:, s], run.dt[:, s], A, run.B[:, s], C_s, run.h)[1] for run in move.runs]
             move = _gone_on(move, ends)
         hand_over(tap, kept, keep, wanted)
         if at := wanted["decay"]:
@@ -104,15 +111,15 @@ def conv(
     (b, l, _), k = x.shape, weight.shape[1]
     out = []
     recorded = tap.recorded("conv_state")
-    for first, stop, touched in stretches(l, sorted({*tap.edited("conv_state")} - {*tap.only_probed("conv_state")})):
-        s = slice(first, stop)
-        part = None if mask is None else mask[:, s]
+    cuts = list(stretches(l, sorted({*tap.edited("conv_state")} - {*tap.only_probed("conv_state")})))
+    for (first, stop, touched), x_s in zip(cuts, cut(x, cuts), strict=True):
+        part = None if mask is None else mask[:, first:stop]
         if touched:
             step = _At(tap, first)
-            y, window = causal_conv(x[:, s], weight, bias, window, mask=part, tap=step)
+            y, window = causal_conv(x_s, weight, bias, window, mask=part, tap=step)
             out.append(y)
             continue
-        inputs = torch.cat([window[:, :, 1:].transpose(1, 2), x[:, s]], 1)  # (b, k - 1 + stretch, e)
+        inputs = torch.cat([window[:, :, 1:].transpose(1, 2), x_s], 1)  # (b, k - 1 + stretch, e)
         windows = inputs.unfold(1, k, 1)  # (b, stretch, e, k), a view
         w, m = weight.to(wide(x.dtype)), stop - first
         y = taps(inputs.to(w.dtype), w, bias)  # rounded once, at the end

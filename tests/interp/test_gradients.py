@@ -248,11 +248,11 @@ class Counted(TorchDispatchMode):
 def test_gradients_at_every_position_take_time_in_proportion(shorter, backend):
     """Not its square: an index into all positions, at each of them, has a backward as large as all of them."""
     made = []
-    for l in (32, 64):
+    for l in (64, 256):
         place = at.ssm_state(layer=[0, 2], pos=slice(-l // 2, None))
         with Counted() as counted:
             gradients(MODEL, torch.zeros(2, l, dtype=torch.long), spread, [place],
                       edits=[Add(at.state_write(layer=1), torch.ones(2, l, 24, 5).double().requires_grad_())],
                       lengths=[l, l - shorter], backend=backend)  # fmt: skip
         made.append(counted.made)
-    assert made[1] < 2.3 * made[0], made
+    assert made[1] < 4.3 * made[0], made
