@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,7 +11,14 @@ from kernels_bridge.lively import lively
 from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.tap import Tap
 
-__all__ = ["LAST", "draw", "lively", "names_drawn", "near", "tiny"]
+__all__ = ["LAST", "draw", "lively", "names_drawn", "near", "needs_hf_scan", "tiny"]
+
+
+def needs_hf_scan() -> None:
+    """Skip where transformers is older than the benchmark's, 5.15: its scan is no function that can be replaced."""
+    modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
+    if not hasattr(modeling, "mamba_selective_scan"):
+        pytest.skip("needs transformers 5.15, as mambascope[bench] does")
 
 
 class _Last(Tap):

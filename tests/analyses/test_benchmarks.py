@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import needs_hf_scan
 
 pytest.importorskip("transformers")
 
@@ -18,6 +19,8 @@ HERE = ("HF transformers", "mambapy sequential")
 
 @pytest.mark.parametrize("kind", LABELS)
 def test_every_kind_of_work_is_checked_and_timed(kind):
+    if kind == "ssm_state":
+        needs_hf_scan()
     piece = Piece(kind, "tiny", 2, 6, new=3 if kind == "decode" else 0)
     found = cpu.measure(piece, HERE, seconds=0.0)
     assert "mambascope torch" in found["seconds"]
@@ -65,6 +68,8 @@ class Shifted(peers.HF):
 
 @pytest.mark.parametrize("kind", ["ssm_state", "resid_post"])
 def test_a_peer_whose_hooks_do_not_fire_is_named_and_not_timed(kind, monkeypatch):
+    if kind == "ssm_state":
+        needs_hf_scan()
     monkeypatch.setattr(peers, "KINDS", {"deaf": Deaf, "raises": Raises, "shifted": Shifted, "right": peers.HF})
     found = cpu.measure(Piece(kind, "tiny", 2, 5), tuple(peers.KINDS), seconds=0.0)
     assert set(found["seconds"]) == {f"mambascope {b}" for b in peers.ours_here()} | {"right"}

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import needs_hf_scan, tiny
 
 from interp import at, patch_grid, run
 
@@ -29,6 +29,7 @@ class WideTorch:
 
 @pytest.fixture
 def pair(monkeypatch):
+    needs_hf_scan()
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(modeling_mamba, "torch", WideTorch())
     model = tiny(seed=4, pad_vocab_size_multiple=1)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from forks import CONFIG, ask, failed, faulty, model, plain, swapped, with_tf32
+from helpers import needs_hf_scan
 
 from kernels_bridge import resolve
 from kernels_bridge.harness import Blind, Ours, Theirs, bisect, check, target
@@ -133,6 +134,7 @@ def test_a_fault_that_only_a_long_row_has_is_named():
 
 
 def test_softplus_missing_is_found(monkeypatch):
+    needs_hf_scan()
     import transformers.models.mamba.modeling_mamba as modeling
 
     good = modeling.mamba_selective_scan
