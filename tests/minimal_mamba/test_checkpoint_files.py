@@ -137,7 +137,7 @@ def test_a_hub_id_is_fetched_file_by_file(tmp_path, monkeypatch, kind):
     def download(repo, name, revision=None):
         asked.append((repo, name, revision))
         if not (tmp_path / name).exists():
-            raise hub.errors.LocalEntryNotFoundError(f"no {name}")
+            raise hub.utils.LocalEntryNotFoundError(f"no {name}")
         return str(tmp_path / name)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
@@ -151,7 +151,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
 
     def offline(*args, **kwargs):
-        raise hub.errors.LocalEntryNotFoundError("cannot find the requested files in the local cache")
+        raise hub.utils.LocalEntryNotFoundError("cannot find the requested files in the local cache")
 
     monkeypatch.setattr(hub, "hf_hub_download", offline)
     with pytest.raises(CheckpointError, match=r"no folder some/one.*config\.json.*LocalEntry.*local cache.*network"):
