@@ -1,7 +1,8 @@
-"""Generation that stops, goes on from a memory and draws from few: each row is one pass over what it came to."""
+"""Generation of so many tokens, that stops, goes on from a memory, draws from few: each row is one pass over it."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny
@@ -13,7 +14,8 @@ from kernels_bridge.backends import BACKENDS
 from minimal_mamba.errors import InputError, NotReached
 
 MODEL = tiny(seed=9)
-VOCAB = MODEL.config.vocab_size
+CONFIG = MODEL.config
+VOCAB = CONFIG.vocab_size
 IDS = torch.randint(0, 29, (5, 8), generator=torch.Generator().manual_seed(0))
 LENGTHS = [8, 3, 5, 8, 6]
 HERE = ["reference", *(n for n in ("torch", "compiled") if not BACKENDS[n].missing(torch.device("cpu")))]
@@ -230,3 +232,126 @@ def test_bad_choices_say_what_to_do():
             generate(MODEL, IDS, 2, edit, temperature=1.0)
     generate(MODEL, IDS, 2, stop=torch.tensor([3, 4]))
     generate(MODEL, IDS, 2, stop=torch.tensor(3))
+
+
+# -- for a number of tokens -------------------------------------------------------------------------------------------
+
+
+def close(a, b, tol=1e-11):
+    assert_close(a, b, rtol=tol, atol=tol)
+
+
+PROMPTS = torch.randint(0, 29, (3, 8), generator=torch.Generator().manual_seed(0))
+EDITED = [
+    Add(at.ssm_state(layer=1, pos=[1, -1]), 0.8),
+    Scale(at.state_read(layer=2, pos=slice(-1, None)), 1.6),
+    Add(at.recurrent_state(layer=0, pos=slice(2, None, 3)), 0.3),
+    Scale(at.resid_post(layer=1, pos=slice(-2, None)), 0.7),
+]
+
+
+@ALL
+def test_generation_is_one_pass_under_the_same_edits(backend):
+    """Also with ragged prompts; each row is what it is alone."""
+    n, lengths = 5, [8, 3, 5]
+    keep = [at.ssm_state(layer=2, pos=3), at.y(layer=0, pos=slice(-1, None))]
+    junk = PROMPTS.clone()
+    junk[1, 3:], junk[2, 5:] = 28, 28
+    out = generate(MODEL, junk, n, EDITED, record=keep, lengths=lengths, backend=backend)
+    assert out.lengths.tolist() == [m + n for m in lengths]
+    assert out.logits.shape[:2] == (3, 8 + n - 1)
+    for i, m in enumerate(lengths):
+        assert torch.equal(out.ids[i, :m], PROMPTS[i, :m])
+        assert not out.ids[i, m + n :].any()
+        # one pass over the row, with the prompt's end written as a number from the start
+        place = [
+            at.ssm_state(layer=1, pos=[1, m - 1]),
+            at.state_read(layer=2, pos=slice(m - 1, None)),
+            at.recurrent_state(layer=0, pos=slice(2, None, 3)),
+            at.resid_post(layer=1, pos=slice(m - 2, None)),
+        ]
+        edits = [Add(place[0], 0.8), Scale(place[1], 1.6), Add(place[2], 0.3), Scale(place[3], 0.7)]
+        whole = out.ids[i : i + 1, : m + n - 1]
+        with torch.no_grad():
+            one = run(
+                MODEL,
+                whole,
+                edits,
+                record=[keep[0], at.y(layer=0, pos=slice(m - 1, None))],
+                backend=backend,
+                keep_state=True,
+            )
+        close(out.logits[i, : m + n - 1], one.logits[0])
+        assert not out.logits[i, m + n - 1 :].any()
+        close(out.last_logits[i], one.logits[0, -1])
+        close(out[keep[0]][i], one[keep[0]][0])
+        close(out[keep[1]][i], one[at.y(layer=0, pos=slice(m - 1, None))][0])
+        assert torch.equal(out.ids[i, m : m + n], one.logits[0, m - 1 :, : CONFIG.vocab_size].argmax(-1))
+        for a, b in zip(out.state.ssm_state, one.state.ssm_state, strict=True):
+            close(a[i], b[0])
+        assert out.state.position[i] == m + n - 1
+    plain = generate(MODEL, junk, n, lengths=lengths, backend=backend)
+    assert (plain.logits - out.logits).abs().max() > 1e-2
+
+
+@ALL
+def test_last_only_generation(backend):
+    lengths = [8, 2, 5]
+    full = generate(MODEL, PROMPTS, 4, lengths=lengths, backend=backend)
+    last = generate(MODEL, PROMPTS, 4, lengths=lengths, backend=backend, last_only=True)
+    assert torch.equal(full.ids, last.ids)
+    assert last.logits.shape == (3, 4, CONFIG.padded_vocab)
+    for i, m in enumerate(lengths):
+        close(last.logits[i], full.logits[i, m - 1 : m + 3])
+    close(last.last_logits, full.last_logits)
+    one = generate(MODEL, PROMPTS, 1, lengths=lengths, backend=backend)
+    close(one.last_logits, torch.stack([full.logits[i, m - 1] for i, m in enumerate(lengths)]))
+
+
+def test_the_vocabularys_padding_is_never_chosen():
+    assert CONFIG.padded_vocab > CONFIG.vocab_size
+    tempting = Add(at.logits(v=slice(CONFIG.vocab_size, None)), 1e3)
+    for temperature in (0.0, 1.0):
+        out = generate(MODEL, PROMPTS, 6, [tempting], temperature=temperature)
+        assert int(out.ids.max()) < CONFIG.vocab_size
+        assert int(out.logits.argmax(-1).min()) >= CONFIG.vocab_size  # the temptation was there
+    same = generate(MODEL, PROMPTS, 6)
+    assert torch.equal(generate(MODEL, PROMPTS, 6, [tempting]).ids, same.ids)
+
+
+def test_sampling_is_seeded_and_follows_the_temperature():
+    a, b, c = (generate(MODEL, PROMPTS, 12, temperature=1.5, seed=s).ids for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    greedy = generate(MODEL, PROMPTS, 12).ids
+    assert not torch.equal(a, greedy)
+    for cold in (1e-4, 1e-40, 1e-45, 1e-300):
+        assert torch.equal(generate(MODEL, PROMPTS, 12, temperature=cold, seed=3).ids, greedy)
+    generate(MODEL, PROMPTS, 1, temperature=np.float32(1), seed=2**64 - 1)
+    generate(MODEL, PROMPTS, 1, temperature=1, seed=np.int64(1))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    generate(MODEL, PROMPTS, 3, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), state)  # torch's own generator is left alone
+    many = generate(MODEL, PROMPTS[:1].expand(4000, -1), 1, temperature=2.0, seed=5)
+    share = torch.bincount(many.ids[:, -1], minlength=CONFIG.vocab_size) / 4000
+    p = (many.logits[0, -1, : CONFIG.vocab_size] / 2).softmax(-1)
+    assert (share - p).abs().max() < 0.035
+
+
+def test_bad_requests_of_generation():
+    with pytest.raises(InputError, match="n_tokens=0: at least 1"):
+        generate(MODEL, PROMPTS, 0)
+    for wrong in (2.0, True, "2", None):
+        with pytest.raises(InputError, match=r"n_tokens=.*: at least 1, an int"):
+            generate(MODEL, PROMPTS, wrong)
+    with pytest.raises(InputError, match=r"temperature=nan"):
+        generate(MODEL, PROMPTS, 1, temperature=float("nan"))
+    with pytest.raises(InputError, match=r"temperature=-1.0: a finite number, 0 \(the likeliest token\) or more"):
+        generate(MODEL, PROMPTS, 1, temperature=-1.0)
+    for wrong in (float("inf"), "1", None, True, 1j):
+        with pytest.raises(InputError, match=r"temperature=.*: a finite number, 0"):
+            generate(MODEL, PROMPTS, 1, temperature=wrong)
+    for wrong in (1.0, "1", None, True, 2**64, -(2**63) - 1):
+        with pytest.raises(InputError, match=r"seed=.*: an int of 64 bits"):
+            generate(MODEL, PROMPTS, 1, temperature=1.0, seed=wrong)
