@@ -40,19 +40,17 @@ class _Choice:
         self.top_p = float(top_p)
         self.rng = torch.Generator(device).manual_seed(int(seed))
         self.lost: list[Tensor] = []
-        self.made = 0
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """(b, 1): the next token of each row, of logits (b, v)."""
+    def __call__(self, logits: Tensor, i: int) -> Tensor:
+        """(b, 1): new token i of each row, of logits (b, v)."""
         real = logits[:, : self.vocab]
-        self.made += 1
         if not self.drawn:
             token = real.argmax(-1, keepdim=True)  # (b, 1), of a NaN if there is one
             self.lost.append(real.gather(1, token)[:, 0].isnan())
             return token
         below = real.float() - real.float().amax(-1, keepdim=True)  # of which a tiny temperature makes 0 and -inf
         for lost, what in ((real, "NaN"), (below, "inf, or nothing but -inf,")):
-            refuse_nan(lost.isnan().any(1)[None], self.made - 1, what)
+            refuse_nan(lost.isnan().any(1)[None], i, what)
         shares = self.narrowed(below / self.heat).softmax(-1)
         return torch.multinomial(shares, 1, generator=self.rng)
 
@@ -175,7 +173,7 @@ def generate(
     for i in range(n_tokens):
         if stopped:
             last = last.where(live[:, None], 0)
-        token = choose(last)  # (b, 1)
+        token = choose(last, i)  # (b, 1)
         if stopped:
             token = token.where(live[:, None], 0)
         chosen.append(token)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minimal_mamba.block import Mixer, divided, wide
+from minimal_mamba.block import Mixer, selection, wide
 from minimal_mamba.scan import Memory, Step
 
 
@@ -52,9 +52,7 @@ def advance(w: Weights, eps: float | None, x: Tensor, memory: Memory) -> tuple[T
     x, z = F.linear(x[:, 0], w.in_proj, w.in_bias).chunk(2, -1)  # (b, e) each
     window = torch.cat([window[:, :, 1:], x[:, :, None]], 2)  # (b, e, k)
     u = F.silu((window * w.conv).sum(-1).add_(w.conv_bias).to(x.dtype))  # (b, e)
-    dt_low, B, C = F.linear(u, w.x_proj).split((r, n, n), -1)  # (b, r), (b, n), (b, n)
-    if eps is not None:
-        dt_low, B, C = (divided(part, eps) for part in (dt_low, B, C))
+    dt_low, B, C = selection(F.linear(u, w.x_proj), (r, n, n), eps)  # (b, r), (b, n), (b, n)
     dt = F.softplus(F.linear(dt_low, w.dt_proj).to(h.dtype) + w.dt_bias)  # (b, e)
     h = torch.exp(dt[:, :, None] * w.A).mul_(h).addcmul_((dt * u)[:, :, None], B[:, None].to(h.dtype))  # (b, e, n)
     y = torch.bmm(h, C[:, :, None].to(h.dtype))[:, :, 0]  # (b, e)

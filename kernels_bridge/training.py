@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from minimal_mamba import Mamba, Ops
 from minimal_mamba.block import wide
-from minimal_mamba.checkpoint import EMBEDDING, HEAD, HF_EMBEDDING, unwrapped
+from minimal_mamba.checkpoint import EMBEDDING, HEAD, HF_EMBEDDING, under, unwrapped
 from minimal_mamba.errors import CheckpointError, ConfigError, InputError, nearest
 from minimal_mamba.files import write_json
 
@@ -101,8 +101,8 @@ class Learner(nn.Module):
         Raises:
             CheckpointError: it holds other tensors.
         """
-        stored = unwrapped(load_file(checkpoint / "model.safetensors"))  # older ones have this module's prefix
-        stored = {EMBEDDING if name == HF_EMBEDDING else name: t for name, t in stored.items()}
+        found = unwrapped(load_file(checkpoint / "model.safetensors"))  # older ones have this module's prefix
+        stored = under(EMBEDDING, found)
         shapes, own = ({name: t.shape for name, t in x.items()} for x in (stored, self.weights()))
         if shapes != own:
             differ = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
@@ -211,7 +211,7 @@ class MambaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         weights = self.learner.weights()
         if self.config is not None and "model_type" in self.config:  # transformers reads it, and draws what it misses
-            weights = {HF_EMBEDDING if name == EMBEDDING else name: t for name, t in weights.items()}
+            weights = under(HF_EMBEDDING, weights)
         super()._save(output_dir, weights)
         if self.config is not None and self.args.should_save:
             write_json(Path(output_dir or str(self.args.output_dir)) / "config.json", self.config)

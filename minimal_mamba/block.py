@@ -1,6 +1,7 @@
 """One layer of Mamba: normalise, mix along the sequence, add to the residual stream."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,13 @@ class RMSNorm(nn.Module):
 def divided(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, by `RMSNorm`'s rule for types."""
     return F.rms_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def selection(low: Tensor, sizes: Sequence[int], eps: float | None) -> tuple[Tensor, ...]:
+    """dt_low (..., r), B and C (..., n) of what x_proj gives, which FalconMamba (arXiv:2410.05355) divides each by its
+    root mean square."""
+    parts = low.split(sizes, dim=-1)
+    return parts if eps is None else tuple(divided(part, eps) for part in parts)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -118,9 +126,7 @@ class Mixer(nn.Module):
 
     def scan(self, u: Tensor, h: Tensor, mask: Tensor | None, tap: Tap, ops: Ops) -> tuple[Tensor, Tensor]:
         """What the scan of u (b, l, e) reads from its states, y (b, l, e), and the last state."""
-        dt_low, B, C = self.x_proj(u).split(self.sizes, dim=-1)  # (b, l, r), (b, l, n), (b, l, n)
-        if self.rms_eps is not None:  # FalconMamba (arXiv:2410.05355)
-            dt_low, B, C = (divided(part, self.rms_eps) for part in (dt_low, B, C))
+        dt_low, B, C = selection(self.x_proj(u), self.sizes, self.rms_eps)  # (b, l, r), (b, l, n), (b, l, n)
         dt_low, B, C = tap("dt_low", dt_low), tap("B", B), tap("C", C)
         dt = F.linear(dt_low, self.dt_proj.weight).to(h.dtype) + self.dt_proj.bias.to(h.dtype)
         dt = F.softplus(dt)  # (b, l, e), float32 or wider from here to `gated`, as inside the kernels

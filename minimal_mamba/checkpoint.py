@@ -138,7 +138,7 @@ def save(model: Mamba, path: str | Path, *, layout: str = "mamba_ssm", safetenso
         tensors[HEAD] = tensors[EMBEDDING]
     if layout == "hf":
         raw["dtype"] = str(model.dtype).removeprefix("torch.")
-        tensors[HF_EMBEDDING] = tensors.pop(EMBEDDING)
+        tensors = under(HF_EMBEDDING, tensors)
     if safetensors and model.config.tie_embeddings:
         del tensors[HEAD]
 
@@ -280,6 +280,12 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
+def under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the embedding under this one of its two names."""
+    other = HF_EMBEDDING if name == EMBEDDING else EMBEDDING
+    return {name if key == other and name not in tensors else key: tensor for key, tensor in tensors.items()}
+
+
 def _renamed(tensors: Mapping[str, Tensor], tied: bool, source: str) -> dict[str, Tensor]:
     """The tensors under mamba-ssm's names, as far as they are told by their prefixes."""
     found = unwrapped(tensors)
@@ -290,9 +296,7 @@ def _renamed(tensors: Mapping[str, Tensor], tied: bool, source: str) -> dict[str
                 f"{HEAD} is missing. Save the whole MambaForCausalLM."
             )
         found = {f"backbone.{name}": tensor for name, tensor in found.items()}
-    if HF_EMBEDDING in found and EMBEDDING not in found:
-        found[EMBEDDING] = found.pop(HF_EMBEDDING)
-    return found
+    return under(EMBEDDING, found)
 
 
 def _assemble(

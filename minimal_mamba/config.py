@@ -65,12 +65,8 @@ class MambaConfig:
         for name in ("conv_bias", "bias", "rms_norm", "residual_in_fp32", "tie_embeddings", "rescale_prenorm_residual"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: a flag is True or False.")
-        numbers = ["expand", "norm_eps", "dt_min", "dt_max", "dt_scale", "dt_init_floor", "initializer_range"]
-        epsilons = ["norm_eps"]
-        if self.mixer_rms_eps is not None:
-            numbers.append("mixer_rms_eps")
-            epsilons.append("mixer_rms_eps")
-        for name in numbers:
+        epsilons = ["norm_eps"] if self.mixer_rms_eps is None else ["norm_eps", "mixer_rms_eps"]
+        for name in ("expand", *epsilons, "dt_min", "dt_max", "dt_scale", "dt_init_floor", "initializer_range"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ConfigError(f"{name}={value!r}: give a finite number.")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kernels_bridge import resolve
 from kernels_bridge.fused import load, ops
 from kernels_bridge.fused.virtual import Program
+from kernels_bridge.harness.rows import relative
 from kernels_bridge.lively import lively
 from kernels_bridge.torch_ops import stretches
 from minimal_mamba import Edit, Mamba, MambaConfig, Plan, Scale, Set, at
@@ -61,10 +62,6 @@ def bandwidth(device: str) -> float:
 
 def _call(way: Callable[[], object], r: int) -> object:
     return way()
-
-
-def _gap(found: Tensor, other: Tensor) -> float:
-    return float((found - other).float().norm() / other.float().norm())
 
 
 def models(config: MambaConfig, dtype: torch.dtype, device: str = "cuda") -> tuple[Mamba, Any]:
@@ -122,7 +119,7 @@ def measure(
     single = ours, theirs
     if dtype != torch.float32:
         single = models(config, torch.float32, device)
-    gap = _gap(clean(single[0], ops=fused), clean(single[1]))
+    gap = relative(clean(single[0], ops=fused), clean(single[1]))
     if not gap < 1e-3:
         raise RuntimeError(f"the logits differ from mamba-ssm's by {gap}, relative in norm: no time means anything")
     del single
@@ -148,7 +145,7 @@ def measure(
             "64 states read, over clean": median["forward, fused, 64 states read in every layer"] / base,
         },
         "logits against mamba-ssm's, relative": gap,
-        f"logits against mamba-ssm's in {str(dtype).removeprefix('torch.')}": _gap(
+        f"logits against mamba-ssm's in {str(dtype).removeprefix('torch.')}": relative(
             clean(ours, ops=fused), clean(theirs)
         ),
         "ways": ways(config, b, l, rounds) if device == "cuda" else {},

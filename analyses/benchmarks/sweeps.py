@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels_bridge.harness.targets import transformers_model
 from minimal_mamba import Mamba
 
 Cell = Callable[[int, int], Tensor]  # layer, position -> (b, v) last logits of the patched run
@@ -14,14 +15,7 @@ Cell = Callable[[int, int], Tensor]  # layer, position -> (b, v) last logits of 
 
 def hf_twin(model: Mamba, **options: Any) -> Any:
     """HF's model with the same weights and its plain sequential scan; `options` of its configuration."""
-    from transformers import MambaConfig as HFConfig
-    from transformers import MambaForCausalLM
-
-    fields = {k: v for k, v in model.config.to_hf().items() if k != "model_type"}
-    hf: Any = MambaForCausalLM(HFConfig(**fields | {"use_cache": False} | options))
-    hf = hf.to(model.dtype)  # before the weights are copied, which would else be rounded
-    hf.load_state_dict({k.replace("embedding.", "embeddings."): v for k, v in model.state_dict().items()})
-    return hf.eval()
+    return transformers_model(model, **{"use_cache": False} | options).eval()
 
 
 def hf_resid(hf: Any, ids: Tensor, donor: Mapping[int, Tensor]) -> Cell:

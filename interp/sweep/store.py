@@ -62,7 +62,7 @@ class Saved:
         if not head.exists():
             if any(not file.name.startswith(".") for file in make_folder(self.folder).iterdir()):
                 raise CheckpointError(f"{self.folder} holds other files and no {head.name}; give an empty folder.")
-            self.what = what | {"provenance": provenance()}
+            self.what = what
             return
         there = read_json(head)
         # of mambascope's versions too, where an earlier one wrote which it was
@@ -94,7 +94,7 @@ class Saved:
     def save(self, group: int, values: Mapping[str, Tensor]) -> None:
         """Write what a group gave, whole or not at all."""
         if self.what is not None:
-            write_json(self.head, self.what)
+            write_json(self.head, self.what | {"provenance": provenance()})
             self.what = None
         kept = {name: v.cpu().contiguous() for name, v in values.items()}
         stamp = {"digest": digest(*(x for item in sorted(kept.items()) for x in item))}

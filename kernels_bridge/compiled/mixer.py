@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minimal_mamba.block import Memory, Mixer, divided
+from minimal_mamba.block import Memory, Mixer, selection
 from minimal_mamba.scan import Ops
 from minimal_mamba.tap import Tap
 
@@ -118,7 +118,7 @@ def forward(
             if len(after):
                 window[i] = _newest(window[i], inputs, here)
             product(u, w.x_proj, None, low)
-            low = low if eps is None else selected(low, r, n, eps)
+            low = selected(low, (r, n, n), eps)
             product(low[..., :r], w.dt_proj, None, raw)
             given, out = x[i, t], raw
             if one:
@@ -186,9 +186,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor) -> Non
         torch.addmm(bias, x.reshape(len(flat), -1), weight.T, out=flat)
 
 
-def selected(low: Tensor, r: int, n: int, eps: float) -> Tensor:
-    """FalconMamba's dt_low, B and C of what x_proj gives (b, l, r + 2 n), side by side as they are there."""
-    return torch.cat([divided(part, eps) for part in low.split((r, n, n), -1)], -1)
+def selected(low: Tensor, sizes: tuple[int, int, int], eps: float | None) -> Tensor:
+    """dt_low, B and C of what x_proj gives (b, l, r + 2 n), side by side as they are there."""
+    return low if eps is None else torch.cat(selection(low, sizes, eps), -1)
 
 
 def _newest(window: Tensor, x: Tensor, sizes: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def backward(
         for i, _ in pieces(mine, l, rows, l):
             count = i.stop - i.start
             g, length, tokens = dout[i].contiguous(), sizes[i], count * l * e
-            low = saved.low[i] if eps is None else selected(saved.low[i], r, n, eps)
+            low = selected(saved.low[i], (r, n, n), eps)
             ds, u, raw, dt, du, ddt = (first(s, count, l, e) for s in own)
 
             gated, dz = u, dt  # until these are made

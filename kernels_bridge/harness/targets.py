@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from minimal_mamba import Mamba, Ops
+from minimal_mamba.checkpoint import HF_EMBEDDING, under
 from minimal_mamba.errors import BackendUnavailable, CheckpointError, InputError, nearest
 from minimal_mamba.scan import READABLE
 
@@ -17,9 +18,11 @@ from .theirs import Theirs
 from .watch import Implementation, Ours
 
 
-def transformers_model(model: Mamba) -> nn.Module:
+def transformers_model(model: Mamba, **options: Any) -> nn.Module:
     """HF's `MambaForCausalLM` or `FalconMambaForCausalLM` with the same weights, in its sequential path on a CPU.
 
+    Args:
+        options: of its configuration.
     Raises:
         BackendUnavailable: transformers is missing, or would take mamba_ssm's functions in the place of its own.
     """
@@ -29,12 +32,12 @@ def transformers_model(model: Mamba) -> nn.Module:
             "imported and then cannot run on a CPU. Use an environment without mamba_ssm."
         )
     transformers = _package("transformers", "pip install 'mambascope[train]'")
-    raw = model.config.to_hf()
+    raw = model.config.to_hf() | {"use_mambapy": False} | options
     (kind,) = raw.pop("architectures")
-    theirs = getattr(transformers, kind)(transformers.AutoConfig.for_model(**raw, use_mambapy=False))
-    state = {k.replace("embedding.", "embeddings."): v for k, v in model.state_dict().items()}
-    theirs.load_state_dict(state)
-    return theirs.to(model.device, model.dtype)
+    theirs: nn.Module = getattr(transformers, kind)(transformers.AutoConfig.for_model(**raw))
+    theirs.to(model.device, model.dtype)  # before the weights are copied, which would else be rounded
+    theirs.load_state_dict(under(HF_EMBEDDING, model.state_dict()))
+    return theirs
 
 
 def mamba_ssm_model(model: Mamba) -> nn.Module:

@@ -15,12 +15,13 @@ import torch
 from helpers import lively
 from torch import Tensor
 
+from kernels_bridge.harness.targets import transformers_model
 from minimal_mamba import Mamba, MambaConfig, Ops
 from minimal_mamba.block import divided
 from minimal_mamba.config import HF_TYPES
 from minimal_mamba.scan import READABLE, causal_conv, selective_scan
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 MODELING = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in HF_TYPES]
 
 # Relative Frobenius norm of the logits, and of the gradient of each parameter. Measured over the seeds below: 3e-6 and
@@ -56,12 +57,7 @@ def draw(seed: int) -> tuple[MambaConfig, int]:
 
 def hf_twin(ours: Mamba) -> torch.nn.Module:
     """HF's model with the same weights, its sequential scan and no mambapy."""
-    raw = ours.config.to_hf()
-    (kind,) = raw.pop("architectures")
-    theirs = getattr(transformers, kind)(transformers.AutoConfig.for_model(**raw, use_mambapy=False, use_cache=False))
-    state = {k.replace("embedding.", "embeddings."): v for k, v in ours.state_dict().items()}
-    theirs.load_state_dict(state)
-    return theirs.train()  # the path that has gradients
+    return transformers_model(ours).train()  # the path that has gradients
 
 
 def measure(model: torch.nn.Module, ids: Tensor, weight: Tensor, **how: Ops) -> dict[str, Tensor]:
