@@ -68,7 +68,7 @@ gpu-tests:  # the files that have such tests alone; torch's warnings on a GPU ar
 	$(GPU_PYTHON) -m pytest -m gpu -W default $(shell grep -rl --include='*.py' 'mark\.gpu' tests/kernels_bridge)
 
 gpu-golden:
-	$(GPU_PYTHON) -m kernels_bridge.fused.golden kernels_bridge/fused/golden.safetensors
+	$(GPU_PYTHON) -m kernels_bridge record kernels_bridge/fused/golden.safetensors
 
 fused-float32 fused-bfloat16 fused-float16: fused-%:
 	$(CHECK) fused --dtype $* --lengths $(SHORT)

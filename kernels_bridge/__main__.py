@@ -1,15 +1,16 @@
-"""`python -m kernels_bridge backends|check|bisect`: what is here, and the proof that it computes the same."""
+"""`python -m kernels_bridge backends|check|bisect|record`: what is here, and the proof that it computes the same."""
 
 from typing import Annotated
 
 import typer
 
 from .backends import table
-from .harness.cli import bisect, check, device_of, judged
+from .harness.cli import bisect, check, device_of, judged, record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(check)
 app.command()(bisect)
+app.command()(record)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Golden vectors: inputs and outputs of the real kernels, recorded on a GPU, replayed anywhere in float64.
 
-python -m kernels_bridge.fused.golden results/golden.safetensors      on a machine with CUDA
+python -m kernels_bridge record golden.safetensors      on a machine with CUDA
 """
 
 import json
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minimal_mamba.files import make_folder, write_files
 from minimal_mamba.provenance import provenance
 from minimal_mamba.scan import causal_conv, selective_scan, ssm_step
 from minimal_mamba.tap import Tap
@@ -134,7 +135,8 @@ def record(path: str | Path, kernels: Kernels | None = None) -> None:
     """Run every case on the kernels, and write inputs and outputs to one safetensors file with its provenance.
 
     Args:
-        kernels: the real ones if None. Cost: seconds on a GPU; a file of less than 3 MB.
+        kernels: the real ones if None.
+    Cost: seconds on a GPU; a file of less than 3 MB.
     """
     k = kernels or load()
     tensors = {}
@@ -143,9 +145,9 @@ def record(path: str | Path, kernels: Kernels | None = None) -> None:
         made = outputs(case, {name: x.to(k.device) for name, x in given.items()}, k)
         for name, x in (given | {f"out {name}": x for name, x in made.items()}).items():
             tensors[f"{case.name} {name}"] = x.detach().cpu().clone(memory_format=torch.contiguous_format)
-    about = provenance() | {"kernels": k.name}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(path), metadata={"provenance": json.dumps(about)})
+    about = {"provenance": json.dumps(provenance() | {"kernels": k.name})}
+    path = Path(path)
+    write_files(make_folder(path.parent), {path.name: lambda file: save_file(tensors, file, metadata=about)})
 
 
 def replay(path: str | Path) -> Iterator[tuple[Case, str, float, float]]:
@@ -158,9 +160,3 @@ def replay(path: str | Path) -> Iterator[tuple[Case, str, float, float]]:
             for name, want in outputs(case, given, None).items():
                 got = parts[f"out {name}"].double()
                 yield case, name, float((got - want).norm() / want.norm().clamp(min=1e-12)), BOUND[case.dtype]
-
-
-if __name__ == "__main__":
-    import sys
-
-    record(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The commands `check` and `bisect`. Exit status: 0 all within their bounds, 1 something is not, 2 no verdict."""
+"""The commands `check`, `bisect`, `record`. Exit status: 0 all within bounds, 1 something is not, 2 no verdict."""
 
 import contextlib
 import traceback
@@ -12,11 +12,13 @@ import typer
 from minimal_mamba import Mamba
 from minimal_mamba.errors import InputError, MambascopeError
 
+from ..backends import resolve
+from ..fused import golden
 from .bisect import bisect as bisect_two
 from .check import KINDS, exact_products, precision
 from .check import check as check_target
 from .draw import SIZES, draw_model
-from .rows import table
+from .rows import short, table
 from .targets import NAMES
 from .targets import target as make
 
@@ -154,4 +156,29 @@ def bisect(
         found = bisect_two(a, b, model=_weights(model, size, seed, dtype, device), length=length, seed=seed)
     typer.echo(str(found))
     if found.parted:
+        raise typer.Exit(1)
+
+
+def record(
+    path: Annotated[Path, typer.Argument(help="a safetensors file of less than 3 MB, written whole or not at all")],
+) -> None:
+    """Write what mamba-ssm's CUDA kernels give on this GPU, and hold it against the readable operations in float64."""
+    with judged():
+        if not torch.cuda.is_available():
+            raise InputError("torch sees no CUDA device here, on which the kernels could run.")
+        resolve("fused", "cuda")
+        exact_products()
+        golden.record(path)
+        found = list(golden.replay(path))
+    worst: dict[tuple[str, str], tuple[float, float]] = {}
+    for case, quantity, error, bound in found:
+        key = f"{case.kind:<9} {str(case.dtype).removeprefix('torch.'):<8}", quantity
+        worst[key] = max(worst.get(key, (0.0, bound)), (error, bound))
+    for (kind, quantity), (error, bound) in worst.items():
+        typer.echo(f"{kind} {quantity:<8} {short(error)} {short(bound)}  {'pass' if error <= bound else 'FAIL'}")
+    wrong = sum(not error <= bound for *_, error, bound in found)
+    typer.echo(
+        f"{'FAIL' if wrong else 'PASS'}: {wrong} of {len(found)} outputs are out of their bound; {path} holds all."
+    )
+    if wrong:
         raise typer.Exit(1)

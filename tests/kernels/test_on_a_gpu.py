@@ -322,9 +322,25 @@ def test_a_test_that_is_for_a_gpu(name: str, given: list[Any]) -> None:
 
 def test_the_golden_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(golden, "LENGTHS", (1, 5, 129))
-    golden.record(tmp_path / "golden.safetensors")
-    wrong = [(c.name, q, e) for c, q, e, bound in golden.replay(tmp_path / "golden.safetensors") if not e <= bound]
+    told = CliRunner().invoke(app, ["record", str(tmp_path / "new" / "golden.safetensors")])
+    assert told.exit_code == 0 and "PASS" in told.output, told.output
+    wrong = [
+        (c.name, q, e) for c, q, e, bound in golden.replay(tmp_path / "new" / "golden.safetensors") if not e <= bound
+    ]
     assert not wrong, wrong
+
+
+def test_a_fault_of_the_kernels_ends_the_recording_with_a_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shifted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return load().causal_conv1d_fn(x, weight.roll(1, 1), bias)
+
+    real = load()
+    monkeypatch.setattr(golden, "cases", lambda: iter([golden.Case("conv", torch.float32, 5)]))
+    monkeypatch.setattr(golden, "load", lambda: dataclasses.replace(real, causal_conv1d_fn=shifted))
+    told = CliRunner().invoke(app, ["record", str(tmp_path / "golden.safetensors")])
+    assert told.exit_code == 1 and "FAIL" in told.output, told.output
 
 
 @pytest.mark.usefixtures("norms", "few_rows")

@@ -7,7 +7,9 @@ import pytest
 import torch
 from stand_ins import STAND_INS
 from torch import Tensor
+from typer.testing import CliRunner
 
+from kernels_bridge.__main__ import app
 from kernels_bridge.fused import golden
 
 RESULTS = Path(__file__).parents[2] / "kernels_bridge" / "fused" / "golden.safetensors"
@@ -41,6 +43,13 @@ def test_the_real_kernels_as_recorded() -> None:
     if RESULTS.exists():
         hold(RESULTS)
         assert RESULTS.stat().st_size < 3e6
+
+
+def test_without_a_gpu_the_command_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        told = CliRunner().invoke(app, ["record", str(tmp_path / "x.safetensors")])
+        assert told.exit_code == 2 and "torch sees no CUDA device here" in told.output
+        assert not [*tmp_path.iterdir()]
 
 
 def test_a_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
