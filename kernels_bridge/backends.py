@@ -67,10 +67,14 @@ def _at_least(package: str, oldest: str) -> Callable[[torch.device], bool]:
     return here
 
 
-def _extension(module: str) -> Callable[[torch.device], bool]:
-    """Whether an extension module is there as a file: one that something else put into `sys.modules` is none."""
+def _extension(module: str, package: str) -> Callable[[torch.device], bool]:
+    """Whether an installed package's extension module is there as a file: one that something else put into
+    `sys.modules` is none.
+    """
 
     def here(device: torch.device) -> bool:
+        if installed(package) is None:
+            return True  # it is the package that is missing
         if module in sys.modules:
             return getattr(sys.modules[module], "__file__", None) is not None
         return importlib.util.find_spec(module) is not None
@@ -84,9 +88,9 @@ _FUSED_NEEDS = (
     Need("a model on a CUDA device", lambda device: device.type == "cuda", "move the model with model.to('cuda')"),
     # older ones do not import beside transformers 5
     Need("the package mamba-ssm, 2.3.1 or newer", _at_least("mamba-ssm", "2.3.1"), _INSTALL),
-    Need("its extension selective_scan_cuda", _extension("selective_scan_cuda"), _BUILT),
+    Need("mamba-ssm's extension", _extension("selective_scan_cuda", "mamba-ssm"), _BUILT),
     Need("the package causal-conv1d, 1.5.3 or newer", _at_least("causal-conv1d", "1.5.3"), _INSTALL),
-    Need("its extension causal_conv1d_cuda", _extension("causal_conv1d_cuda"), _BUILT),
+    Need("causal-conv1d's extension", _extension("causal_conv1d_cuda", "causal-conv1d"), _BUILT),
 )
 
 
@@ -139,26 +143,31 @@ def resolve(name: str = "auto", device: torch.device | str = "cpu") -> Ops:
         )
     backend = BACKENDS[name]
     if not backend.available(device):
-        missing = backend.missing(device)
-        lacks = "; ".join(f"{need.name} ({need.remedy})" for need in missing)
+        lacks = "; ".join(f"{names} ({remedy})" for remedy, names in _remedies(backend.missing(device)).items())
         here = [b for b in BACKENDS if not BACKENDS[b].missing(device)]
         raise BackendUnavailable(f"backend={name!r} cannot run on {device}: it lacks {lacks}. Here: {', '.join(here)}.")
     return backend.ops
 
 
+def _remedies(needs: list[Need]) -> dict[str, str]:
+    """What to do, and of which needs it is the remedy."""
+    found: dict[str, list[str]] = {}
+    for need in needs:
+        found.setdefault(need.remedy, []).append(need.name)
+    return {remedy: " and ".join(names) for remedy, names in found.items()}
+
+
 def table(device: torch.device | str = "cpu") -> str:
     """Each backend's meaning and what it lacks on this device; what is installed, and how to get what is missing."""
     device = torch.device(device)
-    lines: list[str] = []
-    remedies: dict[str, list[str]] = {}
+    lines, lacked = list[str](), list[Need]()
     for b in BACKENDS.values():
         missing = b.missing(device)
+        lacked += missing
         state = "available" if not missing else "lacks " + "; ".join(n.name for n in missing)
         lines.append(f"{b.name:10} {b.meaning:55} {state}")
-        for need in missing:
-            remedies.setdefault(need.remedy, []).append(need.name)
     packages = ("torch", "numba", "triton", "mamba-ssm", "causal-conv1d", "transformers")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else str(device)
     lines += ["", f"on {name}, with " + ", ".join(f"{p} {installed(p) or '(none)'}" for p in packages)]
-    lines += [f"for {' and '.join(names)}: {remedy}" for remedy, names in remedies.items()]
+    lines += [f"for {names}: {remedy}" for remedy, names in _remedies(lacked).items()]
     return "\n".join(lines)

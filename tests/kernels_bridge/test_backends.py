@@ -67,12 +67,15 @@ def test_every_need_that_is_not_met_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(backends, "installed", lambda name: None)
     with pytest.raises(
-        BackendUnavailable, match=r"package mamba-ssm, 2.3.1 or newer \(pip install .*causal-conv1d.*\(pip"
+        BackendUnavailable,
+        match=r"the package mamba-ssm, .* and the package causal-conv1d, .* \(pip install [^()]*\)\.",
     ):
         resolve("fused", "cuda")
     text = table("cpu")
-    assert "lacks a model on a CUDA device; the package mamba-ssm, 2.3.1 or newer; its extension" in text
+    assert "lacks a model on a CUDA device; the package mamba-ssm, 2.3.1 or newer; the package causal-conv1d" in text
+    assert "extension" not in text
     assert "mamba-ssm (none)" in text and "for a model on a CUDA device: move the model with" in text
+    assert text.count("pip install --no-build") == 1
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,9 @@ def test_a_stub_of_an_extension_is_no_extension(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(backends, "installed", lambda name: "9")
     for name in ("selective_scan_cuda", "causal_conv1d_cuda"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    with pytest.raises(BackendUnavailable, match=r"lacks its extension selective_scan_cuda .it was installed without"):
+    with pytest.raises(
+        BackendUnavailable, match=r"lacks mamba-ssm's extension and causal-conv1d's .*\(it was installed without"
+    ):
         resolve("fused", "cuda")
 
 
