@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from analyses.methods import __main__ as gallery
 from analyses.methods import _agreement, knockout
-from analyses.pages import placed
 
 FOLDER = Path(gallery.__file__).parent
 ROOT = FOLDER.parents[1]
@@ -91,9 +90,9 @@ def test_what_the_page_says_of_the_usual_knockout_is_what_its_figure_shows():
     assert f"{said} changes it by {whole:.1f}." in PAGE
 
 
-def test_the_table_of_agreements_is_that_of_its_results():
+def test_the_tables_of_agreements_are_those_of_their_results():
     results = json.loads(_agreement.RESULTS.read_text())
-    assert placed(PAGE, "agreement", _agreement.markdown(results)) == PAGE
+    assert _agreement.page(PAGE, results) == PAGE
     assert list(results["sites"]) == list(_agreement.SITES)
     assert not results["provenance"]["commit"].endswith("+changes")
     # what the page says of small and large effects
