@@ -9,6 +9,7 @@ The figure holds it against what is lost when a word's place is zeroed, one run 
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,9 +67,8 @@ def figure(folder: Path) -> list[Path]:
 
     model, _ = load_organism("shallow")
     found = pairs(num_steps=STEPS, n=PAIRS, which_step=1, seed=0)
-    style = {"font.size": 6, "axes.titlesize": 7, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style | {"pdf.fonttype": 42}):
-        made = plt.figure(figsize=(3.4, 5.6), constrained_layout=True)
+    with plt.rc_context({"font.size": 6, "axes.titlesize": 7, "axes.spines.top": False, "axes.spines.right": False}):
+        made: Any = plt.figure(figsize=(3.4, 5.6), constrained_layout=True)
         above, below = made.subfigures(2, 1, height_ratios=[2.6, 3.0])
         maps, panels = above.subplots(3, 1, sharex=True), below.subplots(2, 2).flatten()
         for panel, (site, name) in zip(panels, SITES.items(), strict=True):
