@@ -66,8 +66,13 @@ def relevance(
 
     A cut is all that the rest of the run is computed from: `embed`, or `resid_post` of one layer, at all positions, and
     of a carried state its parts in the layers after. This holds for a metric that is linear in the logits, as
-    `logit_diff`; else the sum is that of logits * dMetric/dlogits. Without biases (`conv_bias=False`, and RMSNorm)
-    nothing is kept, and the sum is the metric.
+    `logit_diff`; else the sum is that of logits * dMetric/dlogits. Without biases (`bias=False`, `conv_bias=False`,
+    RMSNorm) nothing is kept, and the sum is the metric.
+
+    Trust it to rank words and places of the residual stream where the answer is certain and a gradient is flat. Not for
+    sizes: an answer that needs several words is shared out among them, and each of them may cost all of it. And not for
+    states. Held against zeroing one cell at a time in a model that ships, Pearson's r is 0.80 for words, 0.76 for the
+    stream and 0.47 for `ssm_state`; of gradient x input 0.02, -0.16 and 0.64 (analyses/methods/README.md).
 
     Args:
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
@@ -77,11 +82,10 @@ def relevance(
         Relevance, zero where the metric does not depend on the site and on padding.
     Raises:
         EditError: an address of a constant. What `gradients` raises.
-    Cost: one forward and one backward, line by line (no fused block), and some tensors of (b, l, e) and (b, l, d) a
-        layer.
-    Source: Jafari et al. 2024, MambaLRP (arXiv:2406.07592), section 4 and appendix; its code @ b4462a5. Differs: the
-        fast paths give what the readable model gives (there the conv's SiLU has no rule on CUDA); padding, carried
-        states, edits and every site; LRP-0 alone, without its gamma rule for linear layers.
+    Cost: that of `gradients`, line by line: the fused block does not run.
+    Source: Jafari et al. 2024, MambaLRP (arXiv:2406.07592), its rules for SiLU, the selective SSM and the gate; code @
+        b4462a5. Differs: the fast paths give what the readable model gives (there SiLU has no rule on CUDA); padding,
+        carried states, edits and every site; LRP-0 alone, without its gamma rule for linear layers.
     """
     places = named(wrt)
     for place in places:
@@ -97,9 +101,9 @@ def relevance(
     memory: list[Tensor] = []
     if state is not None:
         model.check(ids, lengths, state)
-        memory = [s.detach().clone().requires_grad_() for s in (*state.ssm_state, *state.conv_state)]
-        n = len(state.ssm_state)
-        state = MambaState(tuple(memory[:n]), tuple(memory[n:]), state.position)
+        with torch.inference_mode(False):
+            memory = [s.detach().clone().requires_grad_() for s in (*state.ssm_state, *state.conv_state)]
+        state = _as_state(memory, state)
     found, more, done = differentiate(
         model, ids, metric, places, [gate, *each(edits, Edit)], linear, state, lengths, record=places, also=memory,
         within=rules,
@@ -107,9 +111,13 @@ def relevance(
     rules.check(model)
     shares = {place: _product(done.records[place], found.records[place]) for place in places}
     if state is not None:
-        parts = [_product(s, g) for s, g in zip(memory, more, strict=True)]
-        state = MambaState(tuple(parts[:n]), tuple(parts[n:]), state.position)
+        state = _as_state([_product(s, g) for s, g in zip(memory, more, strict=True)], state)
     return Relevance(found.values, shares, state)
+
+
+def _as_state(parts: Sequence[Tensor], like: MambaState) -> MambaState:
+    n = len(like.ssm_state)
+    return MambaState(tuple(parts[:n]), tuple(parts[n:]), like.position)
 
 
 def _product(value: Tensor, slope: Tensor) -> Tensor:
