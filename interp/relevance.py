@@ -77,7 +77,8 @@ def relevance(
     Args:
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
         wrt: an address, or several, of values that carry relevance: not dt, B, C and what they are made of.
-        edits: they act before relevance is read; what goes through a function is gradient x input of it.
+        edits: they act before relevance is read. A function shares out by gradient x input, its SiLU and norms by the
+            rules.
     Returns:
         Relevance, zero where the metric does not depend on the site and on padding.
     Raises:
@@ -169,12 +170,13 @@ class _Rules(TorchFunctionMode):
 
     def check(self, model: Mamba) -> None:
         """Raise NotReached where a backend made one of them by other means: its gradient would be the plain one."""
-        layers = model.config.n_layer
-        norms = self.seen[F.rms_norm] + self.seen[F.layer_norm]
-        if self.seen[F.silu] < 2 * layers or norms < layers + 1:
+        layers, inner = model.config.n_layer, 0 if model.config.mixer_rms_eps is None else 3
+        met = self.seen[F.silu], self.seen[F.rms_norm] + self.seen[F.layer_norm]
+        there = 2 * layers, (1 + inner) * layers + 1
+        if any(m < t for m, t in zip(met, there, strict=True)):  # an edit's function may have more
             raise NotReached(
-                f"the rules of relevance met {self.seen[F.silu]} SiLU and {norms} norms; {layers} layers have "
-                f"{2 * layers} and {layers + 1}. This backend makes them by itself: use backend='reference'."
+                f"the rules of relevance met {met[0]} SiLU and {met[1]} norms; {layers} layers have {there[0]} and "
+                f"{there[1]}. A backend that makes them by itself has no rules for them: use backend='reference'."
             )
 
 

@@ -285,7 +285,7 @@ def test_hf_under_the_rules_of_mambalrp(kind, monkeypatch):
             logits, theirs = hf_relevance(model.float(), IDS, patch, without)
         assert error(logits, run(model.double(), IDS).logits) < 1e-5
         off = error(theirs, found)
-        assert off < 2e-5 if without is None else off > 0.1, (without, off)
+        assert off < 2e-5 if without is None else off > 0.2, (without, off)
 
 
 # -- every backend, padding, memory, edits ----------------------------------------------------------------------------
@@ -375,6 +375,7 @@ def test_under_edits(backend):
         Add(at.resid_post(layer=0), 0.1),
         Apply(at.conv(layer=1), bent),
         Apply(at.state_read(layer=0), bent),
+        Apply(at.z(layer=1), F.silu),
     ]
     for lengths in (None, LENGTHS):
         agree(*(relevance(model, IDS, difference, places, more, b, lengths=lengths) for b in (backend, "reference")))
