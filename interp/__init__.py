@@ -33,6 +33,7 @@ from .plots import (
     steering_plot,
 )
 from .probes import LinearProbe, ProbeGrid, collect, probe, probe_grid
+from .relevance import Relevance, relevance
 from .run import Gradients, Run, gradients, run
 from .steering import Direction, SteeringCurve, contrast, steering_curve
 from .store import load_edits, save_edits
@@ -79,6 +80,7 @@ __all__ = [
     "Project",
     "Rank",
     "ReceptiveField",
+    "Relevance",
     "Run",
     "Scale",
     "Set",
@@ -136,6 +138,7 @@ __all__ = [
     "probe_grid",
     "prune",
     "receptive_field",
+    "relevance",
     "replay",
     "run",
     "save_edits",

@@ -190,7 +190,7 @@ class _Pair:
                 for part in streamed
                 for i, layer in enumerate(layers)
             }
-            found, sizes = differentiate(
+            found, sizes, _ = differentiate(
                 self.model, self.ids, self.metric, plain, [*line, *self.edits], self.backend, self.state, self.lengths,
                 moves,
             )  # fmt: skip
@@ -219,7 +219,7 @@ class _Pair:
                 total = torch.zeros_like(donor[cell])
                 for node, weight in _nodes(steps):
                     edits = [*self.edits, Set(cell, torch.lerp(base[cell], donor[cell], node))]
-                    found, _ = differentiate(
+                    found, *_ = differentiate(
                         self.model, self.ids, self.metric, [cell], edits, self.backend, self.state, self.lengths
                     )
                     total += weight * found[cell]

@@ -1,8 +1,9 @@
 """`run` and `gradients`: one call, from token ids and edits to numbers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from minimal_mamba.brief import Brief
 from minimal_mamba.edits import edit_or_address
 from minimal_mamba.errors import EditError, InputError, MetricError, NotRecorded
 from minimal_mamba.item import Probe
+from minimal_mamba.scan import Ops
 from minimal_mamba.tap import Toward
 
 from .logits import countable, written
@@ -107,12 +109,12 @@ def run(
 
 
 def _run(
-    model: Mamba, ids: Tensor, edits: Sequence[Edit], record: Sequence[Address], backend: str,
+    model: Mamba, ids: Tensor, edits: Sequence[Edit], record: Sequence[Address], backend: str | Ops,
     state: MambaState | None, keep_state: bool, lengths: Lengths, last_only: bool,
     moves: Mapping[int, Toward] | None = None,
 ) -> Run:  # fmt: skip
     known(model)
-    ops = resolve(backend, model.device)
+    ops = backend if isinstance(backend, Ops) else resolve(backend, model.device)
     ids, sizes = model.check(ids, lengths, state)
     plan = Plan(model.config, edits, record, *span(ids, sizes, state), moves=moves)
     out = model.score(ids, sizes, state, keep_state, last_only, plan, ops)  # not traced where torch.compile wraps it
@@ -140,11 +142,12 @@ class Gradients(Brief):
 
     values: Tensor
     records: Mapping[Address, Tensor] = field(repr=False)
+    kind: ClassVar[str] = "gradient"
 
     def __getitem__(self, address: Address) -> Tensor:
         if address not in self.records:
             made = ", ".join(map(str, self.records))
-            raise NotRecorded(f"no gradient of {address} was asked for; there are {made}. Name it in wrt=[...].")
+            raise NotRecorded(f"no {self.kind} of {address} was asked for; there are {made}. Name it in wrt=[...].")
         return self.records[address].clone()
 
 
@@ -175,17 +178,27 @@ def gradients(
     Cost: memory of what is asked, and on `torch` no readable steps for `ssm_state`, `state_write` and all sites along
         the sequence.
     """
-    places, changes = list(dict.fromkeys(each(wrt, Address))), each(edits, Edit)
+    return differentiate(model, ids, metric, named(wrt), each(edits, Edit), backend, state, lengths)[0]
+
+
+def named(wrt: Address | Iterable[Address]) -> list[Address]:
+    """The addresses, each once; raises InputError where there is none."""
+    places = list(dict.fromkeys(each(wrt, Address)))
     if not places:
         raise InputError("wrt is empty: name at least one address, at.<site>(...).")
-    return differentiate(model, ids, metric, places, changes, backend, state, lengths)[0]
+    return places
 
 
 def differentiate(
-    model: Mamba, ids: Tensor, metric: Metric, places: Sequence[Address], changes: Sequence[Edit], backend: str,
+    model: Mamba, ids: Tensor, metric: Metric, places: Sequence[Address], changes: Sequence[Edit], backend: str | Ops,
     state: MambaState | None, lengths: Lengths, moves: Mapping[int, Toward] | None = None,
-) -> tuple[Gradients, list[Tensor]]:  # fmt: skip
-    """`gradients`, and the gradient in the size of each layer's move."""
+    record: Sequence[Address] = (), also: Sequence[Tensor] = (), within: AbstractContextManager[object] | None = None,
+) -> tuple[Gradients, list[Tensor], Run]:  # fmt: skip
+    """`gradients`; the gradient in the size of each layer's move and in the tensors `also`; the run, which recorded.
+
+    Args:
+        within: what the forward, and it alone, runs in.
+    """
     moves = moves or {}
     if mixing := [edit for edit in changes if isinstance(edit, Edit) and edit.over_batch]:
         raise EditError(
@@ -211,10 +224,11 @@ def differentiate(
         ]
         probes = [Probe(a, zero) for a, zero in zip(places, zeros, strict=True)]
         last = lengths is not None
-        done = _run(model, ids, [*changes, *probes], (), backend, state, False, lengths, last, moves)
+        with within or nullcontext():
+            done = _run(model, ids, [*changes, *probes], record, backend, state, False, lengths, last, moves)
         values = apply_metric(metric, done.logits)
-        found = gradient(values, [*zeros, *(move.size for move in moves.values())])
-    return Gradients(values.detach(), dict(zip(places, found, strict=False))), list(found[len(places) :])
+        found = gradient(values, [*zeros, *(move.size for move in moves.values()), *also])
+    return Gradients(values.detach(), dict(zip(places, found, strict=False))), list(found[len(places) :]), done
 
 
 def each(given: Iterable[T] | T, kind: type[T]) -> tuple[T, ...]:

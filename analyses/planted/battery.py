@@ -44,6 +44,7 @@ from interp.sweep import groups
 
 from .models import plant
 from .scores import REPORT, Cells, Found, above, compare, coordinates
+from .shares import relevant_words, relevant_writes
 from .truth import NEGLIGIBLE, Planted
 
 # -- patching and gradients -------------------------------------------------------------------------------------------
@@ -367,6 +368,8 @@ METHODS: dict[str, Callable[[Planted], Found]] = {
     **{f"`attribution_grid`, `{s}`": attributing(s) for s in ("ssm_state", "state_write", "conv_state", "resid_pre")},
     "`attribution_grid`, `resid_pre`, 8 steps": attributing("resid_pre", 8),
     "`gradients` x difference, by coordinate": by_gradient,
+    "`relevance`, `state_write`": relevant_writes,
+    "`relevance`, `embed`": relevant_words,
     "`path_patch`, every edge": patching_edges,
     "`edge_attribution`": attributing_edges(None),
     "`edge_attribution`, 8 steps": attributing_edges(8),

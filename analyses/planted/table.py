@@ -18,6 +18,8 @@ REASONS: dict[str, str] = {
     "chain with it: single effects do not give this circuit",
     "size": "how much is read, not what for: distractors are read too",
     "slope": "where the metric could be moved, not what moved it: tokens count that are the same in both runs",
+    "made": "what the base's answer is made from, not what the donor would change: tokens count that are the same in "
+    "both runs, and the last one, which opens the gate",
     "read": "distractors that carry the tokens can be read as well: what can be decoded need not be used",
     "mean": "the mean step size is that of the few tokens that open; at all others nothing fades",
     "control": "size is no evidence: this must fail",
@@ -37,6 +39,7 @@ WHY: dict[tuple[str, str], str] = {
         for name in MODELS
     },
     **{("`gradient_field`", name): "slope" for name in MODELS},
+    **{("`relevance`, `embed`", name): "made" for name in MODELS},
     **{("`probe`, channel by channel", name): "read" for name in MODELS if name != "delay"},
     ("`half_lives`, of the mean dt", "latch"): "mean",
     **{(f"control: largest {what}", name): "control" for what in ("state", "difference") for name in MODELS},

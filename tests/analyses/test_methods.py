@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import interp
 from analyses.methods import __main__ as gallery
 from analyses.methods import _agreement, knockout
-from analyses.pages import placed
 
 FOLDER = Path(gallery.__file__).parent
 ROOT = FOLDER.parents[1]
@@ -91,9 +91,9 @@ def test_what_the_page_says_of_the_usual_knockout_is_what_its_figure_shows():
     assert f"{said} changes it by {whole:.1f}." in PAGE
 
 
-def test_the_table_of_agreements_is_that_of_its_results():
+def test_the_tables_of_agreements_are_those_of_their_results():
     results = json.loads(_agreement.RESULTS.read_text())
-    assert placed(PAGE, "agreement", _agreement.markdown(results)) == PAGE
+    assert _agreement.page(PAGE, results) == PAGE
     assert list(results["sites"]) == list(_agreement.SITES)
     assert not results["provenance"]["commit"].endswith("+changes")
     # what the page says of small and large effects
@@ -103,3 +103,19 @@ def test_the_table_of_agreements_is_that_of_its_results():
     for size in ("0.02 to 0.3 nats", "0.3 to 1 nats"):
         assert all(0.6 < f[size]["slope"] < 1 and 0.55 < f[size]["error"] < 1.25 for f in base)
         assert all(2 < f[size]["error"] < 5 for f in line)
+
+
+def test_what_is_said_of_relevance_is_what_was_measured():
+    sites = json.loads(_agreement.RESULTS.read_text())["relevance"]
+    words, state = sites["embed"], sites["ssm_state"]
+    lost, given = words["sums"]["exact"], words["sums"]["relevance"]
+    assert f"the words lose {lost:.0f} nats in all, and relevance gives them {given:.1f} of the metric's" in PAGE
+    assert f"of the metric's {words['metric']:.1f}, of which biases keep the rest" in PAGE
+    assert f"gives {state['on cells that cost below 0.1 nat']:.0%}".replace("%", " %") in PAGE
+    ours, theirs = (
+        [f"{sites[site][name]['agreement']['pearson'][0]:.2f}" for site in ("embed", "resid_pre", "ssm_state")]
+        for name in ("relevance", "gradient x input")
+    )
+    doc = " ".join(interp.relevance.__doc__.split())
+    assert "r is {} for words, {} for the stream and {} for `ssm_state`".format(*ours) in doc
+    assert "of gradient x input {}, {} and {} (".format(*theirs) in doc

@@ -18,8 +18,9 @@ FAST = [(m, list(MODELS)[i % len(MODELS)]) for i, m in enumerate(m for m in METH
 
 
 OF_THE_STATE = ("`attribution_grid`, `ssm_state`", "`attribution_grid`, `state_write`")  # where the answer is linear
+WRITTEN = "`relevance`, `state_write`"  # of which the closed form is known, and `relevance` half
 LENSES = ("`logit_lens`", "`direct_logit`", "`state_lens`")
-EXACT = ("`patch_grid`", "`path_patch`", "`ablate`", "`freeze`", "`forget`", *LENSES, *OF_THE_STATE)
+EXACT = ("`patch_grid`", "`path_patch`", "`ablate`", "`freeze`", "`forget`", *LENSES, *OF_THE_STATE, WRITTEN)
 
 
 def test_the_page_shows_the_results():

@@ -51,6 +51,7 @@ from interp import (
     logit_lens,
     patch_grid,
     receptive_field,
+    relevance,
     replay,
     run,
     save_edits,
@@ -190,6 +191,9 @@ def test_a_run_gives_what_it_gives_on_a_cpu(backend: str, moved: bool, tmp_path:
         places = [at.ssm_state(layer=0, pos=[1, 4]), at.state_write(layer=1), at.resid_pre(layer=2)]
         made = gradients(model, ids, lambda x: logit_diff(x[:, -1], 3, 5), places, edits=edits[:2], **how)
         found += [made[p] for p in places]
+        places, half = [at.ssm_state(), at.embed()], Scale(at.u(layer=0), 0.5)
+        shared = relevance(model, donor, lambda x: logit_diff(x[:, -1], 3, 5), places, half, state=first.state, **how)
+        found += [*(shared[p] for p in places), *shared.state.ssm_state, *shared.state.conv_state]
         save_edits(edits[:4], folder / "edits")
         found += [run(model, ids, load_edits(folder / "edits"), **how).logits]
 
