@@ -1,6 +1,7 @@
 """Logits of which the last position is there, and the rest is made if a metric asks for it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ FORM = {  # what is asked of the wrapper itself: no numbers
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point,
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")),
 }  # fmt: skip
+
+
+UNPADDED = ContextVar(
+    "UNPADDED", default=False
+)  # a metric is being called, with logits whose last position is a token's
 
 
 class Logits(Tensor):

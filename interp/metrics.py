@@ -15,6 +15,7 @@ from torch import Tensor
 from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError
 
+from .logits import UNPADDED
 from .run import Run
 
 Tokens = int | Tensor  # one id for all rows, or (b,)
@@ -29,8 +30,14 @@ def _last(logits: Tensor | Run) -> Tensor:
     if logits.dim() not in (2, 3):
         raise InputError(f"logits have shape {tuple(logits.shape)}; a metric takes (b, v) or (b, l, v).")
     last = logits if logits.dim() == 2 else logits[:, -1]
+    if not UNPADDED.get():
+        _refuse_padding(logits, last)
+    return last.to(wide(last.dtype))
+
+
+def _refuse_padding(logits: Tensor, last: Tensor) -> None:
+    """Zeros alone may be meant (an edit of the last norm); beside other numbers they are padding."""
     blank = ~last.any(-1)
-    # zeros alone may be meant (an edit of the last norm); beside other numbers they are padding
     if bool(blank.any()):
         blank = blank & (last.any(-1).any() if logits.dim() == 2 else logits.any(-1).any(-1) | last.any(-1).any())
     if bool(blank.any()):
@@ -38,7 +45,6 @@ def _last(logits: Tensor | Run) -> Tensor:
             f"the logits of row {int(blank.nonzero()[0])} are all zero at the last position, as on padding, "
             "and others are not. Pass the run, which knows where each row ends: logit_diff(run_, ...)."
         )
-    return last.to(wide(last.dtype))
 
 
 def _pick(scores: Tensor, tokens: Tokens) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from analyses.hidden_reasoning import MASKED, Pairs, load_organism, pairs
 from analyses.hidden_reasoning.experiments.patching import words
-from interp import Grid, agreement_scatter, gradients, heatmap, patch_grid, relevance, run
+from interp import Grid, agreement_scatter, gradients, heatmap, logit_diff, patch_grid, relevance, run
 from minimal_mamba import Mamba
 from minimal_mamba.address import address_of
 
@@ -34,12 +34,9 @@ def shares(model: Mamba, found: Pairs, site: str) -> dict[str, Grid]:
         "exact": what is lost when it is set to zero, a run a cell; "relevance"; "gradient x input".
     """
     ids = found.base_ids
-    tokens = torch.stack([found.base_answer, found.donor_answer], 1)
 
     def metric(logits: Tensor) -> Tensor:
-        """`logit_diff`, which takes no logits that are all zero, as those of one cell are here."""
-        answer, foil = logits[:, -1].gather(1, tokens).unbind(1)
-        return answer - foil
+        return logit_diff(logits, found.base_answer, found.donor_answer)
 
     zeroed = patch_grid(model, ids, None, site=site, metric=metric, source="zero", progress=False)
     place = address_of(site)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import tiny
 
-from interp import Add, Zero, accuracy, at, generate, kl, log_prob, logit_diff, prob, run
+from interp import Add, Zero, accuracy, at, generate, kl, log_prob, logit_diff, patch_grid, prob, run
 from minimal_mamba.errors import InputError
 
 ROWS = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)) + 2.0
@@ -96,6 +96,25 @@ def test_zeros_that_are_meant_are_taken():
         one = run(model, ids, [Zero(at.final_norm(), rows=[1])])
     assert not logit_diff(out, 1, 2).any() and not logit_diff(out.logits, 1, 2).any()
     assert logit_diff(one, 1, 2).ne(0).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("lengths", [None, [2, 4, 3]])
+@pytest.mark.parametrize("site", ["embed", "resid_post", "final_norm"])
+def test_zeros_of_a_cell_are_meant(site, lengths):
+    """The stream of the last word zeroed makes its logits zero, beside others' that are not: each cell is its run."""
+    model, ids = tiny(), torch.randint(0, 29, (3, 4), generator=torch.Generator().manual_seed(0))
+    layer = {"layer": 2} if site == "resid_post" else {}
+    where = {"source": "zero", "site": site, "positions": [-2, -1], "lengths": lengths, "progress": False}
+    for metric in (lambda x: logit_diff(x, 1, 2), lambda x: log_prob(x, 1)):
+        grid = patch_grid(model, ids, None, metric=metric, **where, layers=[2] if layer else None)
+        for j, pos in enumerate((-2, -1)):
+            with torch.no_grad():
+                out = run(model, ids, Zero(getattr(at, site)(pos=pos, **layer)), lengths=lengths)
+            assert bool(out.last_logits.any()) == (pos == -2)
+            torch.testing.assert_close(grid.values[0, j], metric(out.last_logits), rtol=1e-10, atol=1e-12)
+    padded = run(model, ids, lengths=[2, 4, 3]).logits
+    with pytest.raises(InputError, match="row 0 are all zero"):  # what the sweep knew is not known here
+        logit_diff(padded, 1, 2)
 
 
 def test_a_run_has_no_padding_in_its_vocabulary():
