@@ -9,6 +9,7 @@ from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale
 
 from .ablation import ablate, derangement, forget, freeze, mean_of, set_where
 from .agreement import Agreement, agreement
+from .alignment import Alignment, align
 from .attention import Attention, Contributions, attention, contributions
 from .attribution import attribution_grid
 from .circuits import Circuit, Edge, EdgeEffects, Faithfulness, edge_attribution, edges, faithfulness, path_patch, prune
@@ -36,6 +37,7 @@ from .probes import LinearProbe, ProbeGrid, collect, probe, probe_grid
 from .run import Gradients, Run, gradients, run
 from .steering import Direction, SteeringCurve, contrast, steering_curve
 from .store import load_edits, save_edits
+from .swaps import Swapped
 from .sweep import Grid, Sweep, load_grid, patch_grid, replay, sweep
 from .timescales import (
     Flow,
@@ -57,6 +59,7 @@ __all__ = [
     "Add",
     "Address",
     "Agreement",
+    "Alignment",
     "Apply",
     "Attention",
     "Circuit",
@@ -84,12 +87,14 @@ __all__ = [
     "Set",
     "StateLens",
     "SteeringCurve",
+    "Swapped",
     "Sweep",
     "Zero",
     "ablate",
     "accuracy",
     "agreement",
     "agreement_scatter",
+    "align",
     "at",
     "attention",
     "attention_map",
