@@ -215,6 +215,39 @@ def probe(
 
 
 @app.command()
+def align(
+    model: Model = None,
+    site: Annotated[str, typer.Option(help="conv_state, ssm_state or recurrent_state, of all layers.")] = "conv_state",
+    num_steps: Annotated[int, typer.Option(min=2, help="Operations of a prompt.")] = 6,
+    step: Annotated[int, typer.Option(min=1, help="The memory after this operation, from 1; not the last.")] = 3,
+    n: Annotated[int, typer.Option("--pairs", min=10, help="Pairs of prompts, of which 30 % are held out.")] = 600,
+    seeds: Annotated[int, typer.Option(min=1, help="Searches, with pairs of their own.")] = 2,
+    quick: Quick = False,
+    out: Out = None,
+    threads: Threads = 1,
+) -> None:
+    """Find in how many dimensions of a memory the value is: swapped, they hand it over."""
+    with _plain_errors(), _results("align", model, out, quick) as (path, folder, name):
+        from .experiments.aligning import DIMENSIONS, aligning
+
+        _set_up("cpu", threads)
+        num_steps, step, n, seeds = (2, 1, 20, 1) if quick else (num_steps, step, n, seeds)
+        if step >= num_steps:
+            raise TaskError(f"--step {step}: of a prompt of {num_steps} operations give 1..{num_steps - 1}.")
+        if site not in ("conv_state", "ssm_state", "recurrent_state"):
+            raise TaskError(f"--site {site} is no memory: conv_state, ssm_state or recurrent_state.")
+        organism, settings = _mamba(folder, "masked")
+        numbers = {"num_steps": num_steps, "step": step, "pairs": n, "seeds": seeds}
+        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, "site": site, "quick": quick,
+               **numbers}  # fmt: skip
+        kept = Results(path, "align", key, command=f"{_command('align', name, **numbers)} --site {site}")
+        dimensions, epochs = ((1, 2), 2) if quick else (DIMENSIONS, 40)
+        aligning(kept, organism, settings.task, site=site, num_steps=num_steps, step=step, n=n, seeds=seeds,
+                 dimensions=dimensions, epochs=epochs)  # fmt: skip
+        _written(path, out, quick)
+
+
+@app.command()
 def curves(
     folder: Annotated[Path, typer.Option(help="Where the trainings are; one that was stopped goes on.")] = Path("runs"),
     quick: Quick = False,
