@@ -21,6 +21,7 @@ from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
 from .plots import (
     agreement_scatter,
+    alignment_curve,
     attention_map,
     circuit,
     field_curves,
@@ -95,6 +96,7 @@ __all__ = [
     "agreement",
     "agreement_scatter",
     "align",
+    "alignment_curve",
     "at",
     "attention",
     "attention_map",

@@ -164,7 +164,7 @@ def align(
         """Q (k, f), and the loss of each epoch."""
         free = torch.randn(m, k, generator=rng, dtype=torch.float64).to(near).requires_grad_()
         adam, losses = torch.optim.Adam([free], lr=learning_rate), list[float]()
-        slower = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, factor=FALL, patience=2, threshold=0.01)
+        slower = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, factor=FALL, patience=4, threshold=0.003)
         bar = trange(epochs, desc=what, disable=not progress)
         for _ in bar:
             total = 0.0

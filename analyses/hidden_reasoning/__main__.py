@@ -241,7 +241,7 @@ def align(
         key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, "site": site, "quick": quick,
                **numbers}  # fmt: skip
         kept = Results(path, "align", key, command=f"{_command('align', name, **numbers)} --site {site}")
-        dimensions, epochs = ((1, 2), 2) if quick else (DIMENSIONS, 40)
+        dimensions, epochs = ((1, 2), 2) if quick else (DIMENSIONS, 30)
         aligning(kept, organism, settings.task, site=site, num_steps=num_steps, step=step, n=n, seeds=seeds,
                  dimensions=dimensions, epochs=epochs)  # fmt: skip
         _written(path, out, quick)

@@ -19,13 +19,13 @@ from .handover import apart, go_on
 from .results import Results
 
 DIMENSIONS = (1, 2, 3, 4, 6, 8)
-WITH_CONTROLS = (4, 8)  # of these k also random subspaces, and a search for shuffled answers
+WITH_CONTROLS = (4,)  # of these k also random subspaces, and a search for shuffled answers
 SEARCHED = 64  # principal components that are searched
 
 
 def aligning(
     results: Results, model: Mamba, task: Task, *, site: str, num_steps: int, step: int, n: int, seeds: int,
-    dimensions: Sequence[int] = DIMENSIONS, epochs: int = 40, progress: bool = True,
+    dimensions: Sequence[int] = DIMENSIONS, epochs: int = 30, progress: bool = True,
 ) -> None:  # fmt: skip
     """Search at each number of dimensions, for each seed with pairs of its own, part by part.
 
