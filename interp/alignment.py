@@ -1,6 +1,6 @@
 """Distributed alignment search: the k-dimensional subspace of a site that, swapped, hands over a hidden value.
 
-    x' = x + Q^T Q (x_donor - x)        Q (k, features), orthonormal
+    x' = x + s Q^T Q (x_donor - x) / s        Q (k, features), orthonormal; s (features), 1 unless scales are asked for
 
 Q is found by gradient descent on what x' makes the model answer: what the donor's hidden value demands of the base's
 prompt. It is fitted on some pairs of prompts and scored on others, beside the controls:
@@ -12,15 +12,19 @@ prompt. It is fitted on some pairs of prompts and scored on others, beside the c
     forced     the same on the pairs that it was found on: what the optimiser makes of nothing
     varying    Q without what leads out of the principal directions that hold 99 % of the variance of x_donor - x
 
-A subspace can hand an answer over that the model does not keep there: through a direction that runs of their own accord
-leave alone, which reaches the answer, and one that varies and does not (Makelov et al. 2023, arXiv:2311.17030). Two
-things guard against it. Only the span of x_donor - x of the pairs is searched, so that no direction is written in which
-no two runs differ. And where `varying` does worse than Q, Q works by directions in which they hardly do. Neither is a
-proof: let the base's other inputs change, too, so that little but the value leads to the target.
+What it shows: that so many dimensions suffice, of all pairs like these. What it does not:
 
-Source: Geiger et al. 2023 (arXiv:2303.02536). Differs: Q by a QR decomposition in the principal axes of x_donor - x,
-where Adam takes steps of each axis' own size, so that coordinates whose scales differ by orders of magnitude can be
-searched together; the site may be any address, the memories of several layers as one space too.
+- That fewer do not. The search can end in a local optimum; other seeds, and `fitted` beside `held_out`, tell.
+- Where the model reads. Of directions that hold copies of the value and are not read, Q may take the larger part.
+- That the model keeps the value there. A swap can work through two directions, one that varies and does not reach the
+  answer, and a dormant one, which runs by themselves leave alone and which does (Makelov et al. 2023,
+  arXiv:2311.17030). Only the span of x_donor - x of the pairs is searched, so that no direction is written in which no
+  two runs differ; and where `varying` does worse than Q, Q works by directions in which they hardly do. That is a
+  check and no proof. Let the base's other inputs differ, too, so that little but the value leads to the target.
+
+Source: Geiger et al. 2023 (arXiv:2303.02536). Differs: Q by a QR decomposition in the principal axes of x_donor - x;
+the scales, without which a search fails where coordinates differ by orders of magnitude, since what is large is written
+where little is meant; the site may be any address, the memories of several layers as one space too.
 """
 
 from collections.abc import Mapping
@@ -31,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from minimal_mamba import Add, Address, Edit, Mamba, MambaState, Project, Set
+from minimal_mamba import Add, Address, Edit, Mamba, MambaState, Project, Scale, Set
 from minimal_mamba.brief import Brief
 from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
@@ -54,15 +58,17 @@ class Alignment(Brief):
         place: where. basis: (k, *features) orthonormal float64, each direction in the shape that one row of the place
             records, layers and positions too if it has several; of one layer and position, as `Project` and
             `LinearProbe.basis` have it.
+        scale: (*features) s, the size of donor - base in each coordinate; ones if it was not asked for.
         held_out: the score. fitted: the same on the pairs that it was fitted on.
         controls: name -> one `Swapped` a seed, or one alone; all but "forced" on the held-out pairs.
-        spread: (k,) the mean square of donor - base along each direction, as a share of that along all coordinates.
+        spread: (k,) the mean square of donor - base / s along each direction, as a share of that of all.
         dims: dimensions that were searched. tested: (b,) bool, the pairs that were held out.
         losses: (epochs,) mean -log p(target) of the others while they were fitted, nats.
     """
 
     place: Address
     basis: Tensor
+    scale: Tensor
     held_out: Swapped
     fitted: Swapped
     controls: Mapping[str, tuple[Swapped, ...]]
@@ -77,8 +83,9 @@ class Alignment(Brief):
         Args:
             donor: what the place records in the donor's run. rows: of the batch; both then have that many rows.
             base: the same of the base's run without edits. The edit is then one `Set` of the whole place, as in the
-                search. If None, a `Project` and an `Add`, to be given in this order, which keep what is there at the
-                time outside the subspace: for a place of one layer and position.
+                search. If None, a `Project` and an `Add`, between two `Scale` where scales were asked for, to be given
+                in this order, which keep what is there at the time outside the subspace: for a place of one layer and
+                position.
         Raises:
             EditError: no base, for a place of several layers or positions, or of `recurrent_state`, which no `Project`
                 sees as one. InputError: values of another shape.
@@ -88,8 +95,8 @@ class Alignment(Brief):
             if not isinstance(values, Tensor) or first_axis(values, axis).shape[1:] != shape:
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise InputError(f"{what} is {got}: give what {self.place} records, {tuple(shape)} a row.")
-        q = self.basis.flatten(1).to(donor.device)
-        new = first_axis(donor, axis).flatten(1).double()
+        q, s = self.basis.flatten(1).to(donor.device), self.scale.flatten().to(donor.device)
+        new = first_axis(donor, axis).flatten(1).double() / s
         if base is None:
             if axis or not isinstance(self.place.pos, int) or self.place.site == RECURRENT_STATE.name:
                 raise EditError(
@@ -97,9 +104,12 @@ class Alignment(Brief):
                     "Give base, the place's values in the run without edits."
                 )
             part = (new @ q.T @ q).to(donor.dtype).unflatten(1, shape)
-            return [Project(self.place, self.basis, rows=rows), Add(self.place, part, rows=rows)]
+            swap: list[Edit] = [Project(self.place, self.basis, rows=rows), Add(self.place, part, rows=rows)]
+            if bool((s == 1).all()):
+                return swap
+            return [Scale(self.place, 1 / self.scale, rows=rows), *swap, Scale(self.place, self.scale, rows=rows)]
         here = first_axis(base, axis).flatten(1).double()
-        made = (here + (new - here) @ q.T @ q).to(donor.dtype).unflatten(1, shape)
+        made = (here + s * ((new - here / s) @ q.T @ q)).to(donor.dtype).unflatten(1, shape)
         return [Set(self.place, made.movedim(0, axis), rows=rows)]
 
 
@@ -108,8 +118,8 @@ class Alignment(Brief):
 def align(
     model: Mamba, ids: Tensor, donor_ids: Tensor, targets: Tensor, place: Address, k: int, *,
     lengths: Lengths = None, state: MambaState | None = None, groups: Any = None, held_out: float = 0.3,
-    dims: int | None = None, epochs: int = 100, batch: int = 64, learning_rate: float = 0.1, seeds: int = 1,
-    seed: int = 0, backend: str = "auto", progress: bool = True,
+    dims: int | None = None, scale: bool = False, epochs: int = 100, batch: int = 64, learning_rate: float = 0.1,
+    seeds: int = 1, seed: int = 0, backend: str = "auto", progress: bool = True,
 ) -> Alignment:  # fmt: skip
     """Find the k dimensions of a place which, swapped for the donor's, bring the target about.
 
@@ -123,6 +133,8 @@ def align(
         held_out: the share of the groups that the score is taken of.
         dims: search the first principal components of x_donor - x alone, each coordinate in units of its own; None: all
             that the fitted pairs have. Few of them need fewer pairs.
+        scale: swap each coordinate in units of its own, the root mean square of x_donor - x over the fitted pairs; for
+            coordinates that differ in size by orders of magnitude.
         epochs: at most; the search ends when the loss has stopped to fall at three learning rates, each a third of the
             one before. batch: pairs of a step. learning_rate: of Adam, on coordinates of size 1.
         seeds: of the controls "random" and "shuffled"; 0 leaves them out. seed: of all that is drawn.
@@ -151,14 +163,17 @@ def align(
     tested = torch.isin(group, drawn)
     train, test = (~tested).nonzero()[:, 0], tested.nonzero()[:, 0]
     d = pairs.donor - pairs.base  # (b, f)
-    axes, varying = principal_axes(d[train], pairs.noise, dims)  # (f, m), (f, m or fewer)
+    sizes = d[train].square().mean(0).sqrt()
+    s = sizes.where(sizes > pairs.noise, 1.0) if scale else torch.ones_like(sizes)
+    d = d / s
+    axes, varying = principal_axes(d[train], pairs.noise / s, dims)  # (f, m), (f, m or fewer)
     m = axes.shape[1]
     if not 1 <= k <= m:
         raise InputError(
             f"k={k}: from 1 to {m}, the dimensions in which base and donor of the {len(train)} pairs that are fitted "
             f"differ{'' if dims is None else f', of which dims={dims} are searched'}."
         )
-    near, turned = (d @ axes).to(pairs.dtype), axes.to(pairs.dtype)
+    near, turned = (d @ axes).to(pairs.dtype), (s[:, None] * axes).to(pairs.dtype)
 
     def search(wanted: Tensor, what: str) -> tuple[Tensor, Tensor]:
         """Q (k, f), and the loss of each epoch."""
@@ -185,7 +200,7 @@ def align(
         return (axes @ torch.linalg.qr(free.detach().double())[0]).T, torch.tensor(losses, dtype=torch.float64)
 
     def score(q: Tensor, rows: Tensor = test, wanted: Tensor = pairs.targets) -> Swapped:
-        return pairs.score(rows, pairs.base[rows] + d[rows] @ q.T @ q, wanted)
+        return pairs.score(rows, pairs.base[rows] + s * (d[rows] @ q.T @ q), wanted)
 
     q, losses = search(pairs.targets, f"align {place}")
     controls = {
@@ -202,4 +217,6 @@ def align(
             controls[name] = (*controls.get(name, ()), found)
     spread = (d @ q.T).square().sum(0) / d.square().sum()
     basis = q.unflatten(1, pairs.shape)
-    return Alignment(place, basis, score(q), score(q, train), controls, spread, m, tested, losses)
+    return Alignment(
+        place, basis, s.unflatten(0, pairs.shape), score(q), score(q, train), controls, spread, m, tested, losses
+    )

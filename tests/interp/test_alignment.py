@@ -10,7 +10,7 @@ from helpers import draw, near, tiny
 from torch.testing import assert_close
 
 from analyses.planted.build import Bench
-from interp import Add, Project, Set, align, at, generate, log_prob, run
+from interp import Add, Project, Scale, Set, align, at, generate, log_prob, run
 from interp.swaps import principal_axes
 from minimal_mamba.errors import AddressError, EditError, InputError
 
@@ -22,25 +22,29 @@ def ids(l, b=3, seed=0):
 
 
 @cache
-def planted(seed=0):
+def planted(seed=0, small=None):
     """Three bits, each along a direction of its own of a state; the answer names all three.
 
     A token writes an orthonormal direction of eight channels, of which three are read: the hidden value is the first
     two, and the third is to stay the base's. What else is written is never read.
 
+    Args:
+        small: the second bit, and others that are not read, lie in channels of their own, whose states are so small.
     Returns:
         model, ids, donor_ids, targets (of the donor's first two bits and the base's third), place, directions (3, e)
     """
     bench, rate, l, b, level = Bench(seed), 0.05, 6, 300, 1.0
     layer, bits, others = bench.layer, bench.tokens[:6], bench.tokens[6:11]
     turn = torch.linalg.qr(draw(8, 8, seed=seed))[0]  # a direction a column
+    if small is not None:
+        turn = torch.block_diag(*(torch.linalg.qr(draw(4, 4, seed=seed + i))[0] for i in (0, 1)))
+        turn = turn[:, [0, 4, 1, 2, 5, 3, 6, 7]]
+    sizes = [1.0 if small is None or c < 4 else small for c in range(8)]
     writes = {bits[2 * i + 1]: turn[:, i] for i in range(3)} | {t: turn[:, 3 + i] for i, t in enumerate(others)}
-    e = [
-        bench.channel(
-            layer, {t: level + (float(writes[t][c]) if t in writes else 0.0) for t in bench.tokens}, rate=rate
-        )
-        for c in range(8)
-    ]
+    e = []
+    for c, size in enumerate(sizes):
+        values = {t: level + (float(writes[t][c]) if t in writes else 0.0) for t in bench.tokens}
+        e.append(bench.channel(layer, values, dt=size, rate=rate / size))
     always, n = bench.channel(layer, 1.0), bench.dimension(layer)
     bench.connect(layer, n, B={always: 0.1}, C={always: 10.0})
     model = bench.finish({})
@@ -48,7 +52,7 @@ def planted(seed=0):
     with torch.no_grad():
         model.lm_head.weight.zero_()
         for i in range(3):
-            model.backbone.layers[layer].mixer.out_proj.weight[bench.out[i], e] = turn[:, i]
+            model.backbone.layers[layer].mixer.out_proj.weight[bench.out[i], e] = turn[:, i] / torch.tensor(sizes)
             kept = math.exp(-rate * (l - 1 - i))
             same = level * float(turn[:, i].sum()) * sum(math.exp(-rate * t) for t in range(l))
             for token, code in zip(bench.tokens, codes.tolist(), strict=False):
@@ -66,9 +70,9 @@ def planted(seed=0):
 
 
 @cache
-def found(seed=0, k=2):
-    model, base, donor, targets, place, _ = planted(seed)
-    return align(model, base, donor, targets, place, k, seed=seed, progress=False)
+def found(seed=0, k=2, small=None):
+    model, base, donor, targets, place, _ = planted(seed, small)
+    return align(model, base, donor, targets, place, k, seed=seed, scale=small is not None, progress=False)
 
 
 # -- what it finds ----------------------------------------------------------------------------------------------------
@@ -80,6 +84,25 @@ def test_a_planted_subspace_is_found(seed):
     assert made.held_out.accuracy == made.fitted.accuracy == 1
     cosines = torch.linalg.svdvals(made.basis @ truth.T)
     assert cosines.min() > 0.99
+
+
+@pytest.mark.parametrize("small", [1e-2, 1e-6])
+def test_what_is_small_is_found_beside_what_is_large(small):
+    made, truth = found(small=small), planted(small=small)[-1][:2]
+    assert made.held_out.accuracy == 1
+    assert torch.linalg.svdvals(made.basis @ truth.T).min() > 0.99
+    model, base, donor, _, place, _ = planted(small=small)
+    values = [run(model, x, record=[place])[place] for x in (donor, base)]
+    edits = made.swap(values[0])
+    assert [type(edit) for edit in edits] == [Scale, Project, Add, Scale]
+    near(run(model, base, edits).logits, run(model, base, made.swap(*values)).logits, 1e-9)
+    assert_close(values[0].sub(values[1])[~made.tested].square().mean(0).sqrt(), made.scale)
+
+
+def test_without_scales_what_is_large_drowns_what_is_small():
+    model, base, donor, targets, place, _ = planted(small=1e-6)
+    made = align(model, base, donor, targets, place, 2, seeds=0, epochs=10, progress=False)
+    assert made.fitted.interval[1] < 0.6 and (made.scale == 1).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
