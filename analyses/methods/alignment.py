@@ -18,8 +18,8 @@ from interp import align, alignment_curve, at
 
 from ._save import save
 
-STEPS, STEP, PAIRS, SEED = 4, 2, 600, 1
-DIMENSIONS, WITH_CONTROLS = (1, 2, 3, 4, 6, 8), (4, 8)
+STEPS, STEP, PAIRS, SEED, EPOCHS = 4, 2, 600, 1, 40
+DIMENSIONS, WITH_CONTROLS = (1, 2, 3, 4, 6), (4,)
 
 
 def figure(folder: Path) -> list[Path]:
@@ -32,7 +32,9 @@ def figure(folder: Path) -> list[Path]:
     targets = MASKED.value_ids[torch.from_numpy(go_on(value, base.operations.numpy(), STEP, MASKED))]
     place = at.conv_state(layer=slice(None), pos=first + 2 * STEP - 1)
     found = [
-        align(model, ids, others, targets, place, k, dims=64, seeds=int(k in WITH_CONTROLS), progress=False)
+        align(
+            model, ids, others, targets, place, k, dims=64, epochs=EPOCHS, seeds=int(k in WITH_CONTROLS), progress=False
+        )
         for k in DIMENSIONS
     ]
     with plt.rc_context({"font.size": 7, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}):

@@ -4,13 +4,14 @@ import itertools
 import math
 from functools import cache
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from helpers import draw, near, tiny
 from torch.testing import assert_close
 
 from analyses.planted.build import Bench
-from interp import Add, Project, Scale, Set, align, at, generate, log_prob, run
+from interp import Add, Project, Scale, Set, align, alignment_curve, at, generate, log_prob, run
 from interp.swaps import principal_axes
 from minimal_mamba.errors import AddressError, EditError, InputError
 
@@ -371,3 +372,25 @@ def test_a_swap_says_what_it_lacks():
         values = run(tiny(), donor, record=[place])[place]
         with pytest.raises(EditError, match="Give base"):
             made.swap(values)
+
+
+# -- the plot ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_shows_what_was_found():
+    several = [found(0, k) for k in (3, 1, 2)] + [found(1, 1)]
+    with pytest.raises(InputError, match="one place"):
+        alignment_curve(several)
+    with pytest.raises(InputError, match="one at least"):
+        alignment_curve([])
+    several = several[:3]
+    ax = alignment_curve(several, title="planted")
+    drawn = {line.get_label(): line for line in ax.lines}
+    best = drawn["found by alignment"]
+    by_k = sorted((len(one.basis), one.held_out.accuracy) for one in several)
+    assert [*zip(best.get_xdata(), best.get_ydata(), strict=True)] == by_k
+    whole = sum(one.controls["whole"][0].accuracy for one in several) / 3
+    assert drawn["whole site swapped"].get_ydata()[0] == pytest.approx(whole)
+    assert {"nothing swapped", "random subspaces", "found for shuffled targets"} < set(drawn)
+    assert [*ax.get_xticks()] == [1, 2, 3] and ax.get_title() == "planted"
+    plt.close(ax.figure)
