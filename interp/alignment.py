@@ -148,6 +148,7 @@ def align(
     """
     pairs = Pairs(model, ids, donor_ids, targets, place, lengths, state, rows_at_once(batch, 64, 1), backend)
     k, epochs, seeds, seed = read_ints(k=k, epochs=epochs, seeds=seeds, seed=seed)
+    dims = None if dims is None else read_ints(dims=dims)[0]
     if not 0 < held_out < 1 or epochs < 1 or seeds < 0 or not learning_rate > 0 or (dims is not None and dims < 1):
         raise InputError(
             f"held_out={held_out}, epochs={epochs}, seeds={seeds}, learning_rate={learning_rate}, dims={dims}: a share "

@@ -151,7 +151,7 @@ def span_of(vectors: Tensor) -> Tensor:
     """Orthonormal columns that span those of vectors (f, m), the principal ones first; fewer where they depend."""
     q, r = torch.linalg.qr(vectors)
     u, s, _ = torch.linalg.svd(r)
-    return q @ u[:, s > 1e-12 * s[0]]
+    return q @ u[:, s > 1e-12 * s[:1]]
 
 
 def _still(model: Mamba) -> Mamba:

@@ -4,7 +4,7 @@ Distributed alignment search (Geiger et al. 2023, arXiv:2303.02536) finds the k 
 on what their swap makes the model answer, on some pairs of prompts, and scores them on others, beside random dimensions
 and a search for shuffled answers (`interp.alignment`). Here: the conv states of all layers of the model that ships,
 after the second of four operations, between unrelated prompts; the target is what the base's operations to come make of
-the donor's value. Cost: half a minute. Proof: `tests/interp/test_alignment.py`.
+the donor's value. Cost: a minute. Proof: `tests/interp/test_alignment.py`.
 """
 
 from pathlib import Path
