@@ -137,15 +137,15 @@ def test_where_unread_dimensions_hold_copies_the_answers_do_not_say_where_it_is_
     assert torch.linalg.svdvals(made.basis[:, list(e), n] @ truth[:2].T).max() < 0.9
 
 
-def test_what_hardly_varies_and_is_read_is_told_apart():
-    """The dormant direction of Makelov et al.: the donor's value stands in a direction that nothing reads."""
+def test_the_axes_are_those_of_what_varies():
+    """Small coordinates count as much as large ones, rounding does not, and what all but copies another hardly."""
     d = torch.zeros(40, 3, dtype=torch.float64)
     d[:, :2] = draw(40, 2)
     d[:, 2] = 1e-3 * draw(40, seed=1)
     axes, varying = principal_axes(d, torch.full((3,), 1e-12), None)
     assert axes.shape == varying.shape == (3, 3)  # small, but as much in units of its own
-    for found_there in principal_axes(d, torch.full((3,), 0.01), None):  # the third is rounding
-        assert found_there.shape == (3, 2) and (found_there[2] == 0).all()
+    for made in principal_axes(d, torch.full((3,), 0.01), None):  # the third is rounding
+        assert made.shape == (3, 2) and (made[2] == 0).all()
     twice = torch.cat([d[:, :2], d[:, :2] + 1e-3 * draw(40, 2, seed=2)], 1)  # all but copies
     axes, varying = principal_axes(twice, torch.zeros(4), None)
     assert axes.shape == (4, 4) and varying.shape == (4, 2)
