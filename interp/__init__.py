@@ -9,6 +9,7 @@ from minimal_mamba import SITES, Add, Address, Apply, Edit, Mean, Project, Scale
 
 from .ablation import ablate, derangement, forget, freeze, mean_of, set_where
 from .agreement import Agreement, agreement
+from .alignment import Alignment, align
 from .attention import Attention, Contributions, attention, contributions
 from .attribution import attribution_grid
 from .circuits import Circuit, Edge, EdgeEffects, Faithfulness, edge_attribution, edges, faithfulness, path_patch, prune
@@ -20,6 +21,7 @@ from .lens import DirectLogit, StateLens, direct_logit, logit_lens, state_lens
 from .metrics import accuracy, kl, log_prob, logit_diff, prob
 from .plots import (
     agreement_scatter,
+    alignment_curve,
     attention_map,
     circuit,
     field_curves,
@@ -37,6 +39,7 @@ from .relevance import Relevance, relevance
 from .run import Gradients, Run, gradients, run
 from .steering import Direction, SteeringCurve, contrast, steering_curve
 from .store import load_edits, save_edits
+from .swaps import Swapped
 from .sweep import Grid, Sweep, load_grid, patch_grid, replay, sweep
 from .timescales import (
     Flow,
@@ -58,6 +61,7 @@ __all__ = [
     "Add",
     "Address",
     "Agreement",
+    "Alignment",
     "Apply",
     "Attention",
     "Circuit",
@@ -86,12 +90,15 @@ __all__ = [
     "Set",
     "StateLens",
     "SteeringCurve",
+    "Swapped",
     "Sweep",
     "Zero",
     "ablate",
     "accuracy",
     "agreement",
     "agreement_scatter",
+    "align",
+    "alignment_curve",
     "at",
     "attention",
     "attention_map",

@@ -175,14 +175,19 @@ def interval(
     sizes = group.bincount()
     if how.classes:
         p, n = score(y, guess, blind, how), len(group) ** 2 / sizes.square().sum().item()
-        middle, half = p + Z95**2 / (2 * n), Z95 * (p * (1 - p) / n + Z95**2 / (4 * n**2)) ** 0.5
-        low, high = ((middle + side) / (1 + Z95**2 / n) for side in (-half, half))
-        return max(0.0, min(p, low)), min(1.0, max(p, high))
+        return wilson(p, n)
     drawn = torch.randint(len(sizes), (DRAWS, len(sizes)), generator=rng)
     times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add(1, drawn, torch.ones_like(drawn).double())
     found = _scores(y, guess, blind, how, times[:, group])
     low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def wilson(p: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share p of n draws."""
+    middle, half = p + Z95**2 / (2 * n), Z95 * (p * (1 - p) / n + Z95**2 / (4 * n**2)) ** 0.5
+    low, high = ((middle + side) / (1 + Z95**2 / n) for side in (-half, half))
+    return max(0.0, min(p, low)), min(1.0, max(p, high))
 
 
 def patterns(x: Tensor, y: Tensor, how: How) -> Tensor:

@@ -8,12 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import nn
 
 from minimal_mamba import Mamba
-from minimal_mamba.errors import MambascopeError
 from minimal_mamba.files import make_folder, write_text
 
 from .errors import TaskError, TrainingError
@@ -22,7 +20,7 @@ from .experiments.results import RESULTS, Results, fingerprint
 from .organism import load_folder, load_settings, organism_folder, write_organism
 from .task import MASKED, Task
 from .task.shortcuts import bounds
-from .terminal import shown
+from .terminal import plain_errors, set_up, shown
 from .training.settings import Settings, read_settings
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -74,8 +72,8 @@ def train(
         "d_conv": d_conv, "report_to": report_to,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
-    with _plain_errors(), _folder(out, quick and not resume, task or "masked") as run:
-        _set_up(device, threads)
+    with plain_errors(), _folder(out, quick and not resume, task or "masked") as run:
+        set_up(device, threads)
         base = read_settings(run) if resume else Settings()
         settings = replace(base, **{**(QUICK if quick and not resume else {}), **given})
         if steps is not None and steps != settings.steps:
@@ -109,8 +107,8 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Print how often the final answer is right on prompts that were held out, by length."""
-    with _plain_errors(), _results("evaluate", model, out, quick) as (path, folder, name):
-        _set_up(device, threads)
+    with plain_errors(), _results("evaluate", model, out, quick) as (path, folder, name):
+        set_up(device, threads)
         if max_length < 1:
             raise TaskError(f"--max-length {max_length}: a prompt has at least one step; give 1 or more.")
         max_length, prompts = (min(max_length, 4), min(prompts, 100)) if quick else (max_length, prompts)
@@ -145,7 +143,7 @@ def shortcuts(
 ) -> None:
     """Compute exactly what the best function of less than the whole prompt can reach, by length."""
     rules = acts if modulus == Task.modulus else f"{acts}-{modulus}"
-    with _plain_errors(), _results("shortcuts", Path(f"{task}-{rules}"), out, quick) as (path, _, _name):
+    with plain_errors(), _results("shortcuts", Path(f"{task}-{rules}"), out, quick) as (path, _, _name):
         chosen = Task(modulus, acts=acts, name=task)
         max_length = min(max_length, 6) if quick else max_length
         key = {"task": task, "acts": acts, "modulus": modulus, "max_length": max_length}
@@ -168,10 +166,10 @@ def patch(
     threads: Threads = 1,
 ) -> None:
     """Find where the hidden value is: patching, controls, sets of layers, ablation, hand-overs."""
-    with _plain_errors(), _results("patch", model, out, quick) as (path, folder, name):
+    with plain_errors(), _results("patch", model, out, quick) as (path, folder, name):
         from .experiments.patching import patch as everything
 
-        _set_up("cpu", threads)
+        set_up("cpu", threads)
         if quick:
             num_steps, differ, n, prompts = 3, 1, 6, 20
         if differ > num_steps:
@@ -201,16 +199,49 @@ def probe(
     threads: Threads = None,
 ) -> None:
     """Find what linear probes read, with controls, and what goes when it is erased."""
-    with _plain_errors(), _results("probe", model, out, quick) as (path, folder, name):
+    with plain_errors(), _results("probe", model, out, quick) as (path, folder, name):
         from .experiments.probing import probing
 
-        _set_up("cpu", threads)
+        set_up("cpu", threads)
         num_steps, prompts = (2, 60) if quick else (num_steps, prompts)
         organism, settings = _mamba(folder, "masked", "doublethink")
         numbers = {"num_steps": num_steps, "prompts": prompts, "seed": seed}
         key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, "quick": quick, **numbers}
         kept = Results(path, "probe", key, command=_command("probe", name, **numbers))
         probing(kept, organism, settings.task, num_steps=num_steps, n=prompts, seed=seed, layers=[0] if quick else None)
+        _written(path, out, quick)
+
+
+@app.command()
+def align(
+    model: Model = None,
+    site: Annotated[str, typer.Option(help="conv_state, ssm_state or recurrent_state, of all layers.")] = "conv_state",
+    num_steps: Annotated[int, typer.Option(min=2, help="Operations of a prompt.")] = 6,
+    step: Annotated[int, typer.Option(min=1, help="The memory after this operation, from 1; not the last.")] = 3,
+    n: Annotated[int, typer.Option("--pairs", min=10, help="Pairs of prompts, of which 30 % are held out.")] = 600,
+    seeds: Annotated[int, typer.Option(min=1, help="Searches, with pairs of their own.")] = 2,
+    quick: Quick = False,
+    out: Out = None,
+    threads: Threads = 1,
+) -> None:
+    """Find in how many dimensions of a memory the value is: swapped, they hand it over."""
+    with plain_errors(), _results("align", model, out, quick) as (path, folder, name):
+        from .experiments.aligning import DIMENSIONS, aligning
+
+        set_up("cpu", threads)
+        num_steps, step, n, seeds = (2, 1, 20, 1) if quick else (num_steps, step, n, seeds)
+        if step >= num_steps:
+            raise TaskError(f"--step {step}: of a prompt of {num_steps} operations give 1..{num_steps - 1}.")
+        if site not in ("conv_state", "ssm_state", "recurrent_state"):
+            raise TaskError(f"--site {site} is no memory: conv_state, ssm_state or recurrent_state.")
+        organism, settings = _mamba(folder, "masked")
+        numbers = {"num_steps": num_steps, "step": step, "pairs": n, "seeds": seeds}
+        key = {"model": fingerprint(organism), "name": name, "task": settings.task_name, "site": site, "quick": quick,
+               **numbers}  # fmt: skip
+        kept = Results(path, "align", key, command=f"{_command('align', name, **numbers)} --site {site}")
+        dimensions, epochs = ((1, 2), 2) if quick else (DIMENSIONS, 30)
+        aligning(kept, organism, settings.task, site=site, num_steps=num_steps, step=step, n=n, seeds=seeds,
+                 dimensions=dimensions, epochs=epochs)  # fmt: skip
         _written(path, out, quick)
 
 
@@ -222,10 +253,10 @@ def curves(
     threads: Threads = 1,
 ) -> None:
     """Train many small models: losses, depths, the control. Hours; what is in the results is not trained again."""
-    with _plain_errors(), _results("curves", Path("all"), out, quick) as (path, _, _name):
+    with plain_errors(), _results("curves", Path("all"), out, quick) as (path, _, _name):
         from .experiments.curves import train_all
 
-        _set_up("cpu", threads)
+        set_up("cpu", threads)
         kept = Results(path, "curves", {"quick": quick}, command="python -m analyses.hidden_reasoning curves")
         if quick:
             with tempfile.TemporaryDirectory() as scratch:
@@ -243,7 +274,7 @@ def figures(
     quick: Annotated[bool, typer.Option("--quick", help="Draw only PNGs, into a folder that goes again.")] = False,
 ) -> None:
     """Draw every figure of the study from its results files, and say what they say in numbers."""
-    with _plain_errors():
+    with plain_errors():
         from .drawing import draw_all
         from .findings import page
 
@@ -270,10 +301,10 @@ def demo(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; for a model this small more gain little.")] = 1,
 ) -> None:
     """Patch both memories over all layers and positions, draw it, and say in three sentences what it shows."""
-    with _plain_errors():
+    with plain_errors():
         from .experiments.demo import sweep, write
 
-        _set_up("cpu", threads)
+        set_up("cpu", threads)
         n, num_steps = (min(n, 20), min(num_steps, 3)) if quick else (n, num_steps)
         if differ >= num_steps:
             raise TaskError(
@@ -342,28 +373,6 @@ def _model_folder(model: Path | None) -> Path:
     """A folder as it is given, or that of a model that ships, by its name."""
     given = model or Path("masked")
     return given if given.is_dir() else organism_folder(str(given))
-
-
-def _set_up(device: str, threads: int | None) -> None:
-    torch.set_num_threads(threads or torch.get_num_threads())
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise TrainingError(f"--device {device} cannot be used here ({why}); leave it out for cpu.") from None
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What goes wrong in ways that we foresee is said in a sentence."""
-    try:
-        yield
-    except (MambascopeError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("Stopped. What is in the results file is kept; a training goes on with --resume.", err=True)
-        raise typer.Exit(130) from None
 
 
 @contextmanager

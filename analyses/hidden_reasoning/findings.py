@@ -9,6 +9,8 @@ import numpy as np
 
 from ..pages import placed
 from . import say
+from .drawing.dimensions import by_dimensions
+from .drawing.style import NAMES
 from .drawing.trainings import GROUPS, LOSSES, scores
 from .experiments.curves import DEPTHS, sizes
 from .experiments.results import RESULTS, Read, ResultsError, read, together
@@ -295,9 +297,29 @@ def alone(results: Folder) -> str:
     return say.beside(columns)
 
 
+def dimensions(results: Folder) -> str:
+    """Answers that follow the donor's value when k dimensions of a memory are swapped, each seed; and the controls."""
+    columns = {}
+    for name in ("masked", "state_only"):
+        made, found = results.whole(f"align-{name}"), by_dimensions(results[f"align-{name}"])
+        line = {f"{k}": [one["held_out"] for one in several] for k, several in found.items()}
+        for what, control in (("all", "whole"), ("none", "nothing")):
+            line[what] = [one["controls"][control][0] for one in found[min(found)]]
+        for k, several in found.items():
+            if "random" in several[0]["controls"]:
+                line[f"{k}, the pairs that were fitted"] = [one["fitted"] for one in several]
+                for control, kind in say.SWAPS.items():
+                    line[f"{k}, {kind}"] = [one for swap in several for one in swap["controls"][control]]
+        line[f"{max(found)}, the pairs that were fitted"] = [one["fitted"] for one in found[max(found)]]
+        memory = NAMES[made["key"]["site"]] + "s"
+        said = {what: ", ".join(say.swapped(one) for one in ones) for what, ones in line.items()}
+        columns[f"`{name}`, {memory}"] = said
+    return say.beside(columns, "dimensions swapped")
+
+
 BLOCKS: dict[str, Callable[[Folder], str]] = {
     "models": models, "accuracy": accuracy, "shortcuts": shortcuts, "losses": losses, "depth": depth, "width": width,
-    "where": where, "seeds": seeds, "shifted": shifted, "overt": overt, "alone": alone,
+    "where": where, "seeds": seeds, "shifted": shifted, "overt": overt, "alone": alone, "dimensions": dimensions,
 }  # fmt: skip
 
 

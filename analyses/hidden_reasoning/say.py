@@ -12,16 +12,25 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def beside(columns: dict[str, dict[str, str]]) -> str:
-    """A Markdown table with a column each, and a row for each line that one of them has."""
+def beside(columns: dict[str, dict[str, str]], lines: str = "") -> str:
+    """A Markdown table with a column each, and a row for each line that one of them has; `lines` stands above these."""
     said = dict.fromkeys(line for column in columns.values() for line in column)
-    return table(["", *columns], [[line, *(column.get(line, "-") for column in columns.values())] for line in said])
+    return table([lines, *columns], [[line, *(column.get(line, "-") for column in columns.values())] for line in said])
 
 
 def percent(found: Score) -> str:
     """A share and its 95 % interval; alone where every prompt was asked."""
     low, high = found.interval()
     return f"{found.share:.1%}" if found.every else f"{found.share:.1%} ({low:.1%} .. {high:.1%})"
+
+
+# the controls of a swap, and what a table calls them
+SWAPS = {"varying": "within what varies most", "random": "at random", "shuffled": "found for shuffled answers"}
+
+
+def swapped(one: Read) -> str:
+    """The share of swaps that gave the target, and its 95 % interval."""
+    return percent(Score(one["of"], one["right"], None, False))
 
 
 def few(share: float, n: int) -> str:

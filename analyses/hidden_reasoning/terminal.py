@@ -1,10 +1,14 @@
-"""What the commands print of accuracy: a line a length, beside the best shortcut's."""
+"""What commands share: threads and device, errors in a sentence, and accuracy, a line a length, beside shortcuts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
+import torch
 import typer
 
-from .errors import TaskError
+from minimal_mamba.errors import MambascopeError
+
+from .errors import TaskError, TrainingError
 from .experiments.accuracy import NoneHeldOut, Score
 from .task import Task
 from .task.shortcuts import bounds
@@ -38,3 +42,26 @@ def _shortcuts(task: Task, max_length: int) -> dict[int, float]:
     except TaskError:
         return {}
     return {n: max(share[n] for share in found) for n in range(1, max_length + 1)}
+
+
+def set_up(device: str, threads: int | None) -> None:
+    """Set the threads, and see that there is such a device."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise TrainingError(f"--device {device} cannot be used here ({why}); leave it out for cpu.") from None
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What goes wrong in ways that we foresee is said in a sentence."""
+    try:
+        yield
+    except (MambascopeError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("Stopped. What is in the results file is kept; a training goes on with --resume.", err=True)
+        raise typer.Exit(130) from None

@@ -1,5 +1,6 @@
 """Plots, one file a kind, each fit for a column of a paper. matplotlib loads when the first one is drawn."""
 
+from .alignment import alignment_curve
 from .attention import attention_map, knockout_map
 from .attribution import agreement_scatter
 from .circuit import circuit
@@ -11,6 +12,7 @@ from .timescales import field_curves, half_life_curves
 
 __all__ = [
     "agreement_scatter",
+    "alignment_curve",
     "attention_map",
     "circuit",
     "field_curves",

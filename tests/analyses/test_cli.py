@@ -65,7 +65,7 @@ def test_every_experiment_and_figure_with_quick(trained, tmp_path):
     calls = [("evaluate", name) for name in trained] + [
         (kind, name) for kind in ("patch", "probe") for name in ("masked", "doublethink")
     ]
-    calls += [("patch", "state_only")]
+    calls += [("patch", "state_only"), ("align", "masked"), ("align", "state_only")]
     for kind, name in calls:
         out = results / f"{kind}-{name}.json"
         invoke(kind, "--quick", "--model", trained[name], "--out", out)
@@ -88,7 +88,9 @@ def test_every_experiment_and_figure_with_quick(trained, tmp_path):
     assert "version 0" in found.stderr and "again" in found.stderr and not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("command", ["shortcuts", "evaluate", "patch", "probe", "figures", "demo", "train", "curves"])
+@pytest.mark.parametrize(
+    "command", ["shortcuts", "evaluate", "patch", "probe", "align", "figures", "demo", "train", "curves"]
+)
 def test_help_and_quick_leave_nothing_behind(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "--quick" in RUNNER.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
@@ -185,6 +187,8 @@ def test_models_of_other_words_or_rules_are_refused(trained, tmp_path, monkeypat
         (["demo", "--model", "direct/organism"], "trained on direct; this command asks masked"),
         (["demo", "--model", "s5/organism", "--quick"], "other rules"),
         (["probe", "--model", "direct/organism", "--quick"], "this command asks masked or doublethink"),
+        (["align", "--site", "u"], "is no memory"),
+        (["align", "--step", "6"], "give 1..5"),
         (
             ["patch", "--model", str(trained["doublethink"]), "--num-steps", "4", "--differ", "3"],
             "one of 1..2 may differ",

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from analyses.hidden_reasoning import DOUBLETHINK, MASKED, Task, draw
-from analyses.hidden_reasoning.experiments import accuracy, channels, handover, patching, probing
+from analyses.hidden_reasoning.experiments import accuracy, aligning, channels, handover, patching, probing
 from analyses.hidden_reasoning.experiments.results import VERSION, Results, ResultsError, fingerprint, plain, read
 from analyses.hidden_reasoning.organism import load_organism
 from analyses.hidden_reasoning.task import held_out, pairs
-from interp import Set, at, run
+from interp import Set, align, at, run
 from interp import accuracy as right
 from kernels_bridge.torch_ops import TORCH
 from minimal_mamba import Mamba, MambaConfig
@@ -152,6 +152,24 @@ def test_a_hand_over_is_the_edit_that_it_says(model):
         if r["from"] == r["to"]:  # the same hand-over, counted where no other account foretells the same
             assert whole[r["to"]]["running value"]["alone"] <= r["right"]
     assert {(r["from"], r["to"]) for r in cells} == {(i, j) for i in (1, 2) for j in (1, 2)}
+
+
+def test_an_alignment_asks_for_what_the_bases_operations_make_of_the_donors_value(model, tmp_path):
+    kept = Results(tmp_path / "align.json", "align", {}, command="")
+    given = {"site": "conv_state", "num_steps": 3, "step": 2, "n": 20, "dimensions": (1, 4), "epochs": 1}
+    aligning.aligning(kept, model, MASKED, seeds=2, progress=False, **given)
+    parts = kept.made["parts"]
+    assert list(parts) == [f"{k} dimensions, seed {seed}" for seed in (0, 1) for k in (1, 4)]
+    base, donor = (draw(3, 20, [handover.STREAM, 1, i]) for i in range(2))
+    value = MASKED.table[base.operations[:, 2], donor.values[:, 1]]  # the operation that is left, on the donor's value
+    place = at.conv_state(layer=slice(None), pos=3 + 3 + 3)  # behind the echo of the second operation
+    found = align(model, base.ids[:, :-1], donor.ids[:, :-1], MASKED.value_ids[torch.from_numpy(value)], place, 4,
+                  dims=64, epochs=1, seed=1, progress=False)  # fmt: skip
+    one = parts["4 dimensions, seed 1"]
+    assert one["held_out"]["log_prob"] == pytest.approx(found.held_out.log_prob, rel=1e-5)
+    assert one["held_out"]["right"] / one["held_out"]["of"] == pytest.approx(found.held_out.accuracy)
+    assert set(one["controls"]) == set(found.controls)
+    assert set(parts["1 dimensions, seed 1"]["controls"]) == {"nothing", "whole", "varying"}
 
 
 def test_the_mean_memory_of_a_value_is_one_for_all_who_have_come_to_it():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..experiments.results import ResultsError, read, together
-from . import maps, probes, trainings
+from . import dimensions, maps, probes, trainings
 from .style import figure_file
 from .summary import summary
 
@@ -25,6 +25,7 @@ FIGURES: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
     "erased": (("probe-masked", "probe-doublethink"), probes.erased),
     "doublethink": (("patch-doublethink",), probes.doublethink),
     "channels": (("patch-doublethink",), probes.channels),
+    "dimensions": (("align-masked", "align-state_only"), dimensions.dimensions),
     "summary": ((*MODELS, BOUNDS, "curves-all", "patch-masked"), summary),
 }
 

@@ -80,7 +80,7 @@ def handover(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> 
         memory is put in, a value drawn for each prompt that is not its own.
     Cost: 9 (num_steps - 1) forwards of n rows.
     """
-    base, donor, ids, others, first = _drawn(task, num_steps, n, seed)
+    base, donor, ids, others, first = apart(task, num_steps, n, seed)
     operations, rng = base.operations.numpy(), np.random.default_rng([STREAM, seed, 2])
     names = {int(k): v for v, k in enumerate(task.value_ids)}
     found: dict[str, Any] = {"num_steps": num_steps, "prompts": n, "steps": list(range(1, num_steps))}
@@ -119,7 +119,7 @@ def shifted(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> l
         All from the same n prompts.
     Cost: num_steps² forwards of n rows.
     """
-    base, donor, ids, others, first = _drawn(task, num_steps, n, seed)
+    base, donor, ids, others, first = apart(task, num_steps, n, seed)
     places = [at.recurrent_state(layer=slice(None), pos=first + 2 * i + 1) for i in range(num_steps - 1)]
     memories = [run(model, others, record=[place], last_only=True)[place] for place in places]
     values, found = task.values(donor.operations.numpy()), []
@@ -134,7 +134,7 @@ def shifted(model: Mamba, task: Task, *, num_steps: int, n: int, seed: int) -> l
     return found
 
 
-def _drawn(task: Task, num_steps: int, n: int, seed: int) -> tuple[Batch, Batch, Tensor, Tensor, int]:
+def apart(task: Task, num_steps: int, n: int, seed: int) -> tuple[Batch, Batch, Tensor, Tensor, int]:
     """Base and donor, what they read before the answer, and the position of the first operation's echo."""
     base, donor = (draw(num_steps, n, [STREAM, seed, i], task=task) for i in range(2))
     end = int(base.answer_at[0]) + 1

@@ -1,0 +1,58 @@
+"""Alignments of growing dimension: how often a swap hands the value over, beside its controls."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from minimal_mamba.errors import InputError
+
+from ..alignment import Alignment
+from ..swaps import Swapped
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CONTROLS = {"random": ("random subspaces", "#E69F00", "^"), "shuffled": ("found for shuffled targets", "#CC79A7", "s")}
+
+
+def alignment_curve(
+    found: Sequence[Alignment], *, ax: "Axes | None" = None, title: str | None = None, legend: bool = True
+) -> "Axes":  # fmt: skip
+    """Draw interchange accuracy on held-out pairs against k, with its 95 % intervals.
+
+    Args:
+        found: alignments of one place, of one k or several; of each k all are drawn, and the line joins their means.
+    Returns:
+        The axes. Lines across are the means of "whole", the ceiling, and "nothing", the floor; "random" and "shuffled"
+        are drawn where they were made.
+    """
+    if not found or len({one.place for one in found}) > 1:
+        raise InputError("found: alignments of one place, one at least.")
+    import matplotlib.pyplot as plt
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.4, 2.5), constrained_layout=True)
+    for name, label, line in (("whole", "whole site swapped", "-."), ("nothing", "nothing swapped", ":")):
+        height = sum(one.controls[name][0].accuracy for one in found) / len(found)
+        ax.axhline(height, color="black", lw=0.8, ls=line, label=label)
+
+    def points(many: list[tuple[int, Swapped]], label: str, colour: str, mark: str, line: str) -> None:
+        ks = sorted({k for k, _ in many})
+        means = [sum(s.accuracy for k, s in many if k == at) / sum(k == at for k, _ in many) for at in ks]
+        ax.plot(ks, means, color=colour, lw=1.1, ls=line, marker=mark, ms=3, label=label)
+        for k, one in many:
+            ax.errorbar(k, one.accuracy, [[one.accuracy - one.interval[0]], [one.interval[1] - one.accuracy]],
+                        color=colour, marker=mark, ms=3, mfc="none", elinewidth=0.7)  # fmt: skip
+
+    for name, (label, colour, mark) in CONTROLS.items():
+        if many := [(len(one.basis), s) for one in found for s in one.controls.get(name, ())]:
+            points(many, label, colour, mark, "--")
+    points([(len(one.basis), one.held_out) for one in found], "found by alignment", "#0072B2", "o", "-")
+    ax.set_xticks(sorted({len(one.basis) for one in found}))
+    ax.set_ylim(0, 1.04)
+    ax.set_xlabel("dimensions swapped, k")
+    ax.set_ylabel("interchange accuracy, held out")
+    if title:
+        ax.set_title(title)
+    if legend:
+        ax.legend(fontsize=6, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return ax

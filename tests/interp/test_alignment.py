@@ -1,0 +1,399 @@
+"""Alignment: planted subspaces are found, controls are at chance, and what comes back are exact edits."""
+
+import itertools
+import math
+from functools import cache
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from helpers import draw, near, tiny
+from torch.testing import assert_close
+
+from analyses.planted.build import Bench
+from interp import Add, Project, Scale, Set, align, alignment_curve, at, generate, log_prob, run
+from interp.swaps import principal_axes
+from minimal_mamba.errors import AddressError, EditError, InputError
+
+GAIN = 3.0  # of a right answer's logit over one that is wrong in one part: 2 GAIN
+
+
+def ids(l, b=3, seed=0):
+    return torch.randint(29, (b, l), generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def planted(seed=0, small=None):
+    """Three bits, each along a direction of its own of a state; the answer names all three.
+
+    A token writes an orthonormal direction of eight channels, of which three are read: the hidden value is the first
+    two, and the third is to stay the base's. What else is written is never read.
+
+    Args:
+        small: the second bit, and others that are not read, lie in channels of their own, whose states are so small.
+    Returns:
+        model, ids, donor_ids, targets (of the donor's first two bits and the base's third), place, directions (3, e)
+    """
+    bench, rate, l, b, level = Bench(seed), 0.05, 6, 300, 1.0
+    layer, bits, others = bench.layer, bench.tokens[:6], bench.tokens[6:11]
+    turn = torch.linalg.qr(draw(8, 8, seed=seed))[0]  # a direction a column
+    if small is not None:
+        turn = torch.block_diag(*(torch.linalg.qr(draw(4, 4, seed=seed + i))[0] for i in (0, 1)))
+        turn = turn[:, [0, 4, 1, 2, 5, 3, 6, 7]]
+    sizes = [1.0 if small is None or c < 4 else small for c in range(8)]
+    writes = {bits[2 * i + 1]: turn[:, i] for i in range(3)} | {t: turn[:, 3 + i] for i, t in enumerate(others)}
+    e = []
+    for c, size in enumerate(sizes):
+        values = {t: level + (float(writes[t][c]) if t in writes else 0.0) for t in bench.tokens}
+        e.append(bench.channel(layer, values, dt=size, rate=rate / size))
+    always, n = bench.channel(layer, 1.0), bench.dimension(layer)
+    bench.connect(layer, n, B={always: 0.1}, C={always: 10.0})
+    model = bench.finish({})
+    codes = torch.tensor(list(itertools.product((0, 1), repeat=3)))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        for i in range(3):
+            model.backbone.layers[layer].mixer.out_proj.weight[bench.out[i], e] = turn[:, i] / torch.tensor(sizes)
+            kept = math.exp(-rate * (l - 1 - i))
+            same = level * float(turn[:, i].sum()) * sum(math.exp(-rate * t) for t in range(l))
+            for token, code in zip(bench.tokens, codes.tolist(), strict=False):
+                model.lm_head.weight[token, bench.out[i]] = 2 * GAIN * (2 * code[i] - 1) / kept
+                model.lm_head.weight[token, bench.one] -= GAIN * (2 * code[i] - 1) * (1 + 2 * same / kept)
+    rng = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(2, (2, b, 3), generator=rng)
+    prompts = torch.tensor(others)[torch.randint(len(others), (2, b, l), generator=rng)]
+    prompts[..., :3] = torch.tensor(bits).reshape(3, 2)[torch.arange(3), drawn]
+    answers, place = torch.tensor(bench.tokens[:8]), at.ssm_state(layer=layer, pos=3, e=e, n=n)
+    four = torch.tensor([4, 2, 1])
+    assert (run(model, prompts[0]).last_logits.argmax(-1) == answers[drawn[0] @ four]).all()
+    targets = answers[torch.cat([drawn[1, :, :2], drawn[0, :, 2:]], 1) @ four]
+    return model, prompts[0], prompts[1], targets, place, turn[:, :3].T
+
+
+@cache
+def found(seed=0, k=2, small=None):
+    model, base, donor, targets, place, _ = planted(seed, small)
+    return align(model, base, donor, targets, place, k, seed=seed, scale=small is not None, progress=False)
+
+
+# -- what it finds ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_subspace_is_found(seed):
+    made, truth = found(seed), planted(seed)[-1][:2]
+    assert made.held_out.accuracy == made.fitted.accuracy == 1
+    cosines = torch.linalg.svdvals(made.basis @ truth.T)
+    assert cosines.min() > 0.99
+
+
+@pytest.mark.parametrize("small", [1e-2, 1e-6])
+def test_what_is_small_is_found_beside_what_is_large(small):
+    made, truth = found(small=small), planted(small=small)[-1][:2]
+    assert made.held_out.accuracy == 1
+    assert torch.linalg.svdvals(made.basis @ truth.T).min() > 0.99
+    model, base, donor, _, place, _ = planted(small=small)
+    values = [run(model, x, record=[place])[place] for x in (donor, base)]
+    edits = made.swap(values[0])
+    assert [type(edit) for edit in edits] == [Scale, Project, Add, Scale]
+    near(run(model, base, edits).logits, run(model, base, made.swap(*values)).logits, 1e-9)
+    assert_close(values[0].sub(values[1])[~made.tested].square().mean(0).sqrt(), made.scale)
+
+
+def test_without_scales_what_is_large_drowns_what_is_small():
+    model, base, donor, targets, place, _ = planted(small=1e-6)
+    made = align(model, base, donor, targets, place, 2, seeds=0, epochs=10, progress=False)
+    assert made.fitted.interval[1] < 0.6 and (made.scale == 1).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fewer_dimensions_do_not_do_and_the_whole_site_does_too_much(seed):
+    made, less = found(seed), found(seed, 1)
+    assert less.held_out.interval[1] < 0.8 < made.held_out.interval[0]
+    for name in ("nothing", "whole"):  # a quarter of the pairs agree in two bits, half of them in the third
+        low, high = made.controls[name][0].interval
+        assert low < {"nothing": 0.25, "whole": 0.5}[name] < high and high < made.held_out.interval[0]
+    assert made.held_out.log_prob == pytest.approx(-3 * math.log1p(math.exp(-2 * GAIN)), abs=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_controls_find_nothing_where_nothing_is(seed):
+    controls, agrees = found(seed).controls, 0.25
+    assert {name: len(of) for name, of in controls.items()} == {
+        "nothing": 1, "whole": 1, "varying": 1, "random": 1, "shuffled": 1, "forced": 1,
+    }  # fmt: skip
+    assert controls["random"][0].interval[0] < 0.45  # two random dimensions of the seven that vary
+    assert controls["shuffled"][0].interval[0] < 1 / 8 < controls["shuffled"][0].interval[1]
+    assert controls["forced"][0].accuracy < agrees  # eight answers from two dimensions, of 210 pairs
+    assert controls["varying"][0].accuracy == 1
+
+
+def test_where_unread_dimensions_hold_copies_the_answers_do_not_say_where_it_is_read():
+    model, base, donor, targets, place, truth = planted()
+    wide = at.ssm_state(layer=place.layer, pos=place.pos)
+    made = align(model, base, donor, targets, wide, 2, seeds=0, progress=False)
+    assert made.held_out.accuracy == 1
+    e, n = place.features
+    assert torch.linalg.svdvals(made.basis[:, list(e), n] @ truth[:2].T).max() < 0.9
+
+
+def test_the_axes_are_those_of_what_varies():
+    """Small coordinates count as much as large ones, rounding does not, and what all but copies another hardly."""
+    d = torch.zeros(40, 3, dtype=torch.float64)
+    d[:, :2] = draw(40, 2)
+    d[:, 2] = 1e-3 * draw(40, seed=1)
+    axes, varying = principal_axes(d, torch.full((3,), 1e-12), None)
+    assert axes.shape == varying.shape == (3, 3)  # small, but as much in units of its own
+    for made in principal_axes(d, torch.full((3,), 0.01), None):  # the third is rounding
+        assert made.shape == (3, 2) and (made[2] == 0).all()
+    twice = torch.cat([d[:, :2], d[:, :2] + 1e-3 * draw(40, 2, seed=2)], 1)  # all but copies
+    axes, varying = principal_axes(twice, torch.zeros(4), None)
+    assert axes.shape == (4, 4) and varying.shape == (4, 2)
+    near(varying.T @ varying, torch.eye(2, dtype=torch.float64))
+    assert (twice - twice @ varying @ varying.T).norm() < 2e-3 * twice.norm()
+
+
+# -- what comes back --------------------------------------------------------------------------------------------------
+
+PLACES = [
+    at.ssm_state(layer=1, pos=3), at.conv_state(layer=0, pos=3, e=[1, 2, 5]), at.resid_post(layer=1, pos=-3),
+    at.recurrent_state(layer=[0, 1], pos=2), at.ssm_state(pos=3, n=2), at.u(layer=2, pos=slice(2, 4)), at.embed(pos=0),
+    at.final_norm(pos=-1),
+]  # fmt: skip
+
+
+def short(place, k=2, model=None, **more):
+    """A short search in a small model, for answers of no meaning, and what went in: ids, donor_ids, targets."""
+    given = ids(6, 40), ids(6, 40, seed=1), ids(40, 1, seed=2)[0]
+    options = {"epochs": 2, "seeds": 0, "progress": False, "batch": 16} | more
+    return align(model or tiny(), *given, place, k, **options), given
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_the_score_is_that_of_whole_runs_under_its_edits(place, backend):
+    model, (made, (base, donor, targets)) = tiny(), short(place, backend=backend)
+    values = [run(model, x, record=[place])[place] for x in (base, donor)]
+    edits = made.swap(values[1], values[0])
+    said = log_prob(run(model, base, edits, backend=backend), targets)
+    assert made.held_out.log_prob == pytest.approx(said[made.tested].mean().item(), abs=1e-9)
+    assert made.fitted.log_prob == pytest.approx(said[~made.tested].mean().item(), abs=1e-9)
+    assert made.tested.sum() == made.held_out.rows == 12
+    whole = log_prob(run(model, base, Set(place, values[1])), targets)[made.tested].mean().item()
+    assert made.controls["whole"][0].log_prob == pytest.approx(whole, abs=1e-9)
+    none = log_prob(run(model, base), targets)[made.tested].mean().item()
+    assert made.controls["nothing"][0].log_prob == pytest.approx(none, abs=1e-9)
+    flat = made.basis.flatten(1)
+    near(flat @ flat.T, torch.eye(2, dtype=torch.float64))
+    if not place.layer_axis and isinstance(place.pos, int) and place.site != "recurrent_state":
+        pair = made.swap(values[1])
+        assert [type(edit) for edit in pair] == [Project, Add]
+        near(run(model, base, pair).logits, run(model, base, edits).logits)
+
+
+def test_all_dimensions_are_the_donors_value():
+    place, model = at.ssm_state(layer=1, pos=3, n=[4]), tiny()
+    made, (base, donor, _) = short(place, k=24)
+    values = [run(model, x, record=[place])[place] for x in (base, donor)]
+    assert made.dims == 24 and made.basis.shape == (24, 24, 1)
+    near(made.swap(values[1], values[0])[0].to, values[1])
+    near(run(model, base, made.swap(values[1])).logits, run(model, base, Set(place, values[1])).logits)
+    assert made.held_out.log_prob == pytest.approx(made.controls["whole"][0].log_prob, abs=1e-9)
+    assert made.spread.sum() == pytest.approx(1)
+
+
+def test_its_edits_serve_other_rows_and_generation():
+    place, model = at.ssm_state(layer=1, pos=3), tiny()
+    made, (base, donor, _) = short(place)
+    value = run(model, donor[:2], record=[place])[place]
+    edits = made.swap(value, rows=[1, 2])
+    out = generate(model, base[:3], 3, edits=edits)
+    plain, alone = generate(model, base[:1], 3), generate(model, base[1:3], 3, edits=made.swap(value))
+    assert (out.ids[0] == plain.ids[0]).all() and (out.ids[1:] == alone.ids).all()
+    near(out.logits[1:], alone.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_types(dtype):
+    made, _ = short(at.ssm_state(layer=1, pos=3), model=tiny(dtype=dtype))
+    exact, _ = short(at.ssm_state(layer=1, pos=3), model=tiny(dtype=dtype).double())
+    assert made.basis.dtype == torch.float64
+    bound = {torch.float32: 1e-3, torch.bfloat16: 0.3}[dtype]
+    assert made.controls["whole"][0].log_prob == pytest.approx(exact.controls["whole"][0].log_prob, abs=bound)
+
+
+# -- what it goes on from ---------------------------------------------------------------------------------------------
+
+
+def test_padding_and_a_carried_memory_change_nothing():
+    model, place = tiny(), at.ssm_state(layer=1, pos=-3)
+    whole, (base, donor, targets) = short(place)
+    junk = ids(3, 40, seed=5)
+    padded = align(model, *(torch.cat([x, junk], 1) for x in (base, donor)), targets, place, 2, epochs=2, seeds=0,
+                   batch=16, progress=False, lengths=[6] * 40, groups=range(40))  # fmt: skip
+    assert_close(padded.basis, whole.basis)
+    assert padded.held_out.log_prob == pytest.approx(whole.held_out.log_prob, abs=1e-9)
+    begun = run(model, base[:, :2], keep_state=True).state
+    again = torch.cat([base[:, :2], donor[:, 2:]], 1)  # one memory for both: their first tokens are the same
+    one = align(model, base, again, targets, place, 2, epochs=2, seeds=0, batch=16, progress=False, groups=range(40))
+    two = align(model, base[:, 2:], again[:, 2:], targets, place, 2, epochs=2, seeds=0, batch=16, progress=False,
+                groups=range(40), state=begun)  # fmt: skip
+    assert_close(two.basis, one.basis)
+    assert two.held_out.log_prob == pytest.approx(one.held_out.log_prob, abs=1e-9)
+
+
+@pytest.mark.parametrize("place", [at.ssm_state(layer=1, pos=-2), at.resid_post(layer=0, pos=1)], ids=str)
+def test_rows_of_unequal_length_are_what_they_are_alone(place):
+    model, lengths = tiny(), torch.tensor([6, 3, 5] * 10)
+    base, donor, targets = ids(6, 30), ids(6, 30, seed=1), ids(30, 1, seed=2)[0]
+    made = align(model, base, donor, targets, place, 2, lengths=lengths, epochs=1, seeds=0, progress=False)
+    said = []
+    for row in made.tested.nonzero()[:, 0]:
+        one, other = (x[row : row + 1, : lengths[row]] for x in (base, donor))
+        values = [run(model, x, record=[place])[place] for x in (one, other)]
+        said.append(log_prob(run(model, one, made.swap(values[1], values[0])), targets[row : row + 1]))
+    assert made.held_out.log_prob == pytest.approx(torch.cat(said).mean().item(), abs=1e-9)
+
+
+def test_it_is_the_same_each_time_and_leaves_the_model_alone():
+    model, place = tiny(), at.ssm_state(layer=1, pos=3)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    one, _ = short(place, model=model, seeds=1)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        two, _ = short(place, model=model, seeds=1)
+    with torch.inference_mode():
+        three, _ = short(place, model=model, seeds=1)
+    assert torch.equal(one.basis, two.basis) and torch.equal(one.basis, three.basis)
+    assert one.controls == two.controls == three.controls
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    other, _ = short(place, model=model, seed=1)
+    assert not torch.equal(one.tested, other.tested)
+
+
+def test_a_group_is_on_one_side():
+    made, (base, donor, targets) = short(at.ssm_state(layer=1, pos=3), groups=torch.arange(40) // 8)
+    assert (made.tested.reshape(5, 8).sum(1) % 8 == 0).all() and 0 < made.tested.sum() < 40
+    twice = [torch.cat([x, x]) for x in (base, donor, targets)]
+    again = align(tiny(), *twice, at.ssm_state(layer=1, pos=3), 2, epochs=1, seeds=0, progress=False)
+    assert torch.equal(again.tested[:40], again.tested[40:])
+
+
+def test_it_ends_by_itself_and_its_loss_falls():
+    losses = found().losses
+    assert 10 < len(losses) < 100 and losses[-1] < 0.02 < 1 < losses[0]
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("place", [at.ssm_state(layer=1, pos=2), at.resid_post(layer=0, pos=[1, 3])], ids=str)
+def test_project_is_differentiable_in_its_directions(place, keep, backend):
+    model, tokens, answer = tiny(), ids(5), torch.tensor([1, 2, 3])
+    size = run(model, tokens, record=[place])[place].shape[2 if isinstance(place.pos, tuple) else 1 :]
+
+    def said(basis):
+        return log_prob(run(model, tokens, Project(place, basis, keep=keep), backend=backend), answer)
+
+    basis = draw(2, *size).requires_grad_()
+    assert torch.autograd.gradcheck(said, [basis], atol=1e-7, fast_mode=True)
+    (found,) = torch.autograd.grad(said(basis).sum(), basis)
+    assert found.norm() > 1e-3
+    # the projection is of the span: to mix or scale the directions moves nothing
+    flat = found.flatten(1)
+    near(flat @ basis.flatten(1).T + 1, torch.ones(2, 2, dtype=torch.float64), 1e-9)
+
+
+def test_a_swap_is_differentiable_in_the_donor():
+    place, model = at.ssm_state(layer=1, pos=2), tiny()
+    made, (base, donor, targets) = short(place)
+    value = run(model, donor[:3], record=[place])[place].detach().requires_grad_()
+    here = run(model, base[:3], record=[place])[place].detach()
+    both = [log_prob(run(model, base[:3], made.swap(value, b)), targets[:3]).sum() for b in (None, here)]
+    one, two = (torch.autograd.grad(x, value)[0] for x in both)
+    near(one, two, 1e-9)
+    flat, q = one.flatten(1), made.basis.flatten(1)
+    near(flat @ q.T @ q, flat, 1e-9)  # along the subspace alone
+    assert flat.norm() > 1e-6
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"place": "ssm_state"}, EditError, "no address"),
+        ({"place": at.ssm_state(layer=7, pos=3)}, AddressError, "layer=7"),
+        ({"place": at.ssm_state(layer=1, pos=9)}, AddressError, "no position 9"),
+        ({"place": at.resid_post(layer=1, pos=2, d=3)}, InputError, "more than one number"),
+        ({"place": at.ssm_state(layer=1), "lengths": [6, 4] * 20}, InputError, "not finite"),
+        ({"k": 0}, InputError, "from 1 to 28"),
+        ({"donor_ids": ids(6, 40)}, InputError, "from 1 to 0"),
+        ({"k": 29}, InputError, "the 28 pairs that are fitted"),
+        ({"k": 6, "dims": 5}, InputError, "dims=5"),
+        ({"dims": 0}, InputError, "dims=0"),
+        ({"dims": 2.5}, InputError, "dims=2.5"),
+        ({"k": 1.5}, InputError, "k=1.5"),
+        ({"targets": torch.zeros(40)}, InputError, "integers"),
+        ({"targets": torch.zeros(39, dtype=torch.long)}, InputError, "each pair"),
+        ({"targets": torch.full((40,), 29)}, InputError, "29 is outside the vocabulary"),
+        ({"donor_ids": ids(5, 40)}, InputError, "differ in shape"),
+        ({"held_out": 1.0}, InputError, "held_out=1.0"),
+        ({"epochs": 0}, InputError, "epochs=0"),
+        ({"learning_rate": 0.0}, InputError, "learning_rate=0.0"),
+        ({"seeds": -1}, InputError, "seeds=-1"),
+        ({"batch": 0}, InputError, "batch=0"),
+        ({"groups": [0] * 40}, InputError, "one group"),
+        ({"groups": [0] * 3}, InputError, "3 groups for 40 rows"),
+        ({"model": "mamba"}, InputError, "a str; give a Mamba"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_what_cannot_be_asked_is_said(change, error, says):
+    base, donor, targets = ids(6, 40), ids(6, 40, seed=1), ids(40, 1, seed=2)[0]
+    given = {"model": tiny(), "ids": base, "donor_ids": donor, "targets": targets, "place": PLACES[0], "k": 2}
+    with pytest.raises(error, match=says):
+        align(**given | {"progress": False} | change)
+
+
+def test_a_swap_says_what_it_lacks():
+    made, _ = short(at.ssm_state(layer=1, pos=3))
+    with pytest.raises(
+        InputError, match=r"donor is \(3, 2\): give what ssm_state\(layer=1, pos=3\) records, \(24, 5\)"
+    ):
+        made.swap(torch.zeros(3, 2))
+    with pytest.raises(InputError, match="donor is list"):
+        made.swap([1.0])
+    with pytest.raises(InputError, match="base is"):
+        made.swap(torch.zeros(3, 24, 5), torch.zeros(3, 5, 24))
+    for place in (at.ssm_state(layer=[0, 1], pos=3), at.u(layer=1, pos=[1, 2]), at.recurrent_state(layer=1, pos=3)):
+        made, (_, donor, _) = short(place)
+        values = run(tiny(), donor, record=[place])[place]
+        with pytest.raises(EditError, match="Give base"):
+            made.swap(values)
+
+
+# -- the plot ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_shows_what_was_found():
+    several = [found(0, k) for k in (3, 1, 2)] + [found(1, 1)]
+    with pytest.raises(InputError, match="one place"):
+        alignment_curve(several)
+    with pytest.raises(InputError, match="one at least"):
+        alignment_curve([])
+    several = several[:3]
+    ax = alignment_curve(several, title="planted")
+    drawn = {line.get_label(): line for line in ax.lines}
+    best = drawn["found by alignment"]
+    by_k = sorted((len(one.basis), one.held_out.accuracy) for one in several)
+    assert [*zip(best.get_xdata(), best.get_ydata(), strict=True)] == by_k
+    whole = sum(one.controls["whole"][0].accuracy for one in several) / 3
+    assert drawn["whole site swapped"].get_ydata()[0] == pytest.approx(whole)
+    assert {"nothing swapped", "random subspaces", "found for shuffled targets"} < set(drawn)
+    assert [*ax.get_xticks()] == [1, 2, 3] and ax.get_title() == "planted"
+    plt.close(ax.figure)
