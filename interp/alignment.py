@@ -39,6 +39,7 @@ from torch import Tensor
 from tqdm import trange
 
 from minimal_mamba import Add, Address, Edit, Mamba, MambaState, Project, Scale, Set
+from minimal_mamba.block import wide
 from minimal_mamba.brief import Brief
 from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
@@ -147,7 +148,7 @@ def align(
         EditError, InputError: no address, prompts or targets that do not fit, more dimensions than vary.
     Cost: an epoch is a forward and a backward of the fitted pairs, from the place's first position on, and of the
         backward from its first layer on; as much again for each seed of "shuffled". Holds the values of the place in
-        all pairs three times, in float64 twice.
+        all pairs three times in float64, and the axes, (features, dimensions searched).
     """
     pairs = Pairs(model, ids, donor_ids, targets, place, lengths, state, rows_at_once(batch, 64, 1), backend)
     k, epochs, seeds, seed = read_ints(k=k, epochs=epochs, seeds=seeds, seed=seed)
@@ -158,11 +159,10 @@ def align(
             "between 0 and 1; 1 or more; 0 or more; above 0; 1 or more, or None."
         )
     rng = torch.Generator().manual_seed(seed)
-    tokens = torch.cat([pairs.ids, pairs.donor_ids], 1).tolist()
-    group = read_groups([*map(tuple, tokens)] if groups is None else groups, len(tokens))
+    group = read_groups(pairs.tokens if groups is None else groups, len(pairs.tokens))
     n = int(group.max()) + 1
     if n < 2:
-        raise InputError(f"the {len(tokens)} pairs are one group, and those that are scored are not fitted: give two.")
+        raise InputError(f"the {len(group)} pairs are one group, and those that are scored are not fitted: give two.")
     drawn = torch.randperm(n, generator=rng)[: min(n - 1, max(1, round(held_out * n)))]
     tested = torch.isin(group, drawn)
     train, test = (~tested).nonzero()[:, 0], tested.nonzero()[:, 0]
@@ -177,7 +177,7 @@ def align(
             f"k={k}: from 1 to {m}, the dimensions in which base and donor of the {len(train)} pairs that are fitted "
             f"differ{'' if dims is None else f', of which dims={dims} are searched'}."
         )
-    near, turned = (d @ axes).to(pairs.dtype), (s[:, None] * axes).to(pairs.dtype)
+    near, turned = (x.to(wide(pairs.dtype)) for x in (d @ axes, s[:, None] * axes))
     varying = axes @ most_varying(d[train] @ axes)  # (f, m or fewer)
 
     def search(wanted: Tensor, what: str) -> tuple[Tensor, Tensor]:

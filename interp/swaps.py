@@ -34,6 +34,7 @@ class Pairs:
 
     Attributes:
         base, donor: (b, f) float64. shape: of a row of them. dtype: of the place. noise: (f,) their rounding.
+        tokens: of each pair, both prompts' without padding.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class Pairs:
         self.ids, sizes = model.check(ids, lengths, state)
         self.donor_ids, _ = model.check(donor_ids)
         same_shape(self.ids, self.donor_ids)
-        b = len(self.ids)
+        b, both = len(self.ids), (self.ids.tolist(), self.donor_ids.tolist())
+        self.tokens = [(*one[:n], *other[:n]) for one, other, n in zip(*both, sizes.tolist(), strict=True)]
         if not isinstance(targets, Tensor) or targets.shape != (b,):
             raise InputError(f"targets={targets!r:.60}: the id of a token for each pair, ({b},) integers.")
         self.targets = model.check(targets[:, None])[0][:, 0]

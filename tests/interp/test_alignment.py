@@ -312,12 +312,17 @@ def test_its_edits_serve_other_rows_and_generation():
     near(out.logits[1:], alone.logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_types(dtype):
-    made, _ = short(at.ssm_state(layer=1, pos=3), model=tiny(dtype=dtype))
-    exact, _ = short(at.ssm_state(layer=1, pos=3), model=tiny(dtype=dtype).double())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [at.ssm_state(layer=1, pos=3), at.conv_state(pos=2), at.u(layer=1, pos=3)], ids=str)
+def test_other_types(place, dtype):
+    """States are float32 in a model of 16 bits; u and conv_state have its type, in which torch has no QR."""
+    made, (base, donor, targets) = short(place, model=tiny(dtype=dtype))
+    exact, _ = short(place, model=tiny(dtype=dtype).double())
     assert made.basis.dtype == torch.float64
-    bound = {torch.float32: 1e-3, torch.bfloat16: 0.3}[dtype]
+    bound = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.03}[dtype]
+    values = [run(tiny(dtype=dtype), x, record=[place])[place] for x in (donor, base)]
+    said = log_prob(run(tiny(dtype=dtype), base, made.swap(*values)), targets)[made.tested].mean().item()
+    assert made.held_out.log_prob == pytest.approx(said, abs=bound)
     assert made.controls["whole"][0].log_prob == pytest.approx(exact.controls["whole"][0].log_prob, abs=bound)
 
 
@@ -376,6 +381,10 @@ def test_a_group_is_on_one_side():
     assert (made.tested.reshape(5, 8).sum(1) % 8 == 0).all() and 0 < made.tested.sum() < 40
     twice = [torch.cat([x, x]) for x in (base, donor, targets)]
     again = align(tiny(), *twice, at.ssm_state(layer=1, pos=3), 2, epochs=1, seeds=0, progress=False)
+    assert torch.equal(again.tested[:40], again.tested[40:])
+    padded = [torch.cat([x, ids(3, 80, seed=s)], 1) for s, x in enumerate(twice[:2])]  # what pads them is no difference
+    again = align(tiny(), *padded, twice[2], at.ssm_state(layer=1, pos=3), 2, epochs=1, seeds=0, progress=False,
+                  lengths=[6] * 80)  # fmt: skip
     assert torch.equal(again.tested[:40], again.tested[40:])
 
 
