@@ -172,9 +172,9 @@ def record(
         golden.record(path)
         found = list(golden.replay(path))
     rows: dict[str, list[tuple[float, float]]] = {}
-    for case, quantity, *held in found:
+    for case, quantity, error, bound in found:
         row = f"{case.kind:<9} {str(case.dtype).removeprefix('torch.'):<8} {quantity:<8}"
-        rows.setdefault(row, []).append((*held,))
+        rows.setdefault(row, []).append((error, bound))
     for row, several in rows.items():
         error, bound = max(several, key=lambda held: (math.isnan(held[0]), held))  # NaN is the worst
         typer.echo(f"{row} {short(error)} {short(bound)}  {'pass' if error <= bound else 'FAIL'}")
