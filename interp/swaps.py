@@ -153,10 +153,14 @@ def most_varying(d: Tensor) -> Tensor:
 
 
 def span_of(vectors: Tensor) -> Tensor:
-    """Orthonormal columns that span those of vectors (f, m), the principal ones first; fewer where they depend."""
+    """Orthonormal columns that span those of vectors (f, m), the principal ones first; fewer where they depend.
+
+    The largest number of each is positive: else rounding would choose the signs, and with them where a search begins.
+    """
     q, r = torch.linalg.qr(vectors)
     u, s, _ = torch.linalg.svd(r)
-    return q @ u[:, s > 1e-12 * s[:1]]
+    found = q @ u[:, s > 1e-12 * s[:1]]
+    return found * found.gather(0, found.abs().argmax(0, keepdim=True)).sign()
 
 
 def _still(model: Mamba) -> Mamba:

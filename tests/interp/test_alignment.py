@@ -376,6 +376,17 @@ def test_it_is_the_same_each_time_and_leaves_the_model_alone():
     assert not torch.equal(one.tested, other.tested)
 
 
+def test_backends_change_only_the_last_digits():
+    """Rounding does not choose where a search begins, nor the sign of what is found."""
+    one, *others = (
+        short(at.ssm_state(layer=1, pos=3), seeds=1, batch=16, backend=b)[0] for b in ("reference", "torch", "auto")
+    )
+    for other in others:
+        near(other.basis, one.basis, 1e-6)
+        for name, several in one.controls.items():
+            assert other.controls[name][0].log_prob == pytest.approx(several[0].log_prob, abs=1e-6)
+
+
 def test_a_group_is_on_one_side():
     made, (base, donor, targets) = short(at.ssm_state(layer=1, pos=3), groups=torch.arange(40) // 8)
     assert (made.tested.reshape(5, 8).sum(1) % 8 == 0).all() and 0 < made.tested.sum() < 40
