@@ -10,17 +10,20 @@ prompt. It is fitted on some pairs of prompts and scored on others, beside the c
     random     as many random dimensions of the space that is searched
     shuffled   found, and scored, for answers that were given to other pairs: chance
     forced     the same on the pairs that it was found on: what the optimiser makes of nothing
-    varying    Q without what leads out of the principal directions that hold 99 % of the variance of x_donor - x
+    varying    Q without what leads out of the principal directions, of those that are searched, that hold 99 % of the
+               mean square of x_donor - x, in the units of the swap
 
 What it shows: that so many dimensions suffice, of all pairs like these. What it does not:
 
 - That fewer do not. The search can end in a local optimum; other seeds, and `fitted` beside `held_out`, tell.
 - Where the model reads. Of directions that hold copies of the value and are not read, Q may take the larger part.
 - That the model keeps the value there. A swap can work through two directions, one that varies and does not reach the
-  answer, and a dormant one, which runs by themselves leave alone and which does (Makelov et al. 2023,
-  arXiv:2311.17030). Only the span of x_donor - x of the pairs is searched, so that no direction is written in which no
-  two runs differ; and where `varying` does worse than Q, Q works by directions in which they hardly do. That is a
-  check and no proof. Let the base's other inputs differ, too, so that little but the value leads to the target.
+  answer, and a dormant one, which runs by themselves hardly move and which does (Makelov et al. 2023,
+  arXiv:2311.17030). A direction in which no two runs differ is not searched. One that runs move a little is searched
+  and found; then `varying` falls to "nothing", where Q does not. One that they move more, of some percent of the mean
+  square, passes `varying` too. The sign that is left is that Q does what the whole site, swapped, does not: where
+  "whole" is below `held_out`, the value is not shown to be there, unless the rest of the site is known to hold what the
+  swap must leave alone. Let the base's other inputs differ, too, so that little but the value leads to the target.
 
 Source: Geiger et al. 2023 (arXiv:2303.02536). Differs: Q by a QR decomposition in the principal axes of x_donor - x;
 the scales, without which a search fails where coordinates differ by orders of magnitude, since what is large is written
@@ -36,6 +39,7 @@ from torch import Tensor
 from tqdm import trange
 
 from minimal_mamba import Add, Address, Edit, Mamba, MambaState, Project, Scale, Set
+from minimal_mamba.block import wide
 from minimal_mamba.brief import Brief
 from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
@@ -44,7 +48,7 @@ from minimal_mamba.sites import RECURRENT_STATE
 from .metrics import log_prob
 from .probe_rows import read_groups, read_ints
 from .run import Lengths
-from .swaps import Pairs, Swapped, first_axis, principal_axes, span_of
+from .swaps import Pairs, Swapped, first_axis, most_varying, principal_axes, span_of
 from .sweep.engine import rows_at_once
 
 FALL, FALLS = 1 / 3, 3  # of the learning rate, and how often before the search ends
@@ -144,7 +148,7 @@ def align(
         EditError, InputError: no address, prompts or targets that do not fit, more dimensions than vary.
     Cost: an epoch is a forward and a backward of the fitted pairs, from the place's first position on, and of the
         backward from its first layer on; as much again for each seed of "shuffled". Holds the values of the place in
-        all pairs three times, in float64 twice.
+        all pairs three times in float64, and the axes, (features, dimensions searched).
     """
     pairs = Pairs(model, ids, donor_ids, targets, place, lengths, state, rows_at_once(batch, 64, 1), backend)
     k, epochs, seeds, seed = read_ints(k=k, epochs=epochs, seeds=seeds, seed=seed)
@@ -155,11 +159,10 @@ def align(
             "between 0 and 1; 1 or more; 0 or more; above 0; 1 or more, or None."
         )
     rng = torch.Generator().manual_seed(seed)
-    tokens = torch.cat([pairs.ids, pairs.donor_ids], 1).tolist()
-    group = read_groups([*map(tuple, tokens)] if groups is None else groups, len(tokens))
+    group = read_groups(pairs.tokens if groups is None else groups, len(pairs.tokens))
     n = int(group.max()) + 1
     if n < 2:
-        raise InputError(f"the {len(tokens)} pairs are one group, and those that are scored are not fitted: give two.")
+        raise InputError(f"the {len(group)} pairs are one group, and those that are scored are not fitted: give two.")
     drawn = torch.randperm(n, generator=rng)[: min(n - 1, max(1, round(held_out * n)))]
     tested = torch.isin(group, drawn)
     train, test = (~tested).nonzero()[:, 0], tested.nonzero()[:, 0]
@@ -167,14 +170,15 @@ def align(
     sizes = d[train].square().mean(0).sqrt()
     s = sizes.where(sizes > pairs.noise, 1.0) if scale else torch.ones_like(sizes)
     d = d / s
-    axes, varying = principal_axes(d[train], pairs.noise / s, dims)  # (f, m), (f, m or fewer)
+    axes = principal_axes(d[train], pairs.noise / s, dims)  # (f, m)
     m = axes.shape[1]
     if not 1 <= k <= m:
         raise InputError(
             f"k={k}: from 1 to {m}, the dimensions in which base and donor of the {len(train)} pairs that are fitted "
             f"differ{'' if dims is None else f', of which dims={dims} are searched'}."
         )
-    near, turned = (d @ axes).to(pairs.dtype), (s[:, None] * axes).to(pairs.dtype)
+    near, turned = (x.to(wide(pairs.dtype)) for x in (d @ axes, s[:, None] * axes))
+    varying = axes @ most_varying(d[train] @ axes)  # (f, m or fewer)
 
     def search(wanted: Tensor, what: str) -> tuple[Tensor, Tensor]:
         """Q (k, f), and the loss of each epoch."""

@@ -184,7 +184,10 @@ def interval(
 
 
 def wilson(p: float, n: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share p of n draws."""
+    """Wilson's 95 % interval of a share p of n draws.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
     middle, half = p + Z95**2 / (2 * n), Z95 * (p * (1 - p) / n + Z95**2 / (4 * n**2)) ** 0.5
     low, high = ((middle + side) / (1 + Z95**2 / n) for side in (-half, half))
     return max(0.0, min(p, low)), min(1.0, max(p, high))

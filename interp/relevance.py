@@ -138,17 +138,22 @@ def _half(gated: Tensor) -> Tensor:
     return _with_slope(gated, gated / 2)
 
 
-def _silu(x: Tensor, **_: Any) -> Tensor:
+def _silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x).detach()
 
 
-def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float = 0.0) -> Tensor:
-    scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps).detach()
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None) -> Tensor:
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    scaled = x * torch.rsqrt(x.square().mean(_axes(shape), keepdim=True) + eps).detach()
     return scaled if weight is None else scaled * weight
 
 
-def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _rms_norm(x - x.mean(-1, keepdim=True), shape, weight, eps)
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _rms_norm(x - x.mean(_axes(shape), keepdim=True), shape, weight, eps)
+
+
+def _axes(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(range(-len(shape), 0))
 
 
 _RULES: dict[Any, Callable[..., Tensor]] = {F.silu: _silu, F.rms_norm: _rms_norm, F.layer_norm: _layer_norm}
@@ -162,11 +167,13 @@ class _Rules(TorchFunctionMode):
         self.seen = dict.fromkeys(_RULES, 0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        value = func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
         if func not in _RULES:
-            return value
+            return func(*args, **kwargs)
         self.seen[func] += 1
-        return _with_slope(value, _RULES[func](*args, **(kwargs or {})))
+        inplace = kwargs.pop("inplace", False)  # of a SiLU, in an edit's function
+        found = _with_slope(func(*args, **kwargs), _RULES[func](*args, **kwargs))
+        return args[0].copy_(found) if inplace else found
 
     def check(self, model: Mamba) -> None:
         """Raise NotReached where a backend made one of them by other means: its gradient would be the plain one."""

@@ -14,7 +14,7 @@ from .probe_fit import wilson
 from .run import Lengths, Run, known, run, same_shape, span
 
 SMALL = 1e-10  # of the largest variance: a principal component below it is rounding
-MOST = 0.99  # of the variance, each coordinate in units of its own
+MOST = 0.99  # of the mean square, in the units of the swap
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Pairs:
 
     Attributes:
         base, donor: (b, f) float64. shape: of a row of them. dtype: of the place. noise: (f,) their rounding.
+        tokens: of each pair, both prompts' without padding.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class Pairs:
         self.ids, sizes = model.check(ids, lengths, state)
         self.donor_ids, _ = model.check(donor_ids)
         same_shape(self.ids, self.donor_ids)
-        b = len(self.ids)
+        b, both = len(self.ids), (self.ids.tolist(), self.donor_ids.tolist())
+        self.tokens = [(*one[:n], *other[:n]) for one, other, n in zip(*both, sizes.tolist(), strict=True)]
         if not isinstance(targets, Tensor) or targets.shape != (b,):
             raise InputError(f"targets={targets!r:.60}: the id of a token for each pair, ({b},) integers.")
         self.targets = model.check(targets[:, None])[0][:, 0]
@@ -126,12 +128,11 @@ def first_axis(values: Tensor, axis: int) -> Tensor:
     return values.movedim(axis, 0) if values.dim() > axis else values
 
 
-def principal_axes(d: Tensor, noise: Tensor, dims: int | None) -> tuple[Tensor, Tensor]:
-    """The principal axes (f, m) of the rows d (n, f), orthonormal; and of the space of the first components (f, m').
+def principal_axes(d: Tensor, noise: Tensor, dims: int | None) -> Tensor:
+    """Orthonormal axes (f, m) of the space of the first principal components of the rows d (n, f).
 
-    The components that count are those of the rows with each coordinate in units of its own, so that none is lost for
-    being small: m of them, `dims` at most, and m' that hold 99 % of the variance. The axes span the same space as they
-    do, and are principal in the coordinates as they are.
+    The components are those of the rows with each coordinate in units of its own, so that none is lost for being small:
+    `dims` of them, or all that are more than rounding.
 
     Args:
         noise: (f,) a coordinate that varies by less does not vary.
@@ -141,17 +142,25 @@ def principal_axes(d: Tensor, noise: Tensor, dims: int | None) -> tuple[Tensor, 
     variance, u = torch.linalg.eigh(scaled @ scaled.T)  # (n,), (n, n)
     variance, u = variance.flip(0), u.flip(1)
     keep = int((variance > SMALL * variance[0].clamp(min=1e-300)).sum())
-    most = int((variance.cumsum(0) < MOST * variance.sum()).sum()) + 1
-    m = keep if dims is None else min(keep, dims)
-    rows = d.masked_fill(size <= noise, 0.0).T  # (f, n)
-    return span_of(rows @ u[:, :m]), span_of(rows @ u[:, : min(m, most)])
+    return span_of(d.masked_fill(size <= noise, 0.0).T @ u[:, : keep if dims is None else min(keep, dims)])
+
+
+def most_varying(d: Tensor) -> Tensor:
+    """The fewest principal directions (f, m), orthonormal, that hold 99 % of the mean square of the rows d (n, f)."""
+    _, s, v = torch.linalg.svd(d, full_matrices=False)
+    held = s.square().cumsum(0)
+    return v[: int((held < MOST * held[-1]).sum()) + 1].T
 
 
 def span_of(vectors: Tensor) -> Tensor:
-    """Orthonormal columns that span those of vectors (f, m), the principal ones first; fewer where they depend."""
+    """Orthonormal columns that span those of vectors (f, m), the principal ones first; fewer where they depend.
+
+    The largest number of each is positive: else rounding would choose the signs, and with them where a search begins.
+    """
     q, r = torch.linalg.qr(vectors)
     u, s, _ = torch.linalg.svd(r)
-    return q @ u[:, s > 1e-12 * s[:1]]
+    found = q @ u[:, s > 1e-12 * s[:1]]
+    return found * found.gather(0, found.abs().argmax(0, keepdim=True)).sign()
 
 
 def _still(model: Mamba) -> Mamba:

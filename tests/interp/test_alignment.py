@@ -11,8 +11,8 @@ from helpers import draw, near, tiny
 from torch.testing import assert_close
 
 from analyses.planted.build import Bench
-from interp import Add, Project, Scale, Set, align, alignment_curve, at, generate, log_prob, run
-from interp.swaps import principal_axes
+from interp import Add, Project, Scale, Set, accuracy, align, alignment_curve, at, generate, log_prob, run
+from interp.swaps import most_varying, principal_axes
 from minimal_mamba.errors import AddressError, EditError, InputError
 
 GAIN = 3.0  # of a right answer's logit over one that is wrong in one part: 2 GAIN
@@ -138,19 +138,118 @@ def test_where_unread_dimensions_hold_copies_the_answers_do_not_say_where_it_is_
 
 
 def test_the_axes_are_those_of_what_varies():
-    """Small coordinates count as much as large ones, rounding does not, and what all but copies another hardly."""
+    """Small coordinates count as much as large ones in what is searched, and rounding does not."""
     d = torch.zeros(40, 3, dtype=torch.float64)
     d[:, :2] = draw(40, 2)
     d[:, 2] = 1e-3 * draw(40, seed=1)
-    axes, varying = principal_axes(d, torch.full((3,), 1e-12), None)
-    assert axes.shape == varying.shape == (3, 3)  # small, but as much in units of its own
-    for made in principal_axes(d, torch.full((3,), 0.01), None):  # the third is rounding
-        assert made.shape == (3, 2) and (made[2] == 0).all()
-    twice = torch.cat([d[:, :2], d[:, :2] + 1e-3 * draw(40, 2, seed=2)], 1)  # all but copies
-    axes, varying = principal_axes(twice, torch.zeros(4), None)
-    assert axes.shape == (4, 4) and varying.shape == (4, 2)
-    near(varying.T @ varying, torch.eye(2, dtype=torch.float64))
-    assert (twice - twice @ varying @ varying.T).norm() < 2e-3 * twice.norm()
+    axes = principal_axes(d, torch.full((3,), 1e-12), None)
+    assert axes.shape == (3, 3) and axes[2].norm() == pytest.approx(1)
+    near(axes.T @ axes, torch.eye(3, dtype=torch.float64))
+    axes = principal_axes(d, torch.full((3,), 0.01), None)  # the third is rounding
+    assert axes.shape == (3, 2) and (axes[2] == 0).all()
+    assert principal_axes(d, torch.zeros(3), 2).shape == (3, 2)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_varies_most_holds_99_percent(turned):
+    """A coordinate that hardly varies counts as little as a direction that does."""
+    d = draw(40, 4) * torch.tensor([2.0, 1.0, 0.05, 1e-3])
+    d = d @ torch.linalg.qr(draw(4, 4, seed=3))[0] if turned else d
+    most = most_varying(d)
+    assert most.shape == (4, 2)
+    near(most.T @ most, torch.eye(2, dtype=torch.float64))
+    variance, axes = torch.linalg.eigh(d.T @ d)
+    assert variance[2:].sum() > 0.99 * variance.sum() > variance[3]
+    near(torch.linalg.svdvals(most.T @ axes[:, 2:]), torch.ones(2, dtype=torch.float64))
+
+
+# -- dormant directions (Makelov et al. 2023) -------------------------------------------------------------------------
+
+MARGIN = 0.5  # of the answer: half of what the bit adds
+
+
+def dormant(size, turned=False, weight=10.0, seed=0):
+    """A bit that reaches the answer by a channel outside the place; in the place a copy that nothing reads.
+
+    Beside the copy lies a direction that the answer does read, with this weight, and that runs by themselves move by
+    `size`, which depends on another token: too little for the answer. Moved by half of what the copy varies by, as a
+    swap along the sum of the two moves it, it makes the answer.
+
+    Args:
+        turned: the two directions are no coordinates.
+    Returns:
+        model, ids, donor_ids, targets (of the donor's bit), place, the copy's direction (2,), the dormant one (2,)
+    """
+    bench, rate, l, b = Bench(seed), 0.05, 6, 200
+    layer, bits, others = bench.layer, bench.tokens[:2], bench.tokens[2:4]
+    angle = torch.tensor(0.6 if turned else 0.0, dtype=torch.float64)
+    copy, quiet = torch.stack([angle.cos(), angle.sin()]), torch.stack([-angle.sin(), angle.cos()])
+    writes = {bits[1]: copy, others[1]: size * quiet}
+    e = [
+        bench.channel(layer, {t: 1.0 + (float(writes[t][c]) if t in writes else 0.0) for t in bench.tokens}, rate=rate)
+        for c in range(2)
+    ]
+    read = bench.channel(layer, {t: 1.0 + (t == bits[1]) for t in bench.tokens}, rate=rate)
+    always, n = bench.channel(layer, 1.0), bench.dimension(layer)
+    bench.connect(layer, n, B={always: 0.1}, C={always: 10.0})
+    model = bench.finish({})
+    left = [math.exp(-rate * (l - 1 - t)) for t in range(l)]
+    middle = sum(left) * (1 + weight * float(quiet.sum())) + MARGIN * left[0] + weight * size / 2 * left[1]
+    with torch.no_grad():
+        out = model.backbone.layers[layer].mixer.out_proj.weight
+        out[bench.out[0], read], out[bench.out[0], e] = 1.0, weight * quiet
+        model.lm_head.weight.zero_()
+        for token, sign in zip(bits, (-4.0, 4.0), strict=True):
+            model.lm_head.weight[token, bench.out[0]], model.lm_head.weight[token, bench.one] = sign, -sign * middle
+    rng = torch.Generator().manual_seed(seed)
+    drawn, other = torch.randint(2, (2, 2, b), generator=rng)
+    prompts = torch.tensor(bench.tokens[4:10])[torch.randint(6, (2, b, l), generator=rng)]
+    prompts[..., 0], prompts[..., 1] = torch.tensor(bits)[drawn], torch.tensor(others)[other]
+    answers = torch.tensor(bits)[drawn]
+    assert all((run(model, prompts[i]).last_logits.argmax(-1) == answers[i]).all() for i in (0, 1))
+    return model, *prompts, answers[1], at.ssm_state(layer=layer, pos=3, e=e, n=n), copy, quiet
+
+
+def of(one):
+    return {name: several[0].accuracy for name, several in one.controls.items()} | {"q": one.held_out.accuracy}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_direction_that_no_run_moves_is_not_searched(turned):
+    """Along the sum of the two a swap does make the answer, in all pairs; what is searched does not hold it."""
+    model, base, donor, targets, place, copy, quiet = dormant(0.0, turned)
+    values = [run(model, x, record=[place])[place] for x in (base, donor)]
+    both = (copy + quiet) / math.sqrt(2)
+    forged = values[0] + ((values[1] - values[0]) @ both)[:, None] * both
+    assert accuracy(run(model, base, Set(place, forged)), targets).all()
+    made = align(model, base, donor, targets, place, 1, seeds=0, progress=False)
+    score = of(made)
+    assert made.dims == 1 and abs(float(made.basis[0] @ quiet)) < 1e-9
+    assert score["q"] == score["varying"] == score["whole"] == score["nothing"] < 0.7
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("size", [0.01, 0.03])
+def test_a_dormant_direction_is_found_and_does_not_pass_the_control(size, turned):
+    model, base, donor, targets, place, _, quiet = dormant(size, turned)
+    made = align(model, base, donor, targets, place, 1, seeds=0, progress=False)
+    score = of(made)
+    assert score["q"] == 1 and abs(float(made.basis[0] @ quiet)) > 0.4
+    assert score["varying"] == score["whole"] == score["nothing"] < 0.7
+
+
+def test_in_units_of_its_own_a_dormant_coordinate_is_not_moved_further_than_runs_move_it():
+    model, base, donor, targets, place, *_ = dormant(0.01)
+    score = of(align(model, base, donor, targets, place, 1, scale=True, seeds=0, progress=False))
+    assert score["q"] == score["nothing"] < 0.7
+
+
+def test_a_direction_that_runs_move_by_a_fifth_passes_the_control_and_the_whole_site_tells():
+    """The control cannot see it, as it holds 4 % of the variance; that Q does more than the whole can be seen."""
+    model, base, donor, targets, place, *_ = dormant(0.2, weight=2.2)
+    score = of(align(model, base, donor, targets, place, 1, seeds=0, progress=False))
+    assert score["q"] == score["varying"] == 1
+    assert score["whole"] == score["nothing"] < 0.7
 
 
 # -- what comes back --------------------------------------------------------------------------------------------------
@@ -213,12 +312,17 @@ def test_its_edits_serve_other_rows_and_generation():
     near(out.logits[1:], alone.logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_types(dtype):
-    made, _ = short(at.ssm_state(layer=1, pos=3), model=tiny(dtype=dtype))
-    exact, _ = short(at.ssm_state(layer=1, pos=3), model=tiny(dtype=dtype).double())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [at.ssm_state(layer=1, pos=3), at.conv_state(pos=2), at.u(layer=1, pos=3)], ids=str)
+def test_other_types(place, dtype):
+    """States are float32 in a model of 16 bits; u and conv_state have its type, in which torch has no QR."""
+    made, (base, donor, targets) = short(place, model=tiny(dtype=dtype))
+    exact, _ = short(place, model=tiny(dtype=dtype).double())
     assert made.basis.dtype == torch.float64
-    bound = {torch.float32: 1e-3, torch.bfloat16: 0.3}[dtype]
+    bound = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.03}[dtype]
+    values = [run(tiny(dtype=dtype), x, record=[place])[place] for x in (donor, base)]
+    said = log_prob(run(tiny(dtype=dtype), base, made.swap(*values)), targets)[made.tested].mean().item()
+    assert made.held_out.log_prob == pytest.approx(said, abs=bound)
     assert made.controls["whole"][0].log_prob == pytest.approx(exact.controls["whole"][0].log_prob, abs=bound)
 
 
@@ -272,11 +376,26 @@ def test_it_is_the_same_each_time_and_leaves_the_model_alone():
     assert not torch.equal(one.tested, other.tested)
 
 
+def test_backends_change_only_the_last_digits():
+    """Rounding does not choose where a search begins, nor the sign of what is found."""
+    one, *others = (
+        short(at.ssm_state(layer=1, pos=3), seeds=1, batch=16, backend=b)[0] for b in ("reference", "torch", "auto")
+    )
+    for other in others:
+        near(other.basis, one.basis, 1e-6)
+        for name, several in one.controls.items():
+            assert other.controls[name][0].log_prob == pytest.approx(several[0].log_prob, abs=1e-6)
+
+
 def test_a_group_is_on_one_side():
     made, (base, donor, targets) = short(at.ssm_state(layer=1, pos=3), groups=torch.arange(40) // 8)
     assert (made.tested.reshape(5, 8).sum(1) % 8 == 0).all() and 0 < made.tested.sum() < 40
     twice = [torch.cat([x, x]) for x in (base, donor, targets)]
     again = align(tiny(), *twice, at.ssm_state(layer=1, pos=3), 2, epochs=1, seeds=0, progress=False)
+    assert torch.equal(again.tested[:40], again.tested[40:])
+    padded = [torch.cat([x, ids(3, 80, seed=s)], 1) for s, x in enumerate(twice[:2])]  # what pads them is no difference
+    again = align(tiny(), *padded, twice[2], at.ssm_state(layer=1, pos=3), 2, epochs=1, seeds=0, progress=False,
+                  lengths=[6] * 80)  # fmt: skip
     assert torch.equal(again.tested[:40], again.tested[40:])
 
 

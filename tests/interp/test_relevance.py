@@ -381,6 +381,37 @@ def test_under_edits(backend):
         agree(*(relevance(model, IDS, difference, places, more, b, lengths=lengths) for b in (backend, "reference")))
 
 
+def silu_in_place(x):
+    F.silu(x, inplace=True)
+    return x
+
+
+FUNCTIONS = {  # in an edit -> the same with its constants held by hand
+    "silu": (F.silu, lambda x: x * x.sigmoid().detach()),
+    "silu in place": (silu_in_place, lambda x: x * x.sigmoid().detach()),
+    "nn.SiLU in place": (torch.nn.SiLU(inplace=True), lambda x: x * x.sigmoid().detach()),
+    "rms_norm": (
+        lambda x: F.rms_norm(x, x.shape[-1:]),
+        lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt().detach(),
+    ),
+    "layer_norm of two axes": (
+        lambda x: F.layer_norm(x, x.shape[-2:], eps=0.1),
+        lambda x: (x - x.mean((-1, -2), keepdim=True)) / (x.var((-1, -2), False, keepdim=True) + 0.1).sqrt().detach(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_rules_hold_in_the_functions_of_edits(name):
+    """However they are called: in place, without weights, over several axes."""
+    model, place = model_of("no bias"), at.ssm_state(layer=1, pos=3)
+    plain, held = FUNCTIONS[name]
+    one, two = (relevance(model, IDS, linear, [at.embed(), place], Apply(place, f), "reference") for f in (plain, held))
+    agree(one, two, 1e-11)
+    slope = gradients(model, IDS, linear, at.embed(), Apply(place, plain))[at.embed()]
+    assert error(slope, gradients(model, IDS, linear, at.embed(), Apply(place, held))[at.embed()]) > 1e-4
+
+
 def test_the_gate_shares_in_halves_what_is_its_own():
     """What an edit adds behind it is neither factor's."""
     model, place = model_of("no bias"), at.gated(layer=1)

@@ -34,6 +34,7 @@ from interp import (
     Scale,
     Set,
     ablate,
+    align,
     at,
     attention,
     attribution_grid,
@@ -135,7 +136,7 @@ def test_the_device_refuses_what_a_gpu_refuses() -> None:
 # -- every method -----------------------------------------------------------------------------------------------------
 
 PAGE = (ROOT / "analyses/methods/README.md").read_text()
-for more, fewer in (("n=8", "n=2"), ("steps=8", "steps=2"), ("(50, 100, 200)", "(50,)")):
+for more, fewer in (("n=8", "n=3"), ("steps=8", "steps=2"), ("(50, 100, 200)", "(50,)")):
     assert more in PAGE
     PAGE = PAGE.replace(more, fewer)
 SHARED, *SECTIONS = PAGE.split("\n## ")
@@ -261,6 +262,36 @@ def test_what_the_examples_leave_out() -> None:
     want = all_of(tiny())
     for a, b in zip(all_of(tiny().to("cuda")), want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize(("backend", "moved"), [("torch", True), ("torch", False), ("fused", False)])
+def test_an_alignment_is_what_it_is_on_a_cpu(backend: str, moved: bool) -> None:
+    """The search, its controls and its edits; from a carried memory, in rows of unequal lengths, tokens anywhere."""
+    ids, donor = torch.randint(0, 29, (2, 10, 6), generator=torch.Generator().manual_seed(0))
+    targets, lengths = torch.arange(10) + 3, torch.tensor([6, 4, 5, 6, 4] * 2)
+
+    def all_of(model: Mamba) -> list[Any]:
+        there = model.device.type == "cuda"
+        tokens = [x.to(model.device) if moved else x for x in (ids, donor, targets, lengths)]
+        how: dict[str, Any] = {"backend": backend if there else "reference", "lengths": tokens[3]}
+        how["state"] = run(model, ids[:, :2], backend=how["backend"], keep_state=True).state
+        found: list[Any] = []
+        for place, scale in ((at.ssm_state(layer=1, pos=-2), True), (at.conv_state(layer=[0, 1], pos=4), False)):
+            made = align(model, *tokens[:3], place, 2, scale=scale, epochs=1, batch=4, progress=False, **how)
+            scores = [made.held_out, made.fitted, *(one for several in made.controls.values() for one in several)]
+            found += [torch.tensor([[s.log_prob, s.accuracy] for s in scores]), made.tested, made.losses, made.spread]
+            found += [made.basis.flatten(1).T @ made.basis.flatten(1), made.scale]
+            values = [run(model, x, record=[place], **how)[place] for x in (donor, ids)]
+            found += [run(model, ids, made.swap(*values), **how).last_logits]
+            if not place.layer_axis:
+                found += [run(model, ids, made.swap(values[0]), **how).last_logits]
+        return back(found)
+
+    dtype, bound = (torch.float32, 2e-3) if backend == "fused" else (torch.float64, 1e-6)
+    want = all_of(tiny().to(dtype))
+    for a, b in zip(all_of(tiny().to("cuda", dtype)), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
 def test_training_gives_what_it_gives_on_a_cpu() -> None:

@@ -52,6 +52,32 @@ def test_without_a_gpu_the_command_says_so_and_writes_nothing(tmp_path: Path) ->
         assert not [*tmp_path.iterdir()]
 
 
+def test_the_command_fails_a_quantity_that_is_not_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one of two lengths, beside one that is right; the steps of the table are those of the file."""
+
+    def broken(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = STAND_INS.causal_conv1d_fn(x, weight, bias)
+        return y * torch.nan if x.shape[-1] == 5 else y
+
+    some = [golden.Case("conv", torch.float32, l) for l in (5, 7)] + [golden.Case("conv_step", torch.float16, 1)]
+    monkeypatch.setattr(golden, "cases", lambda: iter(some))
+    monkeypatch.setattr(golden, "load", lambda: dataclasses.replace(STAND_INS, causal_conv1d_fn=broken))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(golden, "provenance", dict)  # which would ask the GPU
+    monkeypatch.setattr("kernels_bridge.harness.cli.resolve", lambda *device: None)
+    told = CliRunner().invoke(app, ["record", str(tmp_path / "new" / "x.safetensors")])
+    assert told.exit_code == 1, told.output
+    lines = {tuple(line.split()[:3]): line for line in told.output.splitlines()}
+    assert "FAIL" in lines["conv", "float32", "y"] and "nan" in lines["conv", "float32", "y"]
+    assert "pass" in lines["conv_step", "float16", "window"]
+    found = [*golden.replay(tmp_path / "new" / "x.safetensors")]
+    wrong = sum(not error <= bound for *_, error, bound in found)
+    assert 0 < wrong < len(found) and f"FAIL: {wrong} of {len(found)} outputs" in told.output
+    monkeypatch.setattr(golden, "load", lambda: STAND_INS)
+    told = CliRunner().invoke(app, ["record", str(tmp_path / "new" / "x.safetensors")])
+    assert told.exit_code == 0 and f"PASS: 0 of {len(found)} outputs" in told.output
+
+
 def test_a_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: the replay of a scan that keeps its state in bfloat16, and of a conv that is off by one."""
 

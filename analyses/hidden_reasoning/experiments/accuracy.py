@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from interp import probe_fit
+
 from ..errors import TaskError
 from ..organism import logits_of
 from ..task import MASKED, Batch, Task, Tokenizer, compose, draw, held_out
@@ -47,16 +49,9 @@ class Score:
         return (self.share, self.share) if self.every else wilson(self.right, self.prompts)
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Ends of the interval of a share; of none asked, 0 and 1.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
-    if n == 0:
-        return 0.0, 1.0
-    p, centre = right / n, (right + z * z / 2) / (n + z * z)
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Ends of the 95 % interval of a share; of none asked, 0 and 1."""
+    return probe_fit.wilson(right / n, n) if n else (0.0, 1.0)
 
 
 def fresh(
