@@ -18,7 +18,7 @@ from minimal_mamba.item import Probe
 from minimal_mamba.scan import Ops
 from minimal_mamba.tap import Toward
 
-from .logits import UNPADDED, countable, written
+from .logits import GIVEN, countable, written
 
 Metric = Callable[[Tensor], Tensor]  # logits (b, l, v) -> (b,)
 Lengths = Tensor | Sequence[int] | None
@@ -255,11 +255,11 @@ def apply_metric(metric: Metric, logits: Tensor) -> Tensor:
         raise MetricError(f"metric={metric!r:.60} is no function of logits (b, l, v).")
     logits = countable(logits)
     before = written(logits)
-    within = UNPADDED.set(True)
+    within = GIVEN.set(logits)
     try:
         values = cast(object, metric(logits))
     finally:
-        UNPADDED.reset(within)
+        GIVEN.reset(within)
     if written(logits) != before:
         raise MetricError(
             "the metric writes into the logits that it is given, which other cells and metrics share. Let it write "
