@@ -402,4 +402,11 @@ def test_the_curve_shows_what_was_found():
     assert drawn["whole site swapped"].get_ydata()[0] == pytest.approx(whole)
     assert {"nothing swapped", "random subspaces", "found for shuffled targets"} < set(drawn)
     assert [*ax.get_xticks()] == [1, 2, 3] and ax.get_title() == "planted"
-    plt.close(ax.figure)
+    for legend in (True, False):  # of itself it fits on its page
+        ax = alignment_curve(several, legend=legend)
+        ax.figure.canvas.draw()
+        page = ax.figure.bbox
+        for part in (ax.yaxis.label, ax.xaxis.label, *([ax.get_legend()] if legend else [])):
+            box = part.get_window_extent()
+            assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+    plt.close("all")
