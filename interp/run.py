@@ -13,7 +13,7 @@ from minimal_mamba import Address, Edit, Mamba, MambaState, Plan
 from minimal_mamba.block import wide
 from minimal_mamba.brief import Brief
 from minimal_mamba.edits import edit_or_address
-from minimal_mamba.errors import EditError, InputError, MetricError, NotRecorded
+from minimal_mamba.errors import EditError, InputError, MambascopeError, MetricError, NotRecorded
 from minimal_mamba.item import Probe
 from minimal_mamba.scan import Ops
 from minimal_mamba.tap import Toward
@@ -258,6 +258,13 @@ def apply_metric(metric: Metric, logits: Tensor) -> Tensor:
     within = GIVEN.set(logits)
     try:
         values = cast(object, metric(logits))
+    except (IndexError, RuntimeError) as error:
+        if logits.shape[1] > 1 or isinstance(error, MambascopeError):
+            raise
+        raise MetricError(
+            f"the metric failed on logits {tuple(logits.shape)} ({error}). With lengths= a metric is given each row's "
+            "last token alone: let it read [:, -1] and nothing before, or give rows of one length without lengths=."
+        ) from error
     finally:
         GIVEN.reset(within)
     if written(logits) != before:
