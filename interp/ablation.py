@@ -7,6 +7,7 @@ run(model, ids, edits=[*ablate(at.ssm_state(layer=3), mask=decay_bands(model, 3)
 """
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -137,13 +138,14 @@ def forget(
 
 @torch.no_grad()
 def mean_of(
-    model: Mamba, batches: Iterable[Tensor | tuple[Tensor, Tensor]], place: Address, *, by_position: bool = False,
+    model: Mamba, batches: Iterable[Tensor | Sequence[Tensor]], place: Address, *, by_position: bool = False,
     edits: Edit | Iterable[Edit] = (), backend: str = "auto", progress: bool = True,
 ) -> Tensor:  # fmt: skip
     """The mean of a place over a dataset, for `ablate(place, "mean", values=...)`.
 
     Args:
-        batches: ids (b, l), or pairs of ids and lengths (b,); each row, and each position that it has, counts the same.
+        batches: ids (b, l), or pairs of ids and lengths (b,), as a `DataLoader` gives them; each row, and each position
+            that it has, counts the same.
         place: an address; its positions are those of each batch.
         by_position: keep a mean for each of the place's positions, of which all batches then have the same number.
     Returns:
@@ -156,10 +158,14 @@ def mean_of(
     several = each(edits, Edit)
     axis = int(place.layer_axis)  # the batch's
     over = (axis,) if by_position or isinstance(place.pos, int) else (axis, axis + 1)
+    if isinstance(batches, Tensor) and batches.dim() == 2:
+        raise InputError(
+            f"batches is one tensor {tuple(batches.shape)}: give a list of them, mean_of(model, [ids], ...)."
+        )
     total = count = before = None
     dtype = torch.float64
     for batch in tqdm(batches, desc=f"mean of {place}", disable=not progress):
-        ids, lengths = batch if isinstance(batch, tuple) else (batch, None)
+        ids, lengths = _batch(batch)
         out = run(model, ids, several, record=[place], backend=backend, lengths=lengths, last_only=True)
         found = out[place]
         has = present(model, out, place)  # (b, positions)
@@ -180,6 +186,15 @@ def mean_of(
     if total is None or count is None:
         raise InputError("batches is empty: give at least one, (b, l) ids each.")
     return (total / count).to(dtype)
+
+
+def _batch(batch: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Ids and lengths; of `DataLoader` both come in a list, also where there are ids alone."""
+    if isinstance(batch, tuple) or (isinstance(batch, list) and batch and isinstance(batch[0], Tensor)):
+        if len(batch) not in (1, 2):
+            raise InputError(f"a batch holds {len(batch)} tensors: give ids (b, l), or a pair of ids and lengths (b,).")
+        return batch[0], batch[1] if len(batch) == 2 else None
+    return cast(Tensor, batch), None
 
 
 def _off(mask: Tensor, place: Address) -> Tensor:

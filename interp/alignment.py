@@ -30,7 +30,7 @@ the scales, without which a search fails where coordinates differ by orders of m
 where little is meant; the site may be any address, the memories of several layers as one space too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +120,7 @@ class Alignment(Brief):
 @torch.inference_mode(mode=False)
 @torch.enable_grad()
 def align(
-    model: Mamba, ids: Tensor, donor_ids: Tensor, targets: Tensor, place: Address, k: int, *,
+    model: Mamba, ids: Tensor, donor_ids: Tensor, targets: Tensor | Sequence[int], place: Address, k: int, *,
     lengths: Lengths = None, state: MambaState | None = None, groups: Any = None, held_out: float = 0.3,
     dims: int | None = None, scale: bool = False, epochs: int = 100, batch: int = 64, learning_rate: float = 0.1,
     seeds: int = 1, seed: int = 0, backend: str = "auto", progress: bool = True,

@@ -153,7 +153,7 @@ def generate(
     Cost: one forward of the prompt and n - 1 steps, of all rows until the last has stopped.
     Source: `stop`, `top_k`, `top_p` as in transformers' `generate`, in its order: temperature, top_k, top_p.
     """
-    if not isinstance(n_tokens, int) or isinstance(n_tokens, bool) or n_tokens < 1:
+    if not _is(n_tokens, Integral) or n_tokens < 1:
         raise InputError(f"n_tokens={n_tokens!r}: at least 1, an int.")
     known(model)
     choose = _Choice(model.config.vocab_size, temperature, seed, top_k, top_p, model.device)

@@ -14,9 +14,7 @@ FORM = {  # what is asked of the wrapper itself: no numbers
 }  # fmt: skip
 
 
-UNPADDED = ContextVar(
-    "UNPADDED", default=False
-)  # a metric is being called, with logits whose last position is a token's
+GIVEN: ContextVar[Tensor | None] = ContextVar("GIVEN", default=None)  # to the metric that is being called: no padding
 
 
 class Logits(Tensor):

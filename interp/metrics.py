@@ -15,7 +15,7 @@ from torch import Tensor
 from minimal_mamba.block import wide
 from minimal_mamba.errors import InputError
 
-from .logits import UNPADDED
+from .logits import GIVEN
 from .run import Run
 
 Tokens = int | Tensor  # one id for all rows, or (b,)
@@ -30,16 +30,20 @@ def _last(logits: Tensor | Run) -> Tensor:
     if logits.dim() not in (2, 3):
         raise InputError(f"logits have shape {tuple(logits.shape)}; a metric takes (b, v) or (b, l, v).")
     last = logits if logits.dim() == 2 else logits[:, -1]
-    if not UNPADDED.get():
-        _refuse_padding(logits, last)
+    _refuse_padding(logits, last)
     return last.to(wide(last.dtype))
 
 
 def _refuse_padding(logits: Tensor, last: Tensor) -> None:
-    """Zeros alone may be meant (an edit of the last norm); beside other numbers they are padding."""
+    """Zeros alone may be meant (an edit of the last norm), and those of a sweep's cell; beside other numbers they are
+    padding, also in a metric that is given no zeros and looks at another run's."""
     blank = ~last.any(-1)
     if bool(blank.any()):
         blank = blank & (last.any(-1).any() if logits.dim() == 2 else logits.any(-1).any(-1) | last.any(-1).any())
+        given = GIVEN.get()
+        if given is not None:
+            zero = ~given[:, -1].any(-1)
+            blank = blank & ~(zero if len(zero) == len(blank) else zero.any())
     if bool(blank.any()):
         raise InputError(
             f"the logits of row {int(blank.nonzero()[0])} are all zero at the last position, as on padding, "

@@ -13,12 +13,12 @@ from minimal_mamba import Address, Edit, Mamba, MambaState, Plan
 from minimal_mamba.block import wide
 from minimal_mamba.brief import Brief
 from minimal_mamba.edits import edit_or_address
-from minimal_mamba.errors import EditError, InputError, MetricError, NotRecorded
+from minimal_mamba.errors import EditError, InputError, MambascopeError, MetricError, NotRecorded
 from minimal_mamba.item import Probe
 from minimal_mamba.scan import Ops
 from minimal_mamba.tap import Toward
 
-from .logits import UNPADDED, countable, written
+from .logits import GIVEN, countable, written
 
 Metric = Callable[[Tensor], Tensor]  # logits (b, l, v) -> (b,)
 Lengths = Tensor | Sequence[int] | None
@@ -255,11 +255,18 @@ def apply_metric(metric: Metric, logits: Tensor) -> Tensor:
         raise MetricError(f"metric={metric!r:.60} is no function of logits (b, l, v).")
     logits = countable(logits)
     before = written(logits)
-    within = UNPADDED.set(True)
+    within = GIVEN.set(logits)
     try:
         values = cast(object, metric(logits))
+    except (IndexError, RuntimeError) as error:
+        if logits.shape[1] > 1 or isinstance(error, MambascopeError):
+            raise
+        raise MetricError(
+            f"the metric failed on logits {tuple(logits.shape)} ({error}). With lengths= a metric is given each row's "
+            "last token alone: let it read [:, -1] and nothing before, or give rows of one length without lengths=."
+        ) from error
     finally:
-        UNPADDED.reset(within)
+        GIVEN.reset(within)
     if written(logits) != before:
         raise MetricError(
             "the metric writes into the logits that it is given, which other cells and metrics share. Let it write "

@@ -1,6 +1,7 @@
 """Pairs of runs of which one is given what a place holds in the other: how they are run, and along what they differ."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +39,8 @@ class Pairs:
     """
 
     def __init__(
-        self, model: Mamba, ids: Tensor, donor_ids: Tensor, targets: Tensor, place: Address, lengths: Lengths,
-        state: MambaState | None, batch: int, backend: str,
+        self, model: Mamba, ids: Tensor, donor_ids: Tensor, targets: Tensor | Sequence[int], place: Address,
+        lengths: Lengths, state: MambaState | None, batch: int, backend: str,
     ):  # fmt: skip
         known(model)
         if not isinstance(place, Address):
@@ -49,9 +50,13 @@ class Pairs:
         same_shape(self.ids, self.donor_ids)
         b, both = len(self.ids), (self.ids.tolist(), self.donor_ids.tolist())
         self.tokens = [(*one[:n], *other[:n]) for one, other, n in zip(*both, sizes.tolist(), strict=True)]
-        if not isinstance(targets, Tensor) or targets.shape != (b,):
+        try:
+            wanted = torch.as_tensor(targets)
+        except (TypeError, ValueError, RuntimeError):
+            wanted = torch.empty(0)
+        if wanted.shape != (b,):
             raise InputError(f"targets={targets!r:.60}: the id of a token for each pair, ({b},) integers.")
-        self.targets = model.check(targets[:, None])[0][:, 0]
+        self.targets = model.check(wanted[:, None])[0][:, 0]
         self.model, self.place, self.batch, self.backend = _still(model), place, batch, backend
         self.axis = int(place.layer_axis)
         base, donor = self._record(self.ids, sizes, state), self._record(self.donor_ids, sizes, state)

@@ -171,7 +171,7 @@ def receptive_field(
     *sizes, before = [share.sum(-1).abs().sum(-1) for _, share in r.sources(weight, t)]
     size = torch.stack(sizes, 1)  # (b, max(t) + 1)
     total = size.sum(1) + before
-    share = F.pad(size, (0, ids.shape[1] - size.shape[1])) / total[:, None]
+    share = F.pad(size, (0, out.ids.shape[1] - size.shape[1])) / total[:, None]
     return ReceptiveField(share, before / total, index)
 
 
@@ -193,7 +193,7 @@ def gradient_field(
     Source: the effective receptive field of Luo et al. 2016 (arXiv:1701.04128), with norms for central pixels' values.
     """
     site = at.embed() if site is None else site
-    sizes = model.check(ids, lengths, state)[1]
+    ids, sizes = model.check(ids, lengths, state)
     axes = sum(not isinstance(f, int) for f in site.features)
     if site.pos != EVERYTHING or axes != 1 or site.layer_axis:
         raise InputError(f"site={site}: name a site with one vector a position, of one layer, and all positions.")

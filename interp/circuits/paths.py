@@ -265,6 +265,7 @@ def _several(edges: Edges) -> tuple[Edge, ...]:
     return edges if isinstance(edges, tuple) else (edges,)
 
 
+@torch.no_grad()
 def _donor(metric: Metric, values: Values, lengths: Lengths) -> Tensor:
     """The metric of the other run."""
     logits = values.logits

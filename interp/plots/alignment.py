@@ -30,7 +30,7 @@ def alignment_curve(
     import matplotlib.pyplot as plt
 
     if ax is None:
-        _, ax = plt.subplots(figsize=(3.4, 2.5), constrained_layout=True)
+        _, ax = plt.subplots(figsize=(3.4, 3.3 if legend else 2.7), constrained_layout=True)
     for name, label, line in (("whole", "whole site swapped", "-."), ("nothing", "nothing swapped", ":")):
         height = sum(one.controls[name][0].accuracy for one in found) / len(found)
         ax.axhline(height, color="black", lw=0.8, ls=line, label=label)
@@ -54,5 +54,5 @@ def alignment_curve(
     if title:
         ax.set_title(title)
     if legend:
-        ax.legend(fontsize=6, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        ax.legend(fontsize=7, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
     return ax

@@ -84,7 +84,10 @@ class Grid(Brief):
     def _gap(self) -> Tensor:
         gap = (self.donor.to(wide(self.donor.dtype)) - self.base).mean()
         if bool(self.donor.isnan().all()):
-            raise InputError("this sweep has no donor to normalise by: give donor_ids, or use effect().")
+            raise InputError(
+                "this sweep has no donor to normalise by: give donor_ids, or take effect(), or normalise=False of "
+                "interval() and heatmap()."
+            )
         if vanishes(gap, self.base, self.donor):
             raise InputError(
                 f"the donor's metric does not differ from the base's (mean gap {gap.item():.2g}): "

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import tiny
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 
 from analyses.planted import plant
 from interp import Mean, Set, at, generate, load_edits, run, save_edits
@@ -185,6 +186,17 @@ def test_the_mean_over_a_set_of_pairs():
     assert ablate(STATE, "mean") == [Mean(STATE)]
 
 
+def test_a_mean_over_what_a_data_loader_gives():
+    """It gives its tensors in a list, also one alone."""
+    model, tokens, lengths = tiny(), ids(7, b=5), torch.tensor([7, 2, 5, 1, 6])
+    for tensors, batch in (((tokens,), tokens), ((tokens, lengths), (tokens, lengths))):
+        loader = DataLoader(TensorDataset(*tensors), batch_size=2)
+        assert_close(mean_of(model, loader, STATE, progress=False), mean_of(model, [batch], STATE, progress=False))
+    rows = torch.cat([run(model, tokens[i : i + 1, :n], record=[STATE])[STATE][0] for i, n in enumerate(lengths)])
+    assert_close(mean_of(model, loader, STATE, progress=False)[0, 0], rows.mean(0))
+    assert_close(mean_of(model, [tokens.tolist()], STATE, progress=False), mean_of(model, [tokens], STATE))
+
+
 # -- planted circuits -------------------------------------------------------------------------------------------------
 
 CIRCUITS = [(name, seed) for name in ("accumulator", "latch", "recall", "two") for seed in range(2)]
@@ -268,6 +280,10 @@ def test_what_has_no_meaning_says_so():
         run(model, tokens, ablate(STATE, mask=mask_of(shape=(5, 24))))
     with pytest.raises(InputError, match="empty"):
         mean_of(model, [], STATE, progress=False)
+    with pytest.raises(InputError, match=r"mean_of\(model, \[ids\]"):
+        mean_of(model, tokens, STATE, progress=False)
+    with pytest.raises(InputError, match="3 tensors"):
+        mean_of(model, [[tokens, tokens, tokens]], STATE, progress=False)
     with pytest.raises(InputError, match="by_position"):
         mean_of(model, [tokens, tokens[:, :4]], STATE, by_position=True, progress=False)
     steps = at.embed(pos=slice(-4, None, 2))  # -4 and -2 of a row of 7, -3 and -1 of one of 3

@@ -372,6 +372,11 @@ def test_it_is_the_same_each_time_and_leaves_the_model_alone():
     assert one.controls == two.controls == three.controls
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    base, donor, targets = ids(6, 40), ids(6, 40, seed=1), ids(40, 1, seed=2)[0]
+    as_lists = [x.tolist() for x in (base, donor, targets)]
+    four, five = (align(model, *given, place, 1, epochs=1, seeds=0, progress=False) for given in (
+        (base, donor, targets), as_lists))  # fmt: skip
+    assert torch.equal(four.basis, five.basis)
     other, _ = short(place, model=model, seed=1)
     assert not torch.equal(one.tested, other.tested)
 
@@ -458,6 +463,7 @@ def test_a_swap_is_differentiable_in_the_donor():
         ({"dims": 2.5}, InputError, "dims=2.5"),
         ({"k": 1.5}, InputError, "k=1.5"),
         ({"targets": torch.zeros(40)}, InputError, "integers"),
+        ({"targets": "targets"}, InputError, "integers"),
         ({"targets": torch.zeros(39, dtype=torch.long)}, InputError, "each pair"),
         ({"targets": torch.full((40,), 29)}, InputError, "29 is outside the vocabulary"),
         ({"donor_ids": ids(5, 40)}, InputError, "differ in shape"),
@@ -515,4 +521,11 @@ def test_the_curve_shows_what_was_found():
     assert drawn["whole site swapped"].get_ydata()[0] == pytest.approx(whole)
     assert {"nothing swapped", "random subspaces", "found for shuffled targets"} < set(drawn)
     assert [*ax.get_xticks()] == [1, 2, 3] and ax.get_title() == "planted"
-    plt.close(ax.figure)
+    for legend in (True, False):  # of itself it fits on its page
+        ax = alignment_curve(several, legend=legend)
+        ax.figure.canvas.draw()
+        page = ax.figure.bbox
+        for part in (ax.yaxis.label, ax.xaxis.label, *([ax.get_legend()] if legend else [])):
+            box = part.get_window_extent()
+            assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+    plt.close("all")

@@ -345,6 +345,7 @@ def test_bad_requests_of_generation():
     for wrong in (2.0, True, "2", None):
         with pytest.raises(InputError, match=r"n_tokens=.*: at least 1, an int"):
             generate(MODEL, PROMPTS, wrong)
+    assert torch.equal(generate(MODEL, PROMPTS, np.int64(2)).ids, generate(MODEL, PROMPTS, 2).ids)
     with pytest.raises(InputError, match=r"temperature=nan"):
         generate(MODEL, PROMPTS, 1, temperature=float("nan"))
     with pytest.raises(InputError, match=r"temperature=-1.0: a finite number, 0 \(the likeliest token\) or more"):

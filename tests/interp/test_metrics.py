@@ -115,6 +115,10 @@ def test_zeros_of_a_cell_are_meant(site, lengths):
     padded = run(model, ids, lengths=[2, 4, 3]).logits
     with pytest.raises(InputError, match="row 0 are all zero"):  # what the sweep knew is not known here
         logit_diff(padded, 1, 2)
+    for other in (padded, padded[:, -1]):  # nor of the base that a metric holds, whose short rows end in padding
+        for metric in (lambda x, other=other: kl(x, other), lambda x, other=other: kl(other, x)):
+            with pytest.raises(InputError, match="row 0 are all zero"):
+                patch_grid(model, ids, None, metric=metric, **where, layers=[2] if layer else None)
 
 
 def test_a_run_has_no_padding_in_its_vocabulary():

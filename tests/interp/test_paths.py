@@ -5,7 +5,7 @@ import torch
 from helpers import tiny
 from plain_graph import evaluate, formula, logits, name, nodes, senders
 
-from interp import Edge, Set, at, edge_attribution, edges, logit_diff, path_patch, run
+from interp import Edge, Set, at, edge_attribution, edges, kl, logit_diff, path_patch, run
 from interp.circuits import paths, views
 from interp.run import MetricError
 from kernels_bridge import torch_ops
@@ -121,6 +121,16 @@ def test_attribution_is_the_derivative_of_path_patching(backend):
         ahead, behind = (two_runs(model, ids, donor, pairs_of(found), part=p) for p in (h, -h))
     torch.testing.assert_close(effects.values, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-8)
     assert (effects.size() > 1e-4).sum() > 100
+
+
+def test_effects_are_numbers_whatever_a_metric_holds():
+    """A metric that compares with a run of its own has a gradient in the weights, which no result keeps."""
+    model, ids, donor = case()
+    other = run(model, donor)
+    assert other.logits.requires_grad
+    found = edge_attribution(model, ids, donor, lambda scores: kl(scores, other.last_logits))
+    assert not any(values.requires_grad for values in (found.values, found.base, found.donor))
+    assert found.donor.abs().max() < 1e-12 and (found.base > 0).all()
 
 
 @BOTH

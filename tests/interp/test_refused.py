@@ -20,6 +20,7 @@ from interp import (
     direct_logit,
     effective_rank,
     generate,
+    gradients,
     heatmap,
     kl,
     knockout_grid,
@@ -156,6 +157,14 @@ def test_what_is_no_edit_metric_backend_strength_or_position(tmp_path):
     assert not (tmp_path / "none").exists()
     with pytest.raises(MetricError, match="no function of logits"):
         sweep(MODEL, IDS, [one], [metric], **QUIET)
+    for early in (lambda x: x[:, 2, 3], lambda x: x[:, :-1].gather(2, IDS[:, 1:, None])[..., 0].sum(1)):
+        sweep(MODEL, IDS, [one], early, **QUIET)
+        for call in (lambda m: sweep(MODEL, IDS, [one], m, lengths=[6, 3, 5], **QUIET),
+                     lambda m: gradients(MODEL, IDS, m, at.embed(), lengths=[6, 3, 5])):  # fmt: skip
+            with pytest.raises(MetricError, match="each row's last token alone"):
+                call(early)
+    with pytest.raises(IndexError, match=r"^index 7 is out"):  # what is no matter of padding stays as it is
+        sweep(MODEL, IDS, [one], lambda x: x[:, 7, 3], **QUIET)
     with pytest.raises(BackendUnavailable, match="no backend None"):
         run(MODEL, IDS, backend=None)
     curve = steering_curve(MODEL, IDS, push, metric, (s for s in (0.0, 1.0)), controls=0, **QUIET)

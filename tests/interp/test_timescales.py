@@ -223,6 +223,10 @@ def test_padded_rows_look_back_as_they_do_alone():
     assert_close(seen.share[1:, :4], gradient_field(model, tokens[1:, :4], metric).share)
     assert not seen.share[1, 4:].any()
 
+    rows = tokens.tolist()  # ids may be lists, as of `run`
+    assert torch.equal(receptive_field(model, rows, 1, lengths=[7, 4]).share, both.share)
+    assert torch.equal(gradient_field(model, rows, metric, lengths=[7, 4]).share, seen.share)
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_through_all_layers_a_gradient_is_a_finite_difference(backend):
