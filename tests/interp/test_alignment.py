@@ -150,6 +150,21 @@ def test_the_axes_are_those_of_what_varies():
     assert principal_axes(d, torch.zeros(3), 2).shape == (3, 2)
 
 
+@pytest.mark.parametrize("scale", [False, True])
+def test_what_is_rounding_beside_its_own_size_does_not_vary(scale):
+    """In float32: 1e4 and the last digits of it is left out, 1e8 and the first of them is not."""
+    model, place = tiny(dtype=torch.float32), at.embed(pos=2)
+    with torch.no_grad():
+        weight = model.backbone.embedding.weight
+        weight[:, 0] = 1e4 + 1e-3 * torch.randn(len(weight), generator=torch.Generator().manual_seed(0))
+        weight[:, 1] = 1e8 + 1e3 * torch.randn(len(weight), generator=torch.Generator().manual_seed(1))
+    made, (base, donor, _) = short(place, k=11, model=model, scale=scale)
+    apart = torch.stack([run(model, x, record=[place])[place].detach() for x in (base, donor)]).diff(dim=0)[0]
+    assert apart[:, 0].abs().max() > 0
+    assert made.dims == 11 and (made.basis[:, 0] == 0).all() and made.basis[:, 1].norm() == pytest.approx(1)
+    assert made.scale[0] == 1 and (not scale or made.scale[1] > 100)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_varies_most_holds_99_percent(turned):
     """A coordinate that hardly varies counts as little as a direction that does."""
