@@ -78,5 +78,6 @@ def figure(folder: Path) -> list[Path]:
                     heatmap(grid, ax=ax, tokens=words(MASKED, STEPS), normalise=False, unit="nats", limit=12.0)
                     title = "lost when zeroed" if said == "exact" else said
                     ax.set_title(title, color=COLOURS.get(said, "black"))
+                    ax.images[0].colorbar.set_label("nats")
                     ax.set_xlabel("residual stream before the layer, at the word" if ax is maps[-1] else "")
         return save(made, folder, "relevance", palette=True)

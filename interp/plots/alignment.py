@@ -11,7 +11,10 @@ from ..swaps import Swapped
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CONTROLS = {"random": ("random subspaces", "#E69F00", "^"), "shuffled": ("found for shuffled targets", "#CC79A7", "s")}
+CONTROLS = {  # label, colour, mark, and how far from its k it is drawn, so that intervals do not hide one another
+    "random": ("random subspaces", "#E69F00", "^", -0.08),
+    "shuffled": ("found for shuffled targets", "#CC79A7", "s", 0.08),
+}
 
 
 def alignment_curve(
@@ -35,7 +38,7 @@ def alignment_curve(
         height = sum(one.controls[name][0].accuracy for one in found) / len(found)
         ax.axhline(height, color="black", lw=0.8, ls=line, label=label)
 
-    def points(many: list[tuple[int, Swapped]], label: str, colour: str, mark: str, line: str) -> None:
+    def points(many: list[tuple[float, Swapped]], label: str, colour: str, mark: str, line: str) -> None:
         ks = sorted({k for k, _ in many})
         means = [sum(s.accuracy for k, s in many if k == at) / sum(k == at for k, _ in many) for at in ks]
         ax.plot(ks, means, color=colour, lw=1.1, ls=line, marker=mark, ms=3, label=label)
@@ -43,8 +46,8 @@ def alignment_curve(
             ax.errorbar(k, one.accuracy, [[one.accuracy - one.interval[0]], [one.interval[1] - one.accuracy]],
                         color=colour, marker=mark, ms=3, mfc="none", elinewidth=0.7)  # fmt: skip
 
-    for name, (label, colour, mark) in CONTROLS.items():
-        if many := [(len(one.basis), s) for one in found for s in one.controls.get(name, ())]:
+    for name, (label, colour, mark, aside) in CONTROLS.items():
+        if many := [(len(one.basis) + aside, s) for one in found for s in one.controls.get(name, ())]:
             points(many, label, colour, mark, "--")
     points([(len(one.basis), one.held_out) for one in found], "found by alignment", "#0072B2", "o", "-")
     ax.set_xticks(sorted({len(one.basis) for one in found}))

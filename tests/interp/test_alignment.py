@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from analyses.planted.build import Bench
 from interp import Add, Project, Scale, Set, accuracy, align, alignment_curve, at, generate, log_prob, run
-from interp.swaps import most_varying, principal_axes
+from interp.swaps import Pairs, most_varying, principal_axes
 from minimal_mamba.errors import AddressError, EditError, InputError
 
 GAIN = 3.0  # of a right answer's logit over one that is wrong in one part: 2 GAIN
@@ -150,10 +150,25 @@ def test_the_axes_are_those_of_what_varies():
     assert principal_axes(d, torch.zeros(3), 2).shape == (3, 2)
 
 
+@pytest.mark.parametrize("scale", [False, True])
+def test_what_is_rounding_beside_its_own_size_does_not_vary(scale):
+    """In float32: 1e4 and the last digits of it is left out, 1e8 and the first of them is not."""
+    model, place = tiny(dtype=torch.float32), at.embed(pos=2)
+    with torch.no_grad():
+        weight = model.backbone.embedding.weight
+        weight[:, 0] = 1e4 + 1e-3 * torch.randn(len(weight), generator=torch.Generator().manual_seed(0))
+        weight[:, 1] = 1e8 + 1e3 * torch.randn(len(weight), generator=torch.Generator().manual_seed(1))
+    made, (base, donor, _) = short(place, k=11, model=model, scale=scale)
+    apart = torch.stack([run(model, x, record=[place])[place].detach() for x in (base, donor)]).diff(dim=0)[0]
+    assert apart[:, 0].abs().max() > 0
+    assert made.dims == 11 and (made.basis[:, 0] == 0).all() and made.basis[:, 1].norm() == pytest.approx(1)
+    assert made.scale[0] == 1 and (not scale or made.scale[1] > 100)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_varies_most_holds_99_percent(turned):
     """A coordinate that hardly varies counts as little as a direction that does."""
-    d = draw(40, 4) * torch.tensor([2.0, 1.0, 0.05, 1e-3])
+    d = draw(40, 4) * torch.tensor([2.0, 0.5, 0.05, 1e-3])
     d = d @ torch.linalg.qr(draw(4, 4, seed=3))[0] if turned else d
     most = most_varying(d)
     assert most.shape == (4, 2)
@@ -292,13 +307,16 @@ def test_the_score_is_that_of_whole_runs_under_its_edits(place, backend):
 
 def test_all_dimensions_are_the_donors_value():
     place, model = at.ssm_state(layer=1, pos=3, n=[4]), tiny()
-    made, (base, donor, _) = short(place, k=24)
+    made, (base, donor, _) = short(place, k=24, seeds=1)
     values = [run(model, x, record=[place])[place] for x in (base, donor)]
     assert made.dims == 24 and made.basis.shape == (24, 24, 1)
     near(made.swap(values[1], values[0])[0].to, values[1])
     near(run(model, base, made.swap(values[1])).logits, run(model, base, Set(place, values[1])).logits)
     assert made.held_out.log_prob == pytest.approx(made.controls["whole"][0].log_prob, abs=1e-9)
+    assert made.controls["random"][0].log_prob == pytest.approx(made.controls["whole"][0].log_prob, abs=1e-9)
     assert made.spread.sum() == pytest.approx(1)
+    assert made.controls["forced"][0].rows == made.fitted.rows == 28  # of the pairs that it was found on
+    assert made.controls["shuffled"][0].rows == made.held_out.rows == 12
 
 
 def test_its_edits_serve_other_rows_and_generation():
@@ -310,6 +328,14 @@ def test_its_edits_serve_other_rows_and_generation():
     plain, alone = generate(model, base[:1], 3), generate(model, base[1:3], 3, edits=made.swap(value))
     assert (out.ids[0] == plain.ids[0]).all() and (out.ids[1:] == alone.ids).all()
     near(out.logits[1:], alone.logits)
+    scaled, _ = short(place, scale=True)
+    here = run(model, base[:2], record=[place])[place]
+    for edits, same in (
+        (made.swap(value, here, rows=[0, 1]), made.swap(value, here)),
+        (scaled.swap(value, rows=[0, 1]), scaled.swap(value)),
+    ):
+        near(run(model, base[:3], edits).logits[:2], run(model, base[:2], same).logits)
+        near(run(model, base[:3], edits).logits[2], run(model, base[2:3]).logits[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -359,6 +385,26 @@ def test_rows_of_unequal_length_are_what_they_are_alone(place):
     assert made.held_out.log_prob == pytest.approx(torch.cat(said).mean().item(), abs=1e-9)
 
 
+def test_memories_that_stand_at_unequal_positions():
+    """A place at one position is a row's second token, and another's fourth."""
+    model, place, begun = tiny(), at.ssm_state(layer=1, pos=4), torch.tensor([3, 1] * 10)
+    base, donor, targets = ids(6, 20), ids(6, 20, seed=1), ids(20, 1, seed=2)[0]
+    state = run(model, ids(3, 20, seed=3), keep_state=True, lengths=begun).state
+    made = align(model, base, donor, targets, place, 2, state=state, epochs=1, seeds=0, progress=False)
+    values = [run(model, x, record=[place], state=state)[place] for x in (donor, base)]
+    said = log_prob(run(model, base, made.swap(*values), state=state), targets)[made.tested]
+    assert made.held_out.log_prob == pytest.approx(said.mean().item(), abs=1e-9)
+
+
+def test_a_search_traces_what_its_edit_reaches_and_takes_weights_of_inference_mode():
+    pairs = Pairs(tiny(), ids(6), ids(6, seed=1), torch.tensor([1, 2, 3]), at.u(layer=1, pos=3), None, None, 3, "torch")
+    assert not any(p.requires_grad for p in pairs.model.parameters())
+    with torch.inference_mode():
+        inside = tiny()
+    place = at.ssm_state(layer=1, pos=3)
+    assert torch.equal(short(place, model=inside)[0].basis, short(place)[0].basis)
+
+
 def test_it_is_the_same_each_time_and_leaves_the_model_alone():
     model, place = tiny(), at.ssm_state(layer=1, pos=3)
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -395,6 +441,9 @@ def test_backends_change_only_the_last_digits():
 def test_a_group_is_on_one_side():
     made, (base, donor, targets) = short(at.ssm_state(layer=1, pos=3), groups=torch.arange(40) // 8)
     assert (made.tested.reshape(5, 8).sum(1) % 8 == 0).all() and 0 < made.tested.sum() < 40
+    for share in (0.01, 0.99):  # a group at least is scored, and one is fitted
+        one, _ = short(at.ssm_state(layer=1, pos=3), groups=torch.arange(40) // 8, held_out=share, epochs=1)
+        assert (one.tested if share < 0.5 else ~one.tested).sum() == 8
     twice = [torch.cat([x, x]) for x in (base, donor, targets)]
     again = align(tiny(), *twice, at.ssm_state(layer=1, pos=3), 2, epochs=1, seeds=0, progress=False)
     assert torch.equal(again.tested[:40], again.tested[40:])

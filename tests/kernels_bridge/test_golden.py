@@ -64,9 +64,11 @@ def test_the_command_fails_a_quantity_that_is_not_a_number(tmp_path: Path, monke
     monkeypatch.setattr(golden, "load", lambda: dataclasses.replace(STAND_INS, causal_conv1d_fn=broken))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(golden, "provenance", dict)  # which would ask the GPU
-    monkeypatch.setattr("kernels_bridge.harness.cli.resolve", lambda *device: None)
+    asked: list[tuple[str, ...]] = []  # first whether the kernels can run, then products without TF32
+    monkeypatch.setattr("kernels_bridge.harness.cli.resolve", lambda *what: asked.append(what))
+    monkeypatch.setattr("kernels_bridge.harness.cli.exact_products", lambda: asked.append(("exact",)))
     told = CliRunner().invoke(app, ["record", str(tmp_path / "new" / "x.safetensors")])
-    assert told.exit_code == 1, told.output
+    assert told.exit_code == 1 and asked == [("fused", "cuda"), ("exact",)], told.output
     lines = {tuple(line.split()[:3]): line for line in told.output.splitlines()}
     assert "FAIL" in lines["conv", "float32", "y"] and "nan" in lines["conv", "float32", "y"]
     assert "pass" in lines["conv_step", "float16", "window"]
