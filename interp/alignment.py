@@ -7,6 +7,7 @@ prompt. It is fitted on some pairs of prompts and scored on others, beside the c
 
     nothing    nothing swapped: the floor
     whole      the whole site swapped: the ceiling, of any k
+    searched   the whole space that is searched swapped: the ceiling under `dims`
     random     as many random dimensions of the space that is searched
     shuffled   found, and scored, for answers that were given to other pairs: chance
     forced     the same on the pairs that it was found on: what the optimiser makes of nothing
@@ -211,6 +212,7 @@ def align(
     controls = {
         "nothing": (pairs.score(test, pairs.base[test], pairs.targets),),
         "whole": (pairs.score(test, pairs.donor[test], pairs.targets),),
+        "searched": (score(axes.T),),
         "varying": (score(span_of(varying @ (varying.T @ q.T)).T),),
     }
     for _ in range(seeds):

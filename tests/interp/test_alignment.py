@@ -120,7 +120,7 @@ def test_fewer_dimensions_do_not_do_and_the_whole_site_does_too_much(seed):
 def test_controls_find_nothing_where_nothing_is(seed):
     controls, agrees = found(seed).controls, 0.25
     assert {name: len(of) for name, of in controls.items()} == {
-        "nothing": 1, "whole": 1, "varying": 1, "random": 1, "shuffled": 1, "forced": 1,
+        "nothing": 1, "whole": 1, "searched": 1, "varying": 1, "random": 1, "shuffled": 1, "forced": 1,
     }  # fmt: skip
     assert controls["random"][0].interval[0] < 0.45  # two random dimensions of the seven that vary
     assert controls["shuffled"][0].interval[0] < 1 / 8 < controls["shuffled"][0].interval[1]
@@ -312,11 +312,14 @@ def test_all_dimensions_are_the_donors_value():
     assert made.dims == 24 and made.basis.shape == (24, 24, 1)
     near(made.swap(values[1], values[0])[0].to, values[1])
     near(run(model, base, made.swap(values[1])).logits, run(model, base, Set(place, values[1])).logits)
-    assert made.held_out.log_prob == pytest.approx(made.controls["whole"][0].log_prob, abs=1e-9)
-    assert made.controls["random"][0].log_prob == pytest.approx(made.controls["whole"][0].log_prob, abs=1e-9)
+    for control in ("whole", "searched", "random"):
+        assert made.held_out.log_prob == pytest.approx(made.controls[control][0].log_prob, abs=1e-9)
     assert made.spread.sum() == pytest.approx(1)
     assert made.controls["forced"][0].rows == made.fitted.rows == 28  # of the pairs that it was found on
     assert made.controls["shuffled"][0].rows == made.held_out.rows == 12
+    some, _ = short(place, k=5, dims=5)
+    assert some.held_out.log_prob == pytest.approx(some.controls["searched"][0].log_prob, abs=1e-9)
+    assert abs(some.held_out.log_prob - made.held_out.log_prob) > 1e-3
 
 
 def test_its_edits_serve_other_rows_and_generation():
