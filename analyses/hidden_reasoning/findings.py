@@ -303,7 +303,7 @@ def dimensions(results: Folder) -> str:
     for name in ("masked", "state_only"):
         made, found = results.whole(f"align-{name}"), by_dimensions(results[f"align-{name}"])
         line = {f"{k}": [one["held_out"] for one in several] for k, several in found.items()}
-        for what, control in (("all", "whole"), ("none", "nothing")):
+        for what, control in (("those searched", "searched"), ("all", "whole"), ("none", "nothing")):
             line[what] = [one["controls"][control][0] for one in found[min(found)]]
         for k, several in found.items():
             if "random" in several[0]["controls"]:
