@@ -85,7 +85,8 @@ class _Known:
         )
 
     def function(self, fn: types.FunctionType, held: bool) -> list[object]:
-        if fn.__code__.co_name == "decorate_context" and hasattr(fn, "__wrapped__"):  # torch.no_grad and its like
+        # torch.no_grad and its like
+        if fn.__globals__.get("__name__") == "torch.utils._contextlib" and hasattr(fn, "__wrapped__"):
             return ["decorated", *self.parts(fn.__wrapped__, held)]
         if id(fn) in self.seen:
             return [fn.__qualname__]
