@@ -169,7 +169,7 @@ def test_an_alignment_asks_for_what_the_bases_operations_make_of_the_donors_valu
     assert one["held_out"]["log_prob"] == pytest.approx(found.held_out.log_prob, rel=1e-5)
     assert one["held_out"]["right"] / one["held_out"]["of"] == pytest.approx(found.held_out.accuracy)
     assert set(one["controls"]) == set(found.controls)
-    assert set(parts["1 dimensions, seed 1"]["controls"]) == {"nothing", "whole", "varying"}
+    assert set(parts["1 dimensions, seed 1"]["controls"]) == {"nothing", "whole", "searched", "varying"}
 
 
 def test_the_mean_memory_of_a_value_is_one_for_all_who_have_come_to_it():
