@@ -9,10 +9,8 @@ the donor's value. Cost: a minute. Proof: `tests/interp/test_alignment.py`.
 
 from pathlib import Path
 
-import torch
-
 from analyses.hidden_reasoning import load_organism
-from analyses.hidden_reasoning.experiments.handover import apart, go_on
+from analyses.hidden_reasoning.experiments.aligning import unrelated
 from analyses.hidden_reasoning.task import MASKED
 from interp import align, alignment_curve, at
 
@@ -27,10 +25,8 @@ def figure(folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     model, _ = load_organism("shallow")
-    base, donor, ids, others, first = apart(MASKED, STEPS, PAIRS, SEED)
-    value = MASKED.values(donor.operations.numpy())[:, STEP - 1]
-    targets = MASKED.value_ids[torch.from_numpy(go_on(value, base.operations.numpy(), STEP, MASKED))]
-    place = at.conv_state(layer=slice(None), pos=first + 2 * STEP - 1)
+    ids, others, targets, pos = unrelated(MASKED, STEPS, STEP, PAIRS, SEED)
+    place = at.conv_state(layer=slice(None), pos=pos)
     found = [
         align(
             model, ids, others, targets, place, k, dims=64, epochs=EPOCHS, seeds=int(k in WITH_CONTROLS), progress=False

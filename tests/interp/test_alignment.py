@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from functools import cache
 
 import matplotlib.pyplot as plt
@@ -11,7 +12,7 @@ from helpers import draw, near, tiny
 from torch.testing import assert_close
 
 from analyses.planted.build import Bench
-from interp import Add, Project, Scale, Set, accuracy, align, alignment_curve, at, generate, log_prob, run
+from interp import Add, Project, Scale, Set, Swapped, accuracy, align, alignment_curve, at, generate, log_prob, run
 from interp.swaps import Pairs, most_varying, principal_axes, span_of
 from minimal_mamba.errors import AddressError, EditError, InputError
 
@@ -81,7 +82,9 @@ def found(seed=0, k=2, small=None):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_planted_subspace_is_found(seed):
+    """By a search that ends by itself, and whose loss falls."""
     made, truth = found(seed), planted(seed)[-1][:2]
+    assert 10 < len(made.losses) < 100 and made.losses[-1] < 0.02 < 1 < made.losses[0]
     assert made.held_out.accuracy == made.fitted.accuracy == 1
     cosines = torch.linalg.svdvals(made.basis @ truth.T)
     assert cosines.min() > 0.99
@@ -463,11 +466,6 @@ def test_a_group_is_on_one_side():
     assert torch.equal(again.tested[:40], again.tested[40:])
 
 
-def test_it_ends_by_itself_and_its_loss_falls():
-    losses = found().losses
-    assert 10 < len(losses) < 100 and losses[-1] < 0.02 < 1 < losses[0]
-
-
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -565,7 +563,12 @@ def test_a_swap_says_what_it_lacks():
 
 
 def test_the_curve_shows_what_was_found():
-    several = [found(0, k) for k in (3, 1, 2)] + [found(1, 1)]
+    def scored(place, k):
+        made, low = short(place, k, seeds=1)[0], Swapped(k / 10, (k / 10 - 0.05, k / 10 + 0.05), -1.0, 12)
+        best = Swapped(k / 5, (k / 5 - 0.1, k / 5 + 0.1), -1.0, 12)
+        return replace(made, held_out=best, controls={**made.controls, "whole": (low,)})
+
+    several = [scored(PLACES[0], k) for k in (3, 1, 2)] + [scored(PLACES[1], 1)]
     with pytest.raises(InputError, match="one place"):
         alignment_curve(several)
     with pytest.raises(InputError, match="one at least"):

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from interp import Swapped, align, at
 from minimal_mamba import Mamba
@@ -41,14 +42,24 @@ def aligning(
             results.part(f"{k} dimensions, seed {seed}", one)
 
 
+def unrelated(task: Task, num_steps: int, step: int, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Base and donor, what the base's remaining operations make of the donor's value after `step`, and that position.
+
+    Returns:
+        ids, donor_ids (n, l) up to the answer; targets (n,); the position of the word behind the step's echo.
+    """
+    base, donor, ids, others, first = apart(task, num_steps, n, seed)
+    value = task.values(donor.operations.numpy())[:, step - 1]
+    targets = task.value_ids[torch.from_numpy(go_on(value, base.operations.numpy(), step, task))]
+    return ids, others, targets, first + 2 * step - 1
+
+
 def _search(
     model: Mamba, task: Task, site: str, num_steps: int, step: int, k: int, n: int, seed: int, epochs: int,
     progress: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    base, donor, ids, others, first = apart(task, num_steps, n, seed)
-    value = task.values(donor.operations.numpy())[:, step - 1]
-    targets = task.value_ids[torch.from_numpy(go_on(value, base.operations.numpy(), step, task))]
-    place = getattr(at, site)(layer=slice(None), pos=first + 2 * step - 1)
+    ids, others, targets, pos = unrelated(task, num_steps, step, n, seed)
+    place = getattr(at, site)(layer=slice(None), pos=pos)
     found = align(model, ids, others, targets, place, k, dims=SEARCHED, epochs=epochs, seed=seed,
                   seeds=int(k in WITH_CONTROLS), progress=progress)  # fmt: skip
     plain = {"held_out": _plain(found.held_out), "fitted": _plain(found.fitted)}
