@@ -8,7 +8,7 @@ CHECKS := kernels_bridge/harness/results
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-kernels lint bench bench-peers train clean
+.PHONY: demo test test-kernels test-slow lint bench bench-peers train clean
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ test: $(VENV)/dev.done $(KERNELS)/done  ## lint, types, tests; and the bridge on
 
 test-kernels: $(KERNELS)/done  ## the bridge on mamba-ssm's own code alone
 	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -n 2 tests/kernels
+
+test-slow: $(VENV)/dev.done $(KERNELS)/done  ## more seeds, types and lengths
+	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -n 2 -m slow tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/dev.done  ## mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -12,6 +12,7 @@ torch.set_num_threads(1)  # small models: more threads only wait for one another
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs CUDA, and is skipped only for lack of it")
+    config.addinivalue_line("markers", "slow: more seeds, types and lengths of what is tested anyway; `make test-slow`")
 
 
 @pytest.fixture(scope="module", autouse=True)

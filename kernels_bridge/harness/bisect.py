@@ -9,7 +9,7 @@ from minimal_mamba import Mamba
 
 from .draw import draw_ids
 from .first import First, first_to_part
-from .rows import Row, at_worst, compare, relative, short
+from .rows import Row, at_worst, compare, errors, relative, short
 from .targets import imported, readable, reference, roundings, same_weights, target
 from .theirs import Theirs
 from .watch import Implementation, Key, of_layers
@@ -123,7 +123,7 @@ def bisect(
 
     def stage(name: str, seen: Sequence[dict[Key, Tensor]]) -> list[Row]:
         found_a, found_b, want, *same = seen
-        rows = compare("", name, found_b, same, want, model.dtype)
+        rows = compare("", name, found_b, [errors(one, want) for one in same], want, model.dtype)
         for row in rows:
             key = (row.quantity, row.layer)
             if key in found_a:

@@ -19,7 +19,7 @@ from . import bounds
 from .draw import draw_edits, draw_ids, draw_lengths, draw_state
 from .first import First, localise
 from .operations import operations
-from .rows import Row, compare, from_columns, to_columns
+from .rows import Errors, Row, compare, errors, from_columns, to_columns
 from .targets import NUDGED, NUDGED_WHOLE, reference, roundings
 from .watch import EACH, Implementation, Ours, Seen, of_layers, updated
 
@@ -116,10 +116,10 @@ def run_case(case: Case, target: Implementation, model: Mamba) -> list[Row]:
         Another rounding of the readable model can only widen a bound: it is asked for where a row has failed.
         """
         want, got = asked[0](true), [ask(target) for ask in asked]
-        own: list[Seen] = []
+        own: list[Errors] = []
         found: list[Row] = []
         for one in roundings(model, case.seed, several):
-            own.append(asked[0](one))
+            own.append(errors(asked[0](one), want))
             found = [r for g in got for r in compare(case.name, case.kind, g, own, want, model.dtype, wide_states)]
             if all(r.passed for r in found):
                 break

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minimal_mamba import Mamba
 
-from .rows import Row, by_position, compare
+from .rows import Row, by_position, compare, errors
 from .targets import reference, roundings
 from .watch import ORDER, WHOLE, Implementation, of_layers
 
@@ -48,7 +48,8 @@ def localise(target: Implementation, model: Mamba, ids: Tensor) -> First | None:
 
     def part(positions: Sequence[int]) -> First | None:
         found, want, *same = (one.forward(ids, feed=feed, at_positions=positions) for one in everyone)
-        return first_to_part(compare("", "layers", found, same, want, model.dtype), found, want, positions)
+        own = [errors(one, want) for one in same]
+        return first_to_part(compare("", "layers", found, own, want, model.dtype), found, want, positions)
 
     if l <= LONG:
         return part(range(l))

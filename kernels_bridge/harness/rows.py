@@ -1,5 +1,6 @@
 """A row of the check: one quantity's error, the readable model's at the same type, the bound, and pass or fail."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -109,8 +110,20 @@ class Unbounded(InputError):
     """The readable model in the target's type overflows, so that whatever a target gives would be within its bound."""
 
 
+Errors = Mapping[Key, tuple[float, float]]  # of each quantity its relative error, and the one at its worst place, or 0
+
+
+def errors(same: Mapping[Key, Tensor], true: Mapping[Key, Tensor]) -> Errors:
+    """How far the readable model is from what is true."""
+    return {
+        key: (relative(same[key], want), at_worst(key[0], same[key], want) or 0.0)
+        for key, want in true.items()
+        if key in same
+    }
+
+
 def compare(
-    case: str, kind: str, found: Mapping[Key, Tensor], same: Sequence[Mapping[Key, Tensor]], true: Mapping[Key, Tensor],
+    case: str, kind: str, found: Mapping[Key, Tensor], same: Sequence[Errors], true: Mapping[Key, Tensor],
     dtype: torch.dtype, wide_states: bool = False,
 ) -> list[Row]:  # fmt: skip
     """A row for every quantity that all three give.
@@ -123,20 +136,16 @@ def compare(
         Unbounded: `same` or `true` hold what is not finite.
     """
     rows = []
-    for key, want in true.items():
-        if key in found and not all(x.isfinite().all() for x in (want, *(one[key] for one in same))):
-            raise Unbounded(
-                f"no verdict: in {str(dtype).removeprefix('torch.')} the readable model itself gives numbers in "
-                f"{key[0]} that are not finite, which bound nothing. Check a type of more range, or other weights."
-            )
     own: dict[Key, tuple[float, float]] = {}  # the readable model's error, and its worst
     largest: dict[int | None, tuple[float, float]] = {}  # of the gradients of a layer
-    for key, want in true.items():
+    for key in true:
         if key in found:
-            own[key] = (
-                max(relative(one[key], want) for one in same),
-                max(at_worst(key[0], one[key], want) or 0.0 for one in same),
-            )
+            own[key] = max(one[key][0] for one in same), max(one[key][1] for one in same)
+            if not math.isfinite(own[key][0]):
+                raise Unbounded(
+                    f"no verdict: in {str(dtype).removeprefix('torch.')} the readable model itself gives numbers in "
+                    f"{key[0]} that are not finite, which bound nothing. Check a type of more range, or other weights."
+                )
             if key[0].startswith("d "):
                 before = largest.get(key[1], (0.0, 0.0))
                 largest[key[1]] = max(before[0], own[key][0]), max(before[1], own[key][1])

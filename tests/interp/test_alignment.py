@@ -16,6 +16,7 @@ from interp import Add, Project, Scale, Set, Swapped, accuracy, align, alignment
 from interp.swaps import Pairs, most_varying, principal_axes, span_of
 from minimal_mamba.errors import AddressError, EditError, InputError
 
+SEEDS = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 GAIN = 3.0  # of a right answer's logit over one that is wrong in one part: 2 GAIN
 
 
@@ -80,7 +81,7 @@ def found(seed=0, k=2, small=None):
 # -- what it finds ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
+@SEEDS
 def test_a_planted_subspace_is_found(seed):
     """By a search that ends by itself, and whose loss falls."""
     made, truth = found(seed), planted(seed)[-1][:2]
@@ -90,7 +91,7 @@ def test_a_planted_subspace_is_found(seed):
     assert cosines.min() > 0.99
 
 
-@pytest.mark.parametrize("small", [1e-2, 1e-6])
+@pytest.mark.parametrize("small", [pytest.param(1e-2, marks=pytest.mark.slow), 1e-6])
 def test_what_is_small_is_found_beside_what_is_large(small):
     made, truth = found(small=small), planted(small=small)[-1][:2]
     assert made.held_out.accuracy == 1
@@ -109,7 +110,7 @@ def test_without_scales_what_is_large_drowns_what_is_small():
     assert made.fitted.interval[1] < 0.6 and (made.scale == 1).all()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@SEEDS
 def test_fewer_dimensions_do_not_do_and_the_whole_site_does_too_much(seed):
     made, less = found(seed), found(seed, 1)
     assert less.held_out.interval[1] < 0.8 < made.held_out.interval[0]
@@ -119,7 +120,7 @@ def test_fewer_dimensions_do_not_do_and_the_whole_site_does_too_much(seed):
     assert made.held_out.log_prob == pytest.approx(-3 * math.log1p(math.exp(-2 * GAIN)), abs=2e-3)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@SEEDS
 def test_controls_find_nothing_where_nothing_is(seed):
     controls, agrees = found(seed).controls, 0.25
     assert {name: len(of) for name, of in controls.items()} == {

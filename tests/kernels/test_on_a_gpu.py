@@ -162,7 +162,9 @@ def test_the_example_of_a_method_runs(section: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("norms")
-@pytest.mark.parametrize(("backend", "moved"), [("reference", True), ("torch", False), ("fused", False)])
+@pytest.mark.parametrize(
+    ("backend", "moved"), [pytest.param("reference", True, marks=pytest.mark.slow), ("torch", False), ("fused", False)]
+)
 def test_a_run_gives_what_it_gives_on_a_cpu(backend: str, moved: bool, tmp_path: Path) -> None:
     """Edits, recordings, padding, carried states, gradients, sweeps and what is saved; tokens on either device."""
     single = tiny().float()
@@ -265,7 +267,9 @@ def test_what_the_examples_leave_out() -> None:
 
 
 @pytest.mark.usefixtures("norms")
-@pytest.mark.parametrize(("backend", "moved"), [("torch", True), ("torch", False), ("fused", False)])
+@pytest.mark.parametrize(
+    ("backend", "moved"), [("torch", True), pytest.param("torch", False, marks=pytest.mark.slow), ("fused", False)]
+)
 def test_an_alignment_is_what_it_is_on_a_cpu(backend: str, moved: bool) -> None:
     """The search, its controls and its edits; from a carried memory, in rows of unequal lengths, tokens anywhere."""
     ids, donor = torch.randint(0, 29, (2, 10, 6), generator=torch.Generator().manual_seed(0))

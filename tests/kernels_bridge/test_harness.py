@@ -16,7 +16,7 @@ from kernels_bridge.__main__ import app
 from kernels_bridge.harness import Ours, Theirs, bisect, check, target
 from kernels_bridge.harness.check import SHORT, Report
 from kernels_bridge.harness.draw import ODD, SMALL, draw_edits, draw_ids, draw_model
-from kernels_bridge.harness.rows import compare, table
+from kernels_bridge.harness.rows import compare, errors, table
 from kernels_bridge.harness.targets import reference
 from kernels_bridge.harness.theirs import FALCON_NORMS, hf_cache
 from minimal_mamba import Ops
@@ -29,7 +29,10 @@ RUNNER = CliRunner()
 # -- what is right passes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float64, torch.float16))],
+)
 def test_the_torch_backend_passes(dtype):
     weights = draw_model(SMALL, 0).to(dtype)  # wide enough for 16-bit rounding to average
     report = check(target("torch", weights), weights, lengths=[5, 17], progress=False)
@@ -282,7 +285,10 @@ def test_one_channel_of_many_is_enough():
     lost = near.clone()
     lost[7] = 0
     key = ("d mixer.dt_proj.weight", 0)
-    right, wrong = (compare("", "", {key: g}, [{key: same}], {key: true}, torch.bfloat16)[0] for g in (near, lost))
+    right, wrong = (
+        compare("", "", {key: g}, [errors({key: same}, {key: true})], {key: true}, torch.bfloat16)[0]
+        for g in (near, lost)
+    )
     assert right.passed and not wrong.passed and wrong.error < wrong.bound
 
 
@@ -297,7 +303,7 @@ def test_a_position_is_not_held_to_what_a_parameter_may_err():
     same["d backbone.embedding.weight", None][4] = 0
     found = {key: x.clone() for key, x in same.items()}
     found["d embed", None][1, 7] = 0
-    rows = {r.quantity: r for r in compare("", "", found, [same], true, torch.bfloat16)}
+    rows = {r.quantity: r for r in compare("", "", found, [errors(same, true)], true, torch.bfloat16)}
     assert rows["d backbone.embedding.weight"].passed
     assert rows["d embed"].error < rows["d embed"].bound and not rows["d embed"].passed
 
@@ -311,10 +317,13 @@ def test_a_channel_of_small_states_is_held_to_its_own_size():
     found = same.clone()
     found[:, 3] *= 1.2
     key = ("last ssm_state", 0)
-    right, wrong = (compare("", "", {key: x}, [{key: same}], {key: true}, torch.bfloat16)[0] for x in (same, found))
+    right, wrong = (
+        compare("", "", {key: x}, [errors({key: same}, {key: true})], {key: true}, torch.bfloat16)[0]
+        for x in (same, found)
+    )
     assert right.passed and not wrong.passed and wrong.error < wrong.bound
     blank = {key: torch.zeros(2, 8, 5).double()}  # a memory of nothing is right, and not divided by
-    assert compare("", "", blank, [blank], blank, torch.float32)[0].worst == 0
+    assert compare("", "", blank, [errors(blank, blank)], blank, torch.float32)[0].worst == 0
 
 
 # -- what gives no verdict --------------------------------------------------------------------------------------------
@@ -341,14 +350,16 @@ def test_rows_that_cannot_fail_are_counted_as_such():
     rng = torch.Generator().manual_seed(0)
     same = {key: x + torch.randn(x.shape, generator=rng) for key, x in true.items()}
     lost = {key: 0 * x for key, x in true.items()}
-    rows = compare("model, x", "model", lost, [same], true, torch.bfloat16)
+    rows = compare("model, x", "model", lost, [errors(same, true)], true, torch.bfloat16)
     report = Report("x", rows, None, {}, [], {})
     assert rows[0].passed and not rows[0].telling and not report.passed
     assert report.mute == {"model": 1} and report.verdict == "none" and "says nothing" in table(rows)
-    clear = compare("model, x", "model", true, [true], true, torch.bfloat16)
+    clear = compare("model, x", "model", true, [errors(true, true)], true, torch.bfloat16)
     both = Report("x", rows + clear, None, {}, [], {})
     assert both.passed and both.mute == {"model": 1} and both.verdict == "pass"
-    assert not Report("x", rows + compare("", "model", lost, [true], true, torch.bfloat16), None, {}, [], {}).passed
+    assert not Report(
+        "x", rows + compare("", "model", lost, [errors(true, true)], true, torch.bfloat16), None, {}, [], {}
+    ).passed
 
 
 @pytest.mark.parametrize(
