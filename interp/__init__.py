@@ -28,6 +28,7 @@ from .plots import (
     half_life_curves,
     heatmap,
     knockout_map,
+    lens_curve,
     lens_map,
     parts_bars,
     probe_curves,
@@ -55,6 +56,7 @@ from .timescales import (
     state_rank,
     typical_dt,
 )
+from .tuned_lens import TunedLens, tuned_lens
 
 __all__ = [
     "SITES",
@@ -92,6 +94,7 @@ __all__ = [
     "SteeringCurve",
     "Swapped",
     "Sweep",
+    "TunedLens",
     "Zero",
     "ablate",
     "accuracy",
@@ -128,6 +131,7 @@ __all__ = [
     "knockout_grid",
     "knockout_leak",
     "knockout_map",
+    "lens_curve",
     "lens_map",
     "load_edits",
     "load_grid",
@@ -157,5 +161,6 @@ __all__ = [
     "steering_curve",
     "steering_plot",
     "sweep",
+    "tuned_lens",
     "typical_dt",
 ]

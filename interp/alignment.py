@@ -46,13 +46,12 @@ from minimal_mamba.edits import Rows
 from minimal_mamba.errors import EditError, InputError
 from minimal_mamba.sites import RECURRENT_STATE
 
+from .descent import Descent
 from .metrics import log_prob
-from .probe_rows import read_groups, read_ints
+from .probe_rows import hold_out, read_groups, read_ints
 from .run import Lengths
 from .swaps import Pairs, Swapped, first_axis, most_varying, principal_axes, span_of
 from .sweep.engine import rows_at_once
-
-FALL, FALLS = 1 / 3, 3  # of the learning rate, and how often before the search ends
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -160,12 +159,7 @@ def align(
             "between 0 and 1; 1 or more; 0 or more; above 0; 1 or more, or None."
         )
     rng = torch.Generator().manual_seed(seed)
-    group = read_groups(pairs.tokens if groups is None else groups, len(pairs.tokens))
-    n = int(group.max()) + 1
-    if n < 2:
-        raise InputError(f"the {len(group)} pairs are one group, and those that are scored are not fitted: give two.")
-    drawn = torch.randperm(n, generator=rng)[: min(n - 1, max(1, round(held_out * n)))]
-    tested = torch.isin(group, drawn)
+    tested = hold_out(read_groups(pairs.tokens if groups is None else groups, len(pairs.tokens)), held_out, rng)
     train, test = (~tested).nonzero()[:, 0], tested.nonzero()[:, 0]
     d = pairs.donor - pairs.base  # (b, f)
     sizes = d[train].square().mean(0).sqrt()
@@ -184,8 +178,7 @@ def align(
     def search(wanted: Tensor, what: str) -> tuple[Tensor, Tensor]:
         """Q (k, f), and the loss of each epoch."""
         free = torch.randn(m, k, generator=rng, dtype=torch.float64).to(near).requires_grad_()
-        adam, losses = torch.optim.Adam([free], lr=learning_rate), list[float]()
-        slower = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, factor=FALL, patience=4, threshold=0.003)
+        descent, losses = Descent([free], learning_rate), list[float]()
         bar = trange(epochs, desc=what, disable=not progress)
         for _ in bar:
             total = 0.0
@@ -194,13 +187,11 @@ def align(
                 found = pairs.run(rows, pairs.base[rows].to(near) + near[rows] @ q @ (turned @ q).T)
                 loss = -log_prob(found, wanted[rows]).sum()
                 (gradient,) = torch.autograd.grad(loss, [free])
-                free.grad = gradient / len(rows)
-                adam.step()
+                descent.step([gradient / len(rows)])
                 total += loss.item()
             losses.append(total / len(train))
-            slower.step(losses[-1])
             bar.set_postfix(nats=f"{losses[-1]:.3f}")
-            if adam.param_groups[0]["lr"] < learning_rate * FALL ** (FALLS - 0.5):
+            if descent.ended(losses[-1]):
                 break
         bar.close()
         return (axes @ torch.linalg.qr(free.detach().double())[0]).T, torch.tensor(losses, dtype=torch.float64)

@@ -23,7 +23,8 @@ from minimal_mamba.errors import EditError, InputError
 
 from .positions import local, one_position
 from .recurrence import outside, recurrence, recurrence_sites
-from .run import Lengths, Run, each, run
+from .run import Lengths, Run, each, known, run
+from .tuned_lens import TunedLens
 
 AXES = {"pos": "l", "e": "e", "n": "n"}
 
@@ -31,8 +32,8 @@ AXES = {"pos": "l", "e": "e", "n": "n"}
 @torch.no_grad()
 def logit_lens(
     model: Mamba, ids: Tensor, tokens: Sequence[int] | Tensor | None = None, *,
-    pos: int | slice | Sequence[int] = slice(None), log_probs: bool = False, edits: Edit | Iterable[Edit] = (),
-    lengths: Lengths = None, state: MambaState | None = None, backend: str = "auto",
+    pos: int | slice | Sequence[int] = slice(None), log_probs: bool = False, lens: TunedLens | None = None,
+    edits: Edit | Iterable[Edit] = (), lengths: Lengths = None, state: MambaState | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """What the head reads from the residual stream before each layer and after the last.
 
@@ -42,16 +43,22 @@ def logit_lens(
         tokens: (b, m) ids to keep, or (m,), the same for all rows, where m is not b; None: all.
         pos: as in `at`; an int drops the axis.
         log_probs: log p in nats over the vocabulary (padding of the embedding left out), instead of logits.
+        lens: of `tuned_lens`, through whose maps each layer's stream is read.
     Returns:
         (layers + 1, b, positions, v or m); the last are the run's logits. NaN at positions that a padded row lacks.
     Raises:
         EditError: an edit of `final_norm` or `logits`, which the lens looks past. InputError: tokens that do not
-            exist, or of which it is open whether they are one a row.
+            exist, or of which it is open whether they are one a row; a lens of a model of other sizes.
     Cost: one forward, and the head layers + 1 times, (b, positions, v) at a time; with `tokens` and without `log_probs`
         no more than those tokens' columns of it.
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
     edits = each(edits, Edit)
+    known(model)
+    sizes = model.config.n_layer, model.config.d_model
+    if lens is not None and (not isinstance(lens, TunedLens) or lens.bias.shape != sizes):
+        made = f"of {tuple(lens.bias.shape)}" if isinstance(lens, TunedLens) else f"a {type(lens).__name__}"
+        raise InputError(f"lens is {made}: give what tuned_lens makes for {sizes[0]} layers of d_model {sizes[1]}.")
     for edit in edits:
         if getattr(edit, "address", None) is not None and edit.address.site in ("final_norm", "logits"):
             raise EditError(f"{edit}: the lens reads the residual stream, before {edit.address.site}. Leave it out.")
@@ -71,7 +78,7 @@ def logit_lens(
         few = model.lm_head.weight[rows]  # (b, m, d): no other column is needed
     seen: Tensor | None = None
     for i, resid in enumerate(stream):
-        normal = model.backbone.norm_f(resid)  # (b, [positions], d)
+        normal = model.backbone.norm_f(resid if lens is None else lens(resid, i))  # (b, [positions], d)
         scores = model.lm_head(normal) if few is None else einsum(normal, few, "b ... d, b m d -> b ... m")
         if log_probs:
             scores = scores[..., : model.config.vocab_size].to(wide(scores.dtype)).log_softmax(-1)

@@ -68,6 +68,14 @@ def read_groups(groups: Any, rows: int) -> Tensor:
     return torch.tensor([names[g] for g in values])
 
 
+def hold_out(group: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    """(rows,) bool: the rows of this share of the groups, drawn, of one at least; one at least is left."""
+    n = int(group.max()) + 1
+    if n < 2:
+        raise InputError(f"the {len(group)} rows are one group, and those that are scored are not fitted: give two.")
+    return torch.isin(group, torch.randperm(n, generator=rng)[: min(n - 1, max(1, round(share * n)))])
+
+
 def _plain(given: Any) -> list[Any]:
     """Python's own values of a tensor, an array or a sequence: one of its own scalars is equal to no other tensor."""
     values = given.tolist() if hasattr(given, "tolist") else list(given)

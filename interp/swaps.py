@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from .run import Lengths, Run, known, run, same_shape, span
 
 SMALL = 1e-10  # of the largest variance: a principal component below it is rounding
 MOST = 0.99  # of the mean square, in the units of the swap
+
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Pairs:
         if wanted.shape != (b,):
             raise InputError(f"targets={targets!r:.60}: the id of a token for each pair, ({b},) integers.")
         self.targets = model.check(wanted[:, None])[0][:, 0]
-        self.model, self.place, self.batch, self.backend = _still(model), place, batch, backend
+        self.model, self.place, self.batch, self.backend = still(model), place, batch, backend
         self.axis = int(place.layer_axis)
         base, donor = self._record(self.ids, sizes, state), self._record(self.donor_ids, sizes, state)
         self.dtype, self.shape = base.dtype, base.shape[1:]
@@ -168,8 +172,8 @@ def span_of(vectors: Tensor) -> Tensor:
     return found * found.gather(0, found.abs().argmax(0, keepdim=True)).sign()
 
 
-def _still(model: Mamba) -> Mamba:
-    """The model with the same weights, of which no gradient is wanted, so that only what an edit reaches is traced."""
+def still(model: AnyModule) -> AnyModule:
+    """The module with the same weights, of which no gradient is wanted, so that only what an edit reaches is traced."""
     plain = {id(p): nn.Parameter(p.detach().clone() if p.is_inference() else p.detach(), requires_grad=False)
              for p in model.parameters()}  # fmt: skip
     return copy.deepcopy(model, plain)

@@ -9,6 +9,7 @@ from .lens import lens_map, parts_bars, state_map
 from .probes import probe_curves
 from .steering import steering_plot
 from .timescales import field_curves, half_life_curves
+from .tuned_lens import lens_curve
 
 __all__ = [
     "agreement_scatter",
@@ -19,6 +20,7 @@ __all__ = [
     "half_life_curves",
     "heatmap",
     "knockout_map",
+    "lens_curve",
     "lens_map",
     "parts_bars",
     "probe_curves",

@@ -1,0 +1,45 @@
+"""How near each layer's lens comes to what the model will say."""
+
+from typing import TYPE_CHECKING
+
+from minimal_mamba.errors import InputError
+
+from ..tuned_lens import TunedLens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Z = 1.96  # standard errors: 95 %
+LENSES = (("tuned lens", "tuned", "#0072B2", "o"), ("logit lens", "plain", "#D55E00", "s"))
+
+
+def lens_curve(found: TunedLens, *, ax: "Axes | None" = None, title: str | None = None, legend: bool = True) -> "Axes":
+    """Draw KL(model || lens) on held-out rows by layer, on a logarithmic scale: tuned, plain, and without a look.
+
+    Returns:
+        The axes. Shaded are 95 % intervals of the means over rows.
+    """
+    if not isinstance(found, TunedLens):
+        raise InputError(f"found is a {type(found).__name__}; give what tuned_lens returns.")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.4, 2.6), constrained_layout=True)
+    for label, name, colour, mark in LENSES:
+        rows = getattr(found, name)  # (layers, rows)
+        layers, mean = range(len(rows)), rows.mean(1)
+        ax.plot(layers, mean, color=colour, lw=1.1, marker=mark, ms=3, label=label)
+        if rows.shape[1] > 1:
+            half = Z * rows.std(1) / rows.shape[1] ** 0.5
+            ax.fill_between(layers, mean - half, mean + half, color=colour, alpha=0.25, lw=0, label=f"_{label}")
+    ax.axhline(float(found.constant.mean()), color="black", lw=0.8, ls=":", label="mean distribution")
+    ax.set_yscale("log")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("stream before layer")
+    ax.set_ylabel("KL(model || lens) (nats)")
+    if title:
+        ax.set_title(title)
+    if legend:
+        ax.legend(fontsize=7, frameon=False)
+    return ax
