@@ -47,6 +47,18 @@ GONE = {
 }
 
 
+def _of_module(name: str) -> Callable[..., Any]:
+    """The method of `torch.nn.Module` by this name, called on the model; where that returns itself, the facade."""
+
+    def method(self: "HookedMamba", *args: Any, **options: Any) -> Any:
+        found = getattr(self.model, name)(*args, **options)
+        return self if found is self.model else found
+
+    method.__name__ = name
+    method.__doc__ = f"`torch.nn.Module.{name}` of the model, as scripts for the peers call it."
+    return method
+
+
 class Cache(Mapping[str, Tensor]):
     """What `run_with_cache` kept: `cache["blocks.3.hook_h.7"]`, `cache["resid_pre", 3]`, `cache["h.7", -1]`; copies.
 
@@ -94,8 +106,9 @@ class HookedMamba:
     """A Mamba under the calls and hook names of MambaLens.
 
     Args:
-        model: the model, which is never changed. tokenizer: needed for strings only; Hugging Face's, or one with
-            `encode(text)` and `decode(ids)`. backend: as in `run`.
+        model: the model, which no run changes; `to` and its like act on it in place, as of any torch module.
+        tokenizer: needed for strings only; Hugging Face's, or one with `encode(text)` and `decode(ids)`.
+        backend: as in `run`.
     """
 
     model: Mamba
@@ -109,6 +122,12 @@ class HookedMamba:
     ) -> "HookedMamba":
         """`Mamba.from_pretrained(path, device=, **options)`, wrapped. No tokenizer is loaded unless one is given."""
         return cls(Mamba.from_pretrained(path, device=device, **options), tokenizer)
+
+    to, cuda, cpu, eval, train, requires_grad_, zero_grad, parameters, named_parameters, state_dict = map(
+        _of_module,
+        ("to", "cuda", "cpu", "eval", "train", "requires_grad_", "zero_grad", "parameters", "named_parameters",
+         "state_dict"),
+    )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
         if name in GONE:
