@@ -22,7 +22,7 @@ from minimal_mamba.sites import ADDRESSABLE, RECURRENT_STATE
 from minimal_mamba.tap import ScanInputs, Toward
 
 from .positions import from_start
-from .run import Lengths, Metric, Run, apply_metric, differentiate, each, run, same_shape
+from .run import Lengths, Metric, Run, apply_metric, differentiate, donor_of, each, run
 from .sweep import Grid
 from .sweep.parts import groups
 from .sweep.patch import chosen_layers, chosen_positions
@@ -100,8 +100,8 @@ def attribution_grid(
     if keep is not None and keep not in kept:
         axes = ", ".join(kept)
         raise InputError(f"keep={keep!r}: {site} has the feature axes {axes}; keep one of them, or None.")
-    (ids, sizes), (donor_ids, _) = model.check(ids, lengths, state), model.check(donor_ids, lengths, donor_state)
-    same_shape(ids, donor_ids)
+    ids, sizes = model.check(ids, lengths, state)
+    donor_ids = donor_of(model, ids, donor_ids, donor_state)
     ids, donor_ids = (given[:, : int(sizes.max())] for given in (ids, donor_ids))  # the rest is padding in every row
     rows = chosen_layers(layers, site, model.config.n_layer)
     if any(len(row) > 1 for row in rows):
