@@ -120,7 +120,7 @@ def path_patch(
             found |= zip(part, patched(model, ids, values, jobs, metric, lengths, backend), strict=True)
             bar.update(len(part))
     effects = torch.stack([found[i] for i in range(len(named))]) - base if named else base.new_zeros(0, len(base))
-    donor = _donor(metric, values, lengths)
+    donor = _donor(metric, values)
     return EdgeEffects(tuple(named), effects, base, donor, model.config, ids.shape[1])
 
 
@@ -228,7 +228,7 @@ def edge_attribution(
                     total[group][some] += slope[0] / len(points)
     found_at = [total[e.group][:, position(e.receiver)] for e in named]
     effects = torch.stack(found_at) if named else base.new_zeros(0, len(base))
-    donor = _donor(metric, values, lengths)
+    donor = _donor(metric, values)
     return EdgeEffects(tuple(named), effects, base, donor, model.config, ids.shape[1])
 
 
@@ -266,10 +266,6 @@ def _several(edges: Edges) -> tuple[Edge, ...]:
 
 
 @torch.no_grad()
-def _donor(metric: Metric, values: Values, lengths: Lengths) -> Tensor:
+def _donor(metric: Metric, values: Values) -> Tensor:
     """The metric of the other run."""
-    logits = values.logits
-    if lengths is not None:
-        rows = torch.arange(len(logits), device=logits.device)
-        logits = logits[rows, torch.as_tensor(lengths).to(logits.device) - 1][:, None]
-    return apply_metric(metric, logits)
+    return apply_metric(metric, values.logits)
