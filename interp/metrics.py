@@ -71,7 +71,7 @@ def _pick(scores: Tensor, tokens: Tokens) -> Tensor:
     if int(index.min()) < 0 or int(index.max()) >= v:
         wrong = int(index.min()) if int(index.min()) < 0 else int(index.max())
         raise InputError(f"token id {wrong} is outside the logits' 0..{v - 1}.")
-    return scores.gather(1, index.expand(b)[:, None])[:, 0]
+    return scores.gather(1, index.long().expand(b)[:, None])[:, 0]
 
 
 def logit_diff(logits: Tensor | Run, answer: Tokens, foil: Tokens) -> Tensor:

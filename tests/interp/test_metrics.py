@@ -41,6 +41,16 @@ def test_hand_values():
     near(kl(ROWS, ROWS + 5), [0, 0])
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64"])
+def test_tokens_are_any_integers(dtype):
+    tokens = torch.tensor([1, 3]).to(getattr(torch, dtype))
+    for given in (tokens, tokens.numpy()):
+        near(prob(ROWS, given), [0.25, 0.4])
+        near(log_prob(ROWS, given), [math.log(0.25), math.log(0.4)])
+        near(logit_diff(ROWS, given, 0), [-math.log(2), math.log(4)])
+        assert accuracy(ROWS, given).tolist() == [0, 1]
+
+
 def test_logits_of_a_sequence_count_at_their_last_position():
     three = torch.stack([HALF, HALF * 3, ROWS], 1)
     for metric in (
