@@ -22,7 +22,7 @@ from minimal_mamba.sites import ADDRESSABLE, RECURRENT_STATE
 from minimal_mamba.tap import ScanInputs, Toward
 
 from .positions import from_start
-from .run import Lengths, Metric, Run, apply_metric, differentiate, donor_of, each, run
+from .run import Lengths, Metric, Run, apply_metric, differentiate, donor_of, each, known, run
 from .sweep import Grid
 from .sweep.parts import groups
 from .sweep.patch import chosen_layers, chosen_positions
@@ -91,6 +91,7 @@ def attribution_grid(
     Source: Nanda 2023, "Attribution patching"; Sundararajan et al. 2017 (arXiv:1703.01365); Hanna et al. 2024
         (arXiv:2403.17806, "EAP-IG inputs"). Differs: per example; cells and not edges.
     """
+    known(model)
     named_site(site)
     if path not in ("embed", "cell"):
         raise InputError(f"path={path!r}: 'embed' or 'cell'.")

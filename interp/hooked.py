@@ -31,7 +31,7 @@ from minimal_mamba.errors import InputError, NotReached, NotRecorded, UnknownSit
 
 from .hook_edits import Compiled, HookFn, HookPoint
 from .hook_names import ALIASES, A, all_names, find
-from .run import run
+from .run import known, run
 
 __all__ = ["Cache", "HookPoint", "HookedMamba"]
 
@@ -115,6 +115,9 @@ class HookedMamba:
     tokenizer: Any = None
     backend: str = "auto"
     _within: list[tuple[Hooks, list[int]]] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        known(self.model)
 
     @classmethod
     def from_pretrained(

@@ -14,7 +14,7 @@ from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.block import wide
 from minimal_mamba.errors import AddressError, EditError, InputError
 
-from ..run import Lengths, Metric, apply_metric, donor_of, gradient
+from ..run import Lengths, Metric, apply_metric, donor_of, gradient, known
 from ..sweep.engine import rows_at_once
 from .graph import Edge, Group, position
 from .graph import edges as all_edges
@@ -244,6 +244,7 @@ def check(
     model: Mamba, ids: Tensor, donor_ids: Tensor, lengths: Lengths, edges: Iterable[Edge] | None
 ) -> tuple[Tensor, Tensor, list[Edge]]:
     """The two prompts, without what is padding in every row, and the edges, all there are if None, once all fit."""
+    known(model)
     ids, sizes = model.check(ids, lengths)
     donor_ids = donor_of(model, ids, donor_ids)
     layers, l = model.config.n_layer, int(sizes.max())

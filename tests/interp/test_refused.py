@@ -13,11 +13,13 @@ from interp import (
     Circuit,
     Direction,
     HookedMamba,
+    Knockout,
     Scale,
     Zero,
     agreement,
     align,
     at,
+    attention,
     attribution_grid,
     collect,
     contrast,
@@ -27,19 +29,24 @@ from interp import (
     effective_rank,
     faithfulness,
     generate,
+    gradient_field,
     gradients,
     half_life_curves,
     half_lives,
     kl,
+    knockout,
     knockout_grid,
+    knockout_leak,
     load_edits,
     log_prob,
     logit_diff,
+    logit_lens,
     patch_grid,
     path_patch,
     plots,
     probe,
     probe_grid,
+    prune,
     receptive_field,
     run,
     save_edits,
@@ -256,3 +263,44 @@ def test_errors_name_which_state_or_targets_were_wrong():
                 attribution_grid(MODEL, IDS, DONOR, site="y", metric=metric, **given, **QUIET)
     with pytest.raises(InputError, match=r"^targets: token id 99 is outside"):
         align(MODEL, IDS, DONOR, [1, 99, 3], RESID, 1, **QUIET)
+
+
+METHODS = {
+    "knockout": lambda m: knockout(m, IDS, Knockout(0, -1, 0)),
+    "knockout_leak": lambda m: knockout_leak(m, IDS, Knockout(0, -1, 0)),
+    "knockout_grid": lambda m: knockout_grid(m, IDS, metric, **QUIET),
+    "collect": lambda m: collect(m, IDS, RESID),
+    "probe_grid": lambda m: probe_grid(m, IDS, [0, 1, 0], site="y", **QUIET),
+    "attribution_grid": lambda m: attribution_grid(m, IDS, DONOR, site="y", metric=metric, **QUIET),
+    "path_patch": lambda m: path_patch(m, IDS, DONOR, [EDGE], metric, **QUIET),
+    "edge_attribution": lambda m: edge_attribution(m, IDS, DONOR, metric),
+    "faithfulness": lambda m: faithfulness(m, CIRCUIT, IDS, DONOR, metric, **QUIET),
+    "align": lambda m: align(m, IDS, DONOR, [1, 2, 3], RESID, 1, **QUIET),
+    "attention": lambda m: attention(m, IDS, layer=0),
+    "receptive_field": lambda m: receptive_field(m, IDS, 0),
+    "gradient_field": lambda m: gradient_field(m, IDS, metric),
+    "half_lives": half_lives,
+    "HookedMamba": HookedMamba,
+    "logit_lens": lambda m: logit_lens(m, IDS),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_says_what_is_no_model(method):
+    for wrong in ("state-spaces/mamba-130m", HookedMamba(MODEL), MODEL.config):
+        with pytest.raises(InputError, match=f"model is a {type(wrong).__name__}; give a Mamba"):
+            METHODS[method](wrong)
+
+
+def test_what_one_method_makes_is_not_taken_for_what_another_makes():
+    effects = edge_attribution(MODEL, IDS, DONOR, metric)
+    for call, text in (
+        (lambda: steering_curve(MODEL, IDS, RUN.logits[0, 0], metric, [1.0]), "direction is a Tensor; give the Dir"),
+        (lambda: contrast("resid_post", RUN.logits, RUN.logits), "place is a str; give the Address"),
+        (lambda: prune(CIRCUIT, keep=3), r"effects\[0\] is a Circuit; give the EdgeEffects"),
+        (lambda: prune([effects], keep=3), r"effects\[0\] is a list; give the EdgeEffects"),
+        (lambda: faithfulness(MODEL, effects, IDS, DONOR, metric), r"circuits\[0\] is a EdgeEffects; give the Circuit"),
+        (lambda: faithfulness(MODEL, [EDGE], IDS, DONOR, metric), r"circuits\[0\] is a Edge; give the Circuit"),
+    ):
+        with pytest.raises(InputError, match=text):
+            call()
