@@ -53,6 +53,7 @@ from interp import (
     state_rank,
     steering_curve,
     sweep,
+    typical_dt,
 )
 from interp.run import MetricError
 from minimal_mamba.errors import BackendUnavailable, EditError, InputError
@@ -280,6 +281,7 @@ METHODS = {
     "receptive_field": lambda m: receptive_field(m, IDS, 0),
     "gradient_field": lambda m: gradient_field(m, IDS, metric),
     "half_lives": half_lives,
+    "typical_dt": typical_dt,
     "HookedMamba": HookedMamba,
     "logit_lens": lambda m: logit_lens(m, IDS),
 }
