@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import InputError, of_type
 
 from .sweep import Grid
 
@@ -38,9 +38,11 @@ def agreement(estimate: Grid, exact: Grid, *, draws: int = 200, seed: int = 0) -
         estimate, exact: of the same site, layers, positions, prompts and metric.
         draws, seed: of the bootstrap, which draws whole examples.
     Raises:
-        InputError: grids of different cells, or none in which anything happens.
+        InputError: what is no Grid, grids of different cells, or none in which anything happens.
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3 (percentile interval).
     """
+    for name, grid in (("estimate", estimate), ("exact", exact)):
+        of_type(name, grid, Grid, "that patch_grid or attribution_grid gave")
     cells = [(g.site, g.layers, g.positions, g.parts, tuple(g.values.shape)) for g in (estimate, exact)]
     if cells[0] != cells[1]:
         raise InputError(f"the grids differ: cells {cells[0]} and {cells[1]}.")

@@ -217,8 +217,8 @@ def _parts(
 ) -> _Parts:  # fmt: skip
     if form not in FORMS:
         raise InputError(f"form={form!r}: {' or '.join(FORMS)}.{nearest(str(form), FORMS)}")
-    config = model.config
     layer = one_layer(model, layer)
+    config = model.config
     ids, sizes = model.check(ids, lengths)
     l = ids.shape[1]
     t = _positions(targets, sizes.tolist(), "targets")

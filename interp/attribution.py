@@ -22,7 +22,7 @@ from minimal_mamba.sites import ADDRESSABLE, RECURRENT_STATE
 from minimal_mamba.tap import ScanInputs, Toward
 
 from .positions import from_start
-from .run import Lengths, Metric, Run, apply_metric, differentiate, each, run, same_shape
+from .run import Lengths, Metric, Run, apply_metric, differentiate, donor_of, each, known, run
 from .sweep import Grid
 from .sweep.parts import groups
 from .sweep.patch import chosen_layers, chosen_positions
@@ -91,6 +91,7 @@ def attribution_grid(
     Source: Nanda 2023, "Attribution patching"; Sundararajan et al. 2017 (arXiv:1703.01365); Hanna et al. 2024
         (arXiv:2403.17806, "EAP-IG inputs"). Differs: per example; cells and not edges.
     """
+    known(model)
     named_site(site)
     if path not in ("embed", "cell"):
         raise InputError(f"path={path!r}: 'embed' or 'cell'.")
@@ -100,8 +101,8 @@ def attribution_grid(
     if keep is not None and keep not in kept:
         axes = ", ".join(kept)
         raise InputError(f"keep={keep!r}: {site} has the feature axes {axes}; keep one of them, or None.")
-    (ids, sizes), (donor_ids, _) = model.check(ids, lengths, state), model.check(donor_ids, lengths, donor_state)
-    same_shape(ids, donor_ids)
+    ids, sizes = model.check(ids, lengths, state)
+    donor_ids = donor_of(model, ids, donor_ids, donor_state)
     ids, donor_ids = (given[:, : int(sizes.max())] for given in (ids, donor_ids))  # the rest is padding in every row
     rows = chosen_layers(layers, site, model.config.n_layer)
     if any(len(row) > 1 for row in rows):

@@ -31,7 +31,7 @@ from minimal_mamba.errors import InputError, NotReached, NotRecorded, UnknownSit
 
 from .hook_edits import Compiled, HookFn, HookPoint
 from .hook_names import ALIASES, A, all_names, find
-from .run import run
+from .run import known, run
 
 __all__ = ["Cache", "HookPoint", "HookedMamba"]
 
@@ -45,6 +45,18 @@ GONE = {
     "remove_all_hook_fns": "nothing: no hook outlives its run",
     "generate": "interp.generate(model.model, ids, n_tokens, edits=...)",
 }
+
+
+def _of_module(name: str) -> Callable[..., Any]:
+    """The method of `torch.nn.Module` by this name, called on the model; where that returns itself, the facade."""
+
+    def method(self: "HookedMamba", *args: Any, **options: Any) -> Any:
+        found = getattr(self.model, name)(*args, **options)
+        return self if found is self.model else found
+
+    method.__name__ = name
+    method.__doc__ = f"`torch.nn.Module.{name}` of the model, as scripts for the peers call it."
+    return method
 
 
 class Cache(Mapping[str, Tensor]):
@@ -94,8 +106,9 @@ class HookedMamba:
     """A Mamba under the calls and hook names of MambaLens.
 
     Args:
-        model: the model, which is never changed. tokenizer: needed for strings only; Hugging Face's, or one with
-            `encode(text)` and `decode(ids)`. backend: as in `run`.
+        model: the model, which no run changes; `to` and its like act on it in place, as of any torch module.
+        tokenizer: needed for strings only; Hugging Face's, or one with `encode(text)` and `decode(ids)`.
+        backend: as in `run`.
     """
 
     model: Mamba
@@ -103,12 +116,21 @@ class HookedMamba:
     backend: str = "auto"
     _within: list[tuple[Hooks, list[int]]] = field(default_factory=list, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        known(self.model)
+
     @classmethod
     def from_pretrained(
         cls, path: str | Path, device: torch.device | str | None = None, tokenizer: Any = None, **options: Any
     ) -> "HookedMamba":
         """`Mamba.from_pretrained(path, device=, **options)`, wrapped. No tokenizer is loaded unless one is given."""
         return cls(Mamba.from_pretrained(path, device=device, **options), tokenizer)
+
+    to, cuda, cpu, eval, train, requires_grad_, zero_grad, parameters, named_parameters, state_dict = map(
+        _of_module,
+        ("to", "cuda", "cpu", "eval", "train", "requires_grad_", "zero_grad", "parameters", "named_parameters",
+         "state_dict"),
+    )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
         if name in GONE:

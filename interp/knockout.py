@@ -33,7 +33,7 @@ from minimal_mamba.errors import AddressError, EditError, InputError, nearest
 
 from .cutter import ROUTES, Cutter, LayerCuts, layer_cuts
 from .positions import of_tokens
-from .run import Lengths, Run, each, run, span
+from .run import Lengths, Run, each, known, run, span
 
 Baseline = str | Tensor
 
@@ -141,6 +141,7 @@ def knockout(
     found = (cuts,) if isinstance(cuts, Knockout) else tuple(cuts)
     if not found or not all(isinstance(cut, Knockout) for cut in found):
         raise EditError(f"cuts={found!r}: give at least one Knockout(source, target, layer), and Knockouts only.")
+    known(model)
     ops = resolve_backend(backend, model.device)
     ids, sizes = model.check(ids, lengths)
     b, l = ids.shape
@@ -189,6 +190,7 @@ def knockout_leak(
     Cost: one `knockout`, and one more a knockout and layer.
     """
     found = (cuts,) if isinstance(cuts, Knockout) else tuple(cuts)
+    known(model)
     everything = at.mixer_out()
     fixed = baseline_of(model, model.check(ids, lengths)[0], baseline, (), lengths, backend)
 

@@ -22,7 +22,7 @@ from .cutter import Cutter
 from .knockout import Baseline, Knockout, baseline_of, cuts_of
 from .logits import Logits
 from .positions import one_position
-from .run import Lengths, Metric, apply_metric, span
+from .run import Lengths, Metric, apply_metric, known, span
 from .sweep.base import Base
 from .sweep.engine import rows_at_once
 from .sweep.grid import standard_error
@@ -86,6 +86,7 @@ def knockout_grid(
     Cost: some forwards of the batch, and for each cell the layers of its window with b (1 + m) rows, m as in
         `knockout`, and those above from the target on.
     """
+    known(model)
     ids, sizes = model.check(ids, lengths)
     b, n_layer = len(ids), model.config.n_layer
     if not 1 <= window <= n_layer or (layers is not None and window != 1):

@@ -6,7 +6,7 @@ logits of a padded batch are zero at the end of short rows: pass the run, or `ru
 Logits have a column for each row of the embedding, also for those beyond the vocabulary, which name no token and which
 `generate` never picks. Of a `Run` they are left out. Of a tensor everything given counts: the padding has its share of
 the probability, and can have the highest logit, unless it is cut off, as in `logits[..., :vocab_size]`. `logit_diff` is
-the same either way.
+the same either way; and `kl` of a tensor and a run knows the padding of both by the run.
 """
 
 import torch
@@ -51,6 +51,14 @@ def _refuse_padding(logits: Tensor, last: Tensor) -> None:
         )
 
 
+def _last_beside(logits: Tensor | Run, other: Tensor | Run) -> Tensor:
+    """`_last`; of a tensor with the columns of the run beside it, without those that the run knows to be padding."""
+    scores = _last(logits)
+    if isinstance(logits, Tensor) and isinstance(other, Run) and scores.shape[-1] == other.logits.shape[-1]:
+        return scores[:, : other.vocab_size]
+    return scores
+
+
 def _pick(scores: Tensor, tokens: Tokens) -> Tensor:
     b, v = scores.shape
     try:
@@ -63,7 +71,7 @@ def _pick(scores: Tensor, tokens: Tokens) -> Tensor:
     if int(index.min()) < 0 or int(index.max()) >= v:
         wrong = int(index.min()) if int(index.min()) < 0 else int(index.max())
         raise InputError(f"token id {wrong} is outside the logits' 0..{v - 1}.")
-    return scores.gather(1, index.expand(b)[:, None])[:, 0]
+    return scores.gather(1, index.long().expand(b)[:, None])[:, 0]
 
 
 def logit_diff(logits: Tensor | Run, answer: Tokens, foil: Tokens) -> Tensor:
@@ -83,12 +91,16 @@ def prob(logits: Tensor | Run, answer: Tokens) -> Tensor:
 
 
 def kl(logits: Tensor | Run, other: Tensor | Run) -> Tensor:
-    """KL(p || q) = sum p (log p - log q), p of `logits` and q of `other`, in nats, >= 0, (b,)."""
-    p, q = _last(logits).log_softmax(-1), _last(other).log_softmax(-1)
+    """KL(p || q) = sum p (log p - log q), p of `logits` and q of `other`, in nats, >= 0, (b,).
+
+    A metric's logits are held against a run by `lambda logits: kl(logits, run_)`: of a tensor with as many columns as
+    the run's logits the padding of the vocabulary is left out, too.
+    """
+    p, q = _last_beside(logits, other).log_softmax(-1), _last_beside(other, logits).log_softmax(-1)
     if p.shape != q.shape:
         raise InputError(
             f"kl compares {tuple(p.shape)} with {tuple(q.shape)}: rows and vocabulary must match. "
-            "Of a run the vocabulary's padding is left out: give two runs, or two tensors."
+            "Of a run the vocabulary's padding is left out, and of a tensor beside it that has the run's columns."
         )
     apart = torch.where(p == -torch.inf, 0.0, p - q)  # 0 log 0 = 0: a token that a mask rules out adds nothing
     return (p.exp() * apart).sum(-1)

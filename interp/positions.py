@@ -11,11 +11,12 @@ from minimal_mamba import Address, Mamba, MambaState, Plan
 from minimal_mamba.address import resolve, selector
 from minimal_mamba.errors import InputError
 
-from .run import Run, span
+from .run import Run, known, span
 
 
 def one_layer(model: Mamba, layer: int) -> int:
     """The number of a layer, counted from 0; raises InputError for several, AddressError for one that is not there."""
+    known(model)
     chosen = selector(layer, "layer")
     if not isinstance(chosen, int):
         raise InputError(f"layer={layer!r}: this method takes one layer, an int; call it once a layer.")

@@ -49,7 +49,7 @@ from .probe_rows import (
     read_labels,
     same_so_far,
 )
-from .run import Lengths, each, run
+from .run import Lengths, each, known, run
 from .sweep.engine import rows_at_once
 from .sweep.store import Saved
 
@@ -69,6 +69,7 @@ def collect(
     """
     places = each(record, Address)
     batch = rows_at_once(batch, 64, 1)
+    known(model)
     ids, sizes = model.check(ids, lengths)
     every = Plan(model.config, (), places, torch.zeros_like(sizes), sizes)
     axis = {a: int(a.layer_axis) for a in places}  # the batch's
@@ -262,6 +263,7 @@ def probe_grid(
     Cost: a probe a cell; (b, positions, features) of as many layers at a time as take 1 GiB, one at least, and for them
         rows / batch forwards. A file of a probe of c classes holds up to 3c - 1 numbers of 8 bytes a feature.
     """
+    known(model)
     named_site(site)
     ids, sizes = model.check(ids, lengths)
     columns = read_columns(positions, sizes)

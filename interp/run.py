@@ -287,10 +287,12 @@ def gradient(values: Tensor, wrt: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(values.sum(), wrt, materialize_grads=True)
 
 
-def same_shape(ids: Tensor, donor_ids: Tensor) -> None:
-    """Raises InputError where base and donor are not as many rows of one length."""
+def donor_of(model: Mamba, ids: Tensor, donor_ids: Tensor, state: MambaState | None = None) -> Tensor:
+    """A copy of the donor's ids; InputError where they cannot run, or do not fit the base's in shape."""
+    donor_ids, _ = model.check(donor_ids, state=state, name="donor_ids", state_name="donor_state")
     if ids.shape != donor_ids.shape:
         raise InputError(
             f"ids {tuple(ids.shape)} and donor_ids {tuple(donor_ids.shape)} differ in shape; "
             "rows and positions must match."
         )
+    return donor_ids

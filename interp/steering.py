@@ -18,7 +18,7 @@ from minimal_mamba.address import selector
 from minimal_mamba.block import wide
 from minimal_mamba.brief import Brief
 from minimal_mamba.edits import Rows
-from minimal_mamba.errors import EditError, InputError
+from minimal_mamba.errors import EditError, InputError, of_type
 
 from .run import Lengths, Metric, apply_metric, run
 from .sweep import sweep
@@ -76,6 +76,7 @@ def contrast(place: Address, positive: Tensor, negative: Tensor) -> Direction:
     Source: Turner et al. 2023, "Steering language models with activation engineering"; the difference of means as in
         Marks & Tegmark 2023 (arXiv:2310.06824).
     """
+    of_type("place", place, Address, "at.<site>(layer=, pos=)")
     axes = sum(not isinstance(f, int) for f in place.features)
     if axes == 0 or place.layer_axis:
         raise EditError(f"{place}: a direction lives in one layer, with at least one feature axis left by the address.")
@@ -123,10 +124,12 @@ def steering_curve(
 
     Args:
         metric: logits (b, l, v) -> (b,); with `lengths` it is given each row's last token, (b, 1, v).
+        strengths: at least one, in units of the direction's size.
         controls: how many random directions, drawn with seed, seed + 1, ...
     Cost: a `sweep` of strengths * (1 + controls) cells: of each the layers from the direction's on, from its first
         position on, in batches. From a carried `state`, as many whole forwards.
     """
+    of_type("direction", direction, Direction, "that contrast gave")
     strengths = list(strengths)
     if not strengths or controls < 0 or not all(math.isfinite(strength) for strength in strengths):
         raise InputError(

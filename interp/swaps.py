@@ -13,7 +13,7 @@ from minimal_mamba.errors import EditError, InputError
 
 from .metrics import accuracy, log_prob
 from .probe_fit import wilson
-from .run import Lengths, Run, known, run, same_shape, span
+from .run import Lengths, Run, donor_of, known, run, span
 
 SMALL = 1e-10  # of the largest variance: a principal component below it is rounding
 MOST = 0.99  # of the mean square, in the units of the swap
@@ -50,8 +50,7 @@ class Pairs:
         if not isinstance(place, Address):
             raise EditError(f"place={place!r:.60} is no address; make one with at.<site>(layer=, pos=).")
         self.ids, sizes = model.check(ids, lengths, state)
-        self.donor_ids, _ = model.check(donor_ids)
-        same_shape(self.ids, self.donor_ids)
+        self.donor_ids = donor_of(model, self.ids, donor_ids)
         b, both = len(self.ids), (self.ids.tolist(), self.donor_ids.tolist())
         self.tokens = [(*one[:n], *other[:n]) for one, other, n in zip(*both, sizes.tolist(), strict=True)]
         try:
@@ -60,7 +59,7 @@ class Pairs:
             wanted = torch.empty(0)
         if wanted.shape != (b,):
             raise InputError(f"targets={targets!r:.60}: the id of a token for each pair, ({b},) integers.")
-        self.targets = model.check(wanted[:, None])[0][:, 0]
+        self.targets = model.check(wanted[:, None], name="targets")[0][:, 0]
         self.model, self.place, self.batch, self.backend = still(model), place, batch, backend
         self.axis = int(place.layer_axis)
         base, donor = self._record(self.ids, sizes, state), self._record(self.donor_ids, sizes, state)

@@ -18,7 +18,7 @@ from minimal_mamba.errors import InputError
 
 from .positions import along, local, of_tokens, one_layer, one_position, present, tokens
 from .recurrence import outside, recurrence, recurrence_sites
-from .run import Lengths, Metric, gradients, run
+from .run import Lengths, Metric, gradients, known, run
 
 
 @torch.no_grad()
@@ -30,6 +30,7 @@ def typical_dt(model: Mamba) -> Tensor:
     Returns:
         (layers, e), > 0.
     """
+    known(model)
     biases = [layer.mixer.dt_proj.bias.to(wide(model.dtype)) for layer in model.backbone.layers]
     return F.softplus(torch.stack(biases))
 
@@ -63,6 +64,7 @@ def half_lives(model: Mamba, dt: Tensor | float | None = None) -> Tensor:
         InputError: a dt of another shape, or below 0.
     Source: Gu & Dao 2023 (arXiv:2312.00752), Eq. 4 and section 3.5.2.
     """
+    known(model)
     c = model.config
     given = typical_dt(model) if dt is None else torch.as_tensor(dt, dtype=wide(model.dtype), device=model.device)
     if given.shape not in ((), (c.d_inner,), (c.n_layer, c.d_inner)) or not bool((given >= 0).all()):
@@ -192,6 +194,7 @@ def gradient_field(
     Cost: one forward and one backward.
     Source: the effective receptive field of Luo et al. 2016 (arXiv:1701.04128), with norms for central pixels' values.
     """
+    known(model)
     site = at.embed() if site is None else site
     ids, sizes = model.check(ids, lengths, state)
     axes = sum(not isinstance(f, int) for f in site.features)

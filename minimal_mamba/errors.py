@@ -4,7 +4,7 @@ All share one base, `MambascopeError`, and each is also the builtin that a calle
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MambascopeError(Exception):
@@ -66,3 +66,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The clause ` Did you mean '...'?`, or nothing where no known name is near."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def of_type(name: str, given: object, kind: type, source: str) -> None:
+    """Raise InputError for an argument of another type: what was given, what is meant, and what makes it."""
+    if not isinstance(given, kind):
+        raise InputError(f"{name} is a {type(given).__name__}; give the {kind.__name__} {source}.")
+
+
+def all_of_type(name: str, given: object, kind: type, source: str) -> None:
+    """Raise InputError for what is no sequence of at least one thing of a type."""
+    if not isinstance(given, Sequence):
+        raise InputError(f"{name} is a {type(given).__name__}; give a list, each the {kind.__name__} {source}.")
+    if not given:
+        raise InputError(f"{name} is empty; give at least one {kind.__name__} {source}.")
+    for i, one in enumerate(given):
+        of_type(f"{name}[{i}]", one, kind, source)

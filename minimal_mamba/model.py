@@ -209,17 +209,22 @@ class Mamba(nn.Module):
         return logits if mask is None else logits * mask[:, :, None]
 
     def check(
-        self, ids: Tensor, lengths: Tensor | Sequence[int] | None = None, state: MambaState | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Copies of the ids, on the model's device, and of each row's length; raises InputError for what cannot run."""
-        ids = _integers("ids", ids, "token ids are integers; of what a tokenizer gives, pass the input_ids")
+        self, ids: Tensor, lengths: Tensor | Sequence[int] | None = None, state: MambaState | None = None, *,
+        name: str = "ids", state_name: str = "state",
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Copies of the ids, on the model's device, and of each row's length; raises InputError for what cannot run.
+
+        Args:
+            name, state_name: what the caller's own caller knows the ids and the state by, for the error.
+        """
+        ids = _integers(name, ids, "token ids are integers; of what a tokenizer gives, pass the input_ids")
         if ids.dim() != 2 or ids.numel() == 0:
-            raise InputError(f"ids has shape {tuple(ids.shape)}; it is (batch, length) with at least one token.")
+            raise InputError(f"{name} has shape {tuple(ids.shape)}; it is (batch, length) with at least one token.")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.config.vocab_size:
             rows = self.config.padded_vocab
             raise InputError(
-                f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}"
+                f"{name}: token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}"
                 + (f" (rows up to {rows - 1} are padding)." if low >= 0 and high < rows else ".")
             )
         b, l = ids.shape
@@ -235,34 +240,34 @@ class Mamba(nn.Module):
         if self.device.type == "meta":
             raise InputError("the model is on the meta device, where tensors hold no numbers; load its weights first.")
         if state is not None:
-            self._check_state(state, b)
+            self._check_state(state, b, state_name)
         return ids.to(self.device, copy=True), sizes.clone()
 
-    def _check_state(self, state: MambaState, b: int) -> None:
+    def _check_state(self, state: MambaState, b: int, name: str) -> None:
         if not isinstance(state, MambaState):
-            raise InputError(f"state is a {type(state).__name__}; give run_.state, of a run with keep_state=True.")
+            raise InputError(f"{name} is a {type(state).__name__}; give run_.state, of a run with keep_state=True.")
         c = self.config
         want = {
             "ssm_state": ((b, c.d_inner, c.d_state), wide(self.dtype)),
             "conv_state": ((b, c.d_inner, c.d_conv), self.dtype),
         }
-        for name, (shape, dtype) in want.items():
-            found = [tuple(s.shape) for s in getattr(state, name)]
+        for part, (shape, dtype) in want.items():
+            found = [tuple(s.shape) for s in getattr(state, part)]
             if found != [shape] * c.n_layer:
                 raise InputError(
-                    f"state.{name} has shapes {found[:2]}... in {len(found)} layers; "
+                    f"{name}.{part} has shapes {found[:2]}... in {len(found)} layers; "
                     f"this run has {shape} in {c.n_layer}."
                 )
-            for i, s in enumerate(getattr(state, name)):
+            for i, s in enumerate(getattr(state, part)):
                 if (s.dtype, s.device) != (dtype, self.device):
                     raise InputError(
-                        f"state.{name} of layer {i} is {s.dtype} on {s.device}; this model carries {dtype} on "
+                        f"{name}.{part} of layer {i} is {s.dtype} on {s.device}; this model carries {dtype} on "
                         f"{self.device}. Take the state from a run of this model, or move it with .to(...)."
                     )
         if tuple(state.position.shape) != (b,):
-            raise InputError(f"state.position has shape {tuple(state.position.shape)}; this run has {b} rows.")
-        if int(_integers("state.position", state.position, "positions are integers").min()) < 0:
-            raise InputError(f"state.position={state.position.tolist()}: the tokens that a row has seen, 0 or more.")
+            raise InputError(f"{name}.position has shape {tuple(state.position.shape)}; this run has {b} rows.")
+        if int(_integers(f"{name}.position", state.position, "positions are integers").min()) < 0:
+            raise InputError(f"{name}.position={state.position.tolist()}: the tokens that a row has seen, 0 or more.")
 
     @classmethod
     def from_pretrained(

@@ -11,7 +11,7 @@ from kernels_bridge.lively import lively
 from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.tap import Tap
 
-__all__ = ["LAST", "draw", "lively", "names_drawn", "near", "needs_hf_scan", "tiny"]
+__all__ = ["LAST", "WideTorch", "draw", "lively", "names_drawn", "near", "needs_hf_scan", "tiny"]
 
 
 def needs_hf_scan() -> None:
@@ -19,6 +19,15 @@ def needs_hf_scan() -> None:
     modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
     if not hasattr(modeling, "mamba_selective_scan"):
         pytest.skip("needs transformers 5.15, as mambascope[bench] does")
+
+
+class WideTorch:
+    """torch, but its float32 is float64: for HF's modules, whose code casts to it."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 class _Last(Tap):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from minimal_mamba import Address, Mamba
 from minimal_mamba.brief import Brief
-from minimal_mamba.errors import CheckpointError, InputError, MambascopeError
+from minimal_mamba.errors import CheckpointError, InputError, MambascopeError, of_type
 from minimal_mamba.files import write_json
 from minimal_mamba.provenance import provenance
 
@@ -118,6 +118,8 @@ def prune(*effects: EdgeEffects, keep: int | None = None, threshold: float | Non
         raise InputError("give either keep=, a number of edges, or threshold=, a size in the metric's unit.")
     if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
         raise InputError(f"keep={keep!r}: an int of at least 0.")
+    for i, one in enumerate(effects):
+        of_type(f"effects[{i}]", one, EdgeEffects, "that edge_attribution or path_patch gave")
     if not effects or any(e.edges != effects[0].edges or e.length != effects[0].length for e in effects):
         raise InputError("give the effects of at least one method, and where there are several, of the same edges.")
     single = [e for e in effects[0].edges if isinstance(e, Edge)]
@@ -253,7 +255,9 @@ def faithfulness(
     """
     if ablate not in ("donor", "mean"):
         raise InputError(f"ablate={ablate!r}: 'donor' or 'mean'.")
-    several = [circuits] if isinstance(circuits, Circuit) else list(circuits)
+    several = list(circuits) if isinstance(circuits, Sequence) else [circuits]
+    for i, circuit in enumerate(several):
+        of_type(f"circuits[{i}]", circuit, Circuit, "that prune gave")
     ids, donor_ids, chosen = check(model, ids, donor_ids, lengths, graph)
     room = rows_at_once(batch, 320, ids.shape[1])
     chosen = list(dict.fromkeys(chosen))

@@ -14,7 +14,7 @@ from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.block import wide
 from minimal_mamba.errors import AddressError, EditError, InputError
 
-from ..run import Lengths, Metric, apply_metric, gradient, same_shape
+from ..run import Lengths, Metric, apply_metric, donor_of, gradient, known
 from ..sweep.engine import rows_at_once
 from .graph import Edge, Group, position
 from .graph import edges as all_edges
@@ -120,7 +120,7 @@ def path_patch(
             found |= zip(part, patched(model, ids, values, jobs, metric, lengths, backend), strict=True)
             bar.update(len(part))
     effects = torch.stack([found[i] for i in range(len(named))]) - base if named else base.new_zeros(0, len(base))
-    donor = _donor(metric, values, lengths)
+    donor = _donor(metric, values)
     return EdgeEffects(tuple(named), effects, base, donor, model.config, ids.shape[1])
 
 
@@ -228,7 +228,7 @@ def edge_attribution(
                     total[group][some] += slope[0] / len(points)
     found_at = [total[e.group][:, position(e.receiver)] for e in named]
     effects = torch.stack(found_at) if named else base.new_zeros(0, len(base))
-    donor = _donor(metric, values, lengths)
+    donor = _donor(metric, values)
     return EdgeEffects(tuple(named), effects, base, donor, model.config, ids.shape[1])
 
 
@@ -244,8 +244,9 @@ def check(
     model: Mamba, ids: Tensor, donor_ids: Tensor, lengths: Lengths, edges: Iterable[Edge] | None
 ) -> tuple[Tensor, Tensor, list[Edge]]:
     """The two prompts, without what is padding in every row, and the edges, all there are if None, once all fit."""
-    (ids, sizes), (donor_ids, _) = model.check(ids, lengths), model.check(donor_ids, lengths)
-    same_shape(ids, donor_ids)
+    known(model)
+    ids, sizes = model.check(ids, lengths)
+    donor_ids = donor_of(model, ids, donor_ids)
     layers, l = model.config.n_layer, int(sizes.max())
     named = list(all_edges(model.config, l) if edges is None else edges)
     for edge in named:
@@ -266,10 +267,6 @@ def _several(edges: Edges) -> tuple[Edge, ...]:
 
 
 @torch.no_grad()
-def _donor(metric: Metric, values: Values, lengths: Lengths) -> Tensor:
+def _donor(metric: Metric, values: Values) -> Tensor:
     """The metric of the other run."""
-    logits = values.logits
-    if lengths is not None:
-        rows = torch.arange(len(logits), device=logits.device)
-        logits = logits[rows, torch.as_tensor(lengths).to(logits.device) - 1][:, None]
-    return apply_metric(metric, logits)
+    return apply_metric(metric, values.logits)

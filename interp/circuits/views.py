@@ -105,7 +105,7 @@ class Values:
                 kept = kept.sum(0, keepdim=True) / has.sum(0, keepdim=True).clamp(min=1)
             first = range(pos.start, pos.start + kept.shape[1]) if isinstance(pos, slice) else pos
             self.of[key] = {t: c for c, t in enumerate(first)}, kept
-        self.logits = done.logits
+        self.logits = done.logits if lengths is None else done.last_logits[:, None]  # as a metric is given them
 
     def whole(self, site: str, layer: int | None) -> Tensor:
         """(b, l, ...) of a site along the sequence."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import InputError, all_of_type
 
 from ..alignment import Alignment
 from ..swaps import Swapped
@@ -27,9 +27,12 @@ def alignment_curve(
     Returns:
         The axes. Lines across are the means of "whole", the ceiling, and "nothing", the floor; "random" and "shuffled"
         are drawn where they were made.
+    Raises:
+        InputError: what is no list of alignments, or alignments of several places.
     """
-    if not found or len({one.place for one in found}) > 1:
-        raise InputError("found: alignments of one place, one at least.")
+    all_of_type("found", found, Alignment, "that align gave")
+    if len(places := {one.place for one in found}) > 1:
+        raise InputError(f"found: alignments of one place; these are of {', '.join(map(str, places))}.")
     import matplotlib.pyplot as plt
 
     if ax is None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import InputError, of_type
 
 from ..attention import Attention
 from ..knockout_grid import KnockoutGrid
@@ -41,10 +41,12 @@ def attention_map(
         limit: the end of the colour scale; the largest size drawn if None. Weights with a sign have a symmetric scale,
             white at 0; sizes one from 0.
     Raises:
-        InputError: several channels; a mean of rows whose positions differ; too few labels; a limit not above 0.
+        InputError: what is no Attention; several channels; a mean of rows whose positions differ; too few labels; a
+            limit not above 0.
     Returns:
         The axes. A colour bar's arrow shows that values go beyond the limit. Weights that are not finite are hatched.
     """
+    of_type("found", found, Attention, "that attention gave")
     weights = found.weights
     if weights.dim() == 4:
         if weights.shape[-1] > 1:
@@ -97,7 +99,10 @@ def knockout_map(
         grid: what `knockout_grid` returned.
         tokens: one label for each position up to the last source. unit: of the metric.
         ax, title, limit, colorbar: as in `attention_map`.
+    Raises:
+        InputError: what is no KnockoutGrid; too few labels; a limit not above 0.
     """
+    of_type("grid", grid, KnockoutGrid, "that knockout_grid gave; heatmap draws a Grid")
     _labelled(tokens, max(grid.sources) + 1)
     from .labels import name_axis, new_axes
 

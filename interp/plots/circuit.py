@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from minimal_mamba import Address
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import InputError, of_type
 
 from ..circuits import Circuit
 from ..circuits.graph import position
@@ -52,8 +52,9 @@ def circuit(
     Returns:
         The axes. Widths are to scale, from 0 at no effect; an edge too thin to see is drawn 0.4 pt wide.
     Raises:
-        InputError: an empty circuit, or fewer tokens than positions.
+        InputError: what is no Circuit, an empty circuit, or fewer tokens than positions.
     """
+    of_type("found", found, Circuit, "that prune gave")
     if not len(found):
         raise InputError("this circuit has no edges; prune with a larger keep= or a smaller threshold=.")
     columns = sorted({position(node) for node in found.nodes})

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import InputError, of_type
 
 from ..sweep import Grid
 from .maps import draw_map, largest, numbers
@@ -47,8 +47,7 @@ def heatmap(
         The axes. The scale is symmetric and its ends are the data's, or `limit`, where a colour bar's arrow shows that
         values go beyond it. Cells that are not finite are hatched, and left out of the scale.
     """
-    if not isinstance(grid, Grid):
-        raise InputError(f"heatmap draws the Grid of patch_grid, not a {type(grid).__name__}; lens_map draws a tensor.")
+    of_type("grid", grid, Grid, "that patch_grid gave, of several metrics one; lens_map draws a tensor")
     cells, (up, ups), (across, columns) = _axes(grid)
     for what, labels, count in (("tokens", tokens, len(columns)), ("rows", rows, len(ups))):
         if labels is not None and len(labels) != count:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import InputError, of_type
 
 from ..lens import DirectLogit, StateLens
 from .maps import draw_map, largest, numbers
@@ -36,6 +36,7 @@ def lens_map(
     Raises:
         InputError: values that are no map, labels that are not as many as the positions, or ends that do not rise.
     """
+    of_type("values", values, Tensor, "(layers + 1, positions), such as a mean of what logit_lens gave")
     if ends is not None and not ends[0] < ends[1]:
         raise InputError(f"ends={ends}: the lower end of the colour scale comes first, and the upper is above it.")
     if values.dim() != 2:
@@ -65,7 +66,11 @@ def parts_bars(found: DirectLogit, *, ax: "Axes | None" = None, unit: str = "nat
     """Draw what each part of the model adds to a logit: the mean over the batch, with one standard error.
 
     Parts that are 0 in every row are left out.
+
+    Raises:
+        InputError: what is no DirectLogit.
     """
+    of_type("found", found, DirectLogit, "that direct_logit gave")
     import matplotlib.pyplot as plt
 
     parts: list[tuple[str, Tensor, str]] = [("embed", found.embed, GREY)]
@@ -99,8 +104,9 @@ def state_map(
         lens: of `by=("pos", "n")`. layer: one of the lens's layers; their sum if None.
         tokens: a label for each position.
     Raises:
-        InputError: a lens by other axes, or a layer that it does not have.
+        InputError: what is no StateLens, a lens by other axes, or a layer that it does not have.
     """
+    of_type("lens", lens, StateLens, 'that state_lens gave with by=("pos", "n")')
     if lens.by != ("pos", "n"):
         raise InputError(f'this lens is by {lens.by}; make it with by=("pos", "n").')
     if layer is not None and layer not in lens.layers:

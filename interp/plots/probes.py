@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import InputError, of_type
 
 from ..probes import ProbeGrid
 from .layers import FEW, layer_bar, shades
@@ -35,11 +35,12 @@ def probe_curves(
             layers. The shuffled labels if None and if they were made.
         legend: whether to draw one, above the axes, and of many layers the bar of their colours.
     Raises:
-        InputError: labels that are not as many as the columns.
+        InputError: what is no ProbeGrid; labels that are not as many as the columns.
     Returns:
         The axes; accuracies go from 0 to 1. The dashed line is a guess that has not looked: the share of the commonest
         class, or of numbers R² = 0, their mean.
     """
+    of_type("grid", grid, ProbeGrid, "that probe_grid gave")
     n = len(grid.positions)
     if tokens is not None and len(tokens) != n:
         raise InputError(f"tokens has {len(tokens)} labels for the grid's {n}; give one for each.")

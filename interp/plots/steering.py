@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from minimal_mamba.errors import of_type
+
 from ..steering import SteeringCurve
 
 if TYPE_CHECKING:
@@ -16,7 +18,10 @@ def steering_plot(curve: SteeringCurve, *, label: str, ax: "Axes | None" = None,
     Returns:
         The axes, from the least strength to the largest. The band is two standard deviations either side between the
         random directions' means over rows; one direction has none.
+    Raises:
+        InputError: what is no SteeringCurve.
     """
+    of_type("curve", curve, SteeringCurve, "that steering_curve gave")
     import matplotlib.pyplot as plt
 
     if ax is None:

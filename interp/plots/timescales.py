@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import InputError, all_of_type, of_type
 
 from ..timescales import ReceptiveField
 from .layers import FEW, layer_bar, shades
@@ -27,10 +27,13 @@ def half_life_curves(
         lives: (layers, e, n) tokens, of `half_lives`. length: the prompts' length, marked where given.
         layers: whose they are, where `lives` is a part of what `half_lives` gave; all from 0 on if None.
     Raises:
-        InputError: layers that are not as many as `lives` has.
+        InputError: lives of another shape, layers that are not as many as `lives` has.
     Returns:
         The axes. A curve ends below 1 where pairs never forget; layers of which no pair does are named instead.
     """
+    of_type("lives", lives, Tensor, "(layers, e, n) that half_lives gave")
+    if lives.dim() != 3 or not len(lives):
+        raise InputError(f"lives has shape {tuple(lives.shape)}; it is (layers, e, n), of one layer lives[i : i + 1].")
     if layers is not None and len(layers) != len(lives):
         raise InputError(f"layers={list(layers)}: lives has {len(lives)}; name each.")
     ax = _axes() if ax is None else ax
@@ -62,7 +65,10 @@ def field_curves(fields: Sequence[ReceptiveField], *, ax: "Axes | None" = None) 
         fields: one a layer, of `receptive_field`; "all" is what `gradient_field` gave.
     Returns:
         The axes. Rows in which nothing is read are left out of the mean, and named.
+    Raises:
+        InputError: what is no list of them.
     """
+    all_of_type("fields", fields, ReceptiveField, "that receptive_field or gradient_field gave")
     ax = _axes() if ax is None else ax
     names = ["all" if field.layer is None else str(field.layer) for field in fields]
     nothing = []

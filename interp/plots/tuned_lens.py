@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from minimal_mamba.errors import InputError
+from minimal_mamba.errors import of_type
 
 from ..tuned_lens import TunedLens
 
@@ -19,8 +19,7 @@ def lens_curve(found: TunedLens, *, ax: "Axes | None" = None, title: str | None 
     Returns:
         The axes. Shaded are 95 % intervals of the means over rows.
     """
-    if not isinstance(found, TunedLens):
-        raise InputError(f"found is a {type(found).__name__}; give what tuned_lens returns.")
+    of_type("found", found, TunedLens, "that tuned_lens made")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 

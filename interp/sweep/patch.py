@@ -18,7 +18,7 @@ from minimal_mamba.sites import ADDRESSABLE
 
 from ..ablation import set_where
 from ..positions import from_start
-from ..run import Lengths, Metric, known, run, same_shape
+from ..run import Lengths, Metric, donor_of, known, run
 from .engine import MEMORY, run_cells
 from .grid import Grid, Layers
 from .parts import Part, check
@@ -98,8 +98,7 @@ def patch_grid(
     named_site(site)
     ids, sizes = model.check(ids, lengths)
     if donor_ids is not None:
-        donor_ids, _ = model.check(donor_ids)
-        same_shape(ids, donor_ids)
+        donor_ids = donor_of(model, ids, donor_ids)
     _check_source(source, donor_ids, both, len(ids))
     if source != "noise" and (std, seed) != (1.0, 0):
         raise EditError(f"std={std}, seed={seed} are of source='noise'; source={source!r} draws nothing.")

@@ -285,20 +285,27 @@ def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def alone(layer: int, mixer: nn.Module, found: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Seen:
-    """What a mixer gave, and the gradients of a sum of it whose weights every type has exactly.
+    """`pulled` of what a mixer gave, by its inputs and its parameters."""
+    by = dict(given) | {f"mixer.{name}": p for name, p in mixer.named_parameters() if p.requires_grad}
+    return {(name, layer): value for name, value in pulled(found, by, seed=layer).items()}
+
+
+def pulled(found: Mapping[str, Tensor], by: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """What was found, first of all something (b, l, ...), and as "d ..." the gradients of a sum of it all whose weights
+    every type has exactly.
 
     They are the smaller the more tokens there are: float16 ends at 65504.
     """
-    rng = torch.Generator().manual_seed(layer)
-    loss = torch.zeros((), dtype=torch.float64, device=found["mixer_out"].device)
-    scale = 2.0 ** -(found["mixer_out"].shape[:2].numel().bit_length() // 2)
+    rng, first = torch.Generator().manual_seed(seed), next(iter(found.values()))
+    loss = torch.zeros((), dtype=torch.float64, device=first.device)
+    scale = 2.0 ** -(first.shape[:2].numel().bit_length() // 2)
     for value in found.values():
         weights = scale * torch.randn(value.shape, generator=rng).bfloat16().double().to(value.device)
         loss = loss + (value.double() * weights).sum()
-    by = dict(given) | {f"mixer.{name}": p for name, p in mixer.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, [*by.values()], materialize_grads=True)
-    seen: Seen = {(name, layer): value.detach() for name, value in found.items()}
-    return seen | {(f"d {name}", layer): grad for name, grad in zip(by, grads, strict=True)}
+    return {name: value.detach() for name, value in found.items()} | {
+        f"d {name}": grad for name, grad in zip(by, grads, strict=True)
+    }
 
 
 def collect(loss: Tensor, parameters: Mapping[str, Tensor], leaves: Mapping[Key, Tensor]) -> Seen:

@@ -572,7 +572,7 @@ def test_the_curve_shows_what_was_found():
     several = [scored(PLACES[0], k) for k in (3, 1, 2)] + [scored(PLACES[1], 1)]
     with pytest.raises(InputError, match="one place"):
         alignment_curve(several)
-    with pytest.raises(InputError, match="one at least"):
+    with pytest.raises(InputError, match="at least one Alignment"):
         alignment_curve([])
     several = several[:3]
     ax = alignment_curve(several, title="planted")

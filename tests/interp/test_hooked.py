@@ -265,6 +265,27 @@ def test_readme_loading_and_text(tmp_path):
     assert HookedMamba(MODEL_, Bare()).to_tokens("x", prepend_bos=False).tolist() == [[1]]
 
 
+def test_calls_of_any_torch_module_go_to_the_model():
+    own = tiny(seed=4)
+    model = HookedMamba(own)
+    assert model.eval() is model and not own.training
+    assert model.train() is model and own.training
+    assert model.train(False) is model and not own.training
+    assert model.to("cpu") is model.cpu() is model
+    assert model.requires_grad_(False) is model and not any(p.requires_grad for p in own.parameters())
+    assert not model(IDS).requires_grad
+    model.requires_grad_(True)(IDS, return_type="loss").backward()
+    assert all(p.grad is not None for p in own.parameters())
+    model.zero_grad()
+    assert all(p.grad is None for p in own.parameters())
+    assert [*map(id, model.parameters())] == [*map(id, own.parameters())]
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in own.named_parameters()]
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in model.state_dict().items())
+    assert model.to(torch.float32) is model and own.dtype == model(IDS).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="device"):
+        model.to("nowhere")
+
+
 # -- the calls --------------------------------------------------------------------------------------------------------
 
 

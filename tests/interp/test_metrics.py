@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny
 
-from interp import Add, Zero, accuracy, at, generate, kl, log_prob, logit_diff, patch_grid, prob, run
+from interp import Add, Scale, Zero, accuracy, at, generate, kl, log_prob, logit_diff, patch_grid, prob, run, sweep
 from minimal_mamba.errors import InputError
 
 ROWS = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)) + 2.0
@@ -38,6 +39,16 @@ def test_hand_values():
         [0.25 * sum(math.log(0.25 / p) for p in row) for row in ((0.5, 0.25, 0.125, 0.125), (0.1, 0.2, 0.3, 0.4))],
     )
     near(kl(ROWS, ROWS + 5), [0, 0])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64"])
+def test_tokens_are_any_integers(dtype):
+    tokens = torch.tensor([1, 3]).to(getattr(torch, dtype))
+    for given in (tokens, tokens.numpy()):
+        near(prob(ROWS, given), [0.25, 0.4])
+        near(log_prob(ROWS, given), [math.log(0.25), math.log(0.4)])
+        near(logit_diff(ROWS, given, 0), [-math.log(2), math.log(4)])
+        assert accuracy(ROWS, given).tolist() == [0, 1]
 
 
 def test_logits_of_a_sequence_count_at_their_last_position():
@@ -137,9 +148,33 @@ def test_a_run_has_no_padding_in_its_vocabulary():
     assert torch.equal(logit_diff(out, 1, 2), logit_diff(out.logits, 1, 2))
     with pytest.raises(InputError, match=r"token id 29 is outside the logits' 0\.\.28"):
         prob(out, 29)
-    with pytest.raises(InputError, match=r"kl compares \(3, 29\) with \(3, 32\)"):
-        kl(out, out.logits)
     assert generate(model, ids, 2).vocab_size == 29
+
+
+@pytest.mark.parametrize("lengths", [None, [6, 3, 5]])
+def test_kl_of_a_metrics_logits_and_a_run_knows_the_padding_by_the_run(lengths):
+    model = tiny()
+    ids = torch.randint(0, 29, (3, 6), generator=torch.Generator().manual_seed(0))
+    boost = Add(at.logits(v=slice(29, None)), 50.0)  # where the padding took part, it would be all there is
+    cells = [[boost, Scale(at.y(layer=i), 0.3)] for i in range(3)]
+    with torch.no_grad():
+        base = run(model, ids, boost, lengths=lengths)
+        found = sweep(model, ids, cells, lambda x: kl(x, base), lengths=lengths, progress=False).values
+        back = sweep(model, ids, cells, lambda x: kl(base, x), lengths=lengths, progress=False).values
+        for cell, forth, other in zip(cells, found, back, strict=True):
+            last = run(model, ids, cell, lengths=lengths).last_logits[:, :29].double().numpy()
+            p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (last, base.last_logits[:, :29].numpy()))
+            near(forth, (p * np.log(p / q)).sum(-1))
+            near(other, (q * np.log(q / p)).sum(-1))
+            assert forth.min() > 1e-4
+    near(kl(base.last_logits[:, :29], base), [0, 0, 0])  # cut already
+    for wide in (30, 31, 33):
+        with pytest.raises(InputError, match=rf"kl compares \(3, 29\) with \(3, {wide}\).*has the run's columns"):
+            kl(base, torch.randn(3, wide))
+    whole = run(tiny(vocab_size=32), ids)  # a vocabulary of its own, as wide as the other's with its padding
+    for pair in ((base, whole), (whole, base)):
+        with pytest.raises(InputError, match=r"kl compares \(3, (29|32)\) with \(3, (29|32)\)"):
+            kl(*pair)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,21 @@ def test_integrated_gradients_sum_to_the_whole_difference():
     assert (one.values.sum(0) - gap).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@torch.no_grad()
+def test_the_donor_s_metric_is_each_row_s_own_whatever_integers_the_lengths_are(dtype):
+    """uint8 indexes as a mask would, which goes unseen where there are as many rows as positions."""
+    model, ids, donor = case(l=4, b=4)
+    lengths, last = torch.tensor([4, 2, 3, 4], dtype=dtype), lambda x: logit_diff(x, 3, 5)
+    want = torch.cat([last(run(model, donor[i : i + 1, :n]).logits) for i, n in enumerate(lengths.tolist())])
+    few = edges(model.config, 2)[-2:]
+    for found in (
+        path_patch(model, ids, donor, few, last, lengths=lengths, progress=False),
+        edge_attribution(model, ids, donor, last, edges=few, lengths=lengths),
+    ):
+        torch.testing.assert_close(found.donor, want, rtol=1e-10, atol=1e-10)
+
+
 @BOTH
 def test_a_padded_row_has_the_effects_that_it_has_alone(backend):
     model, ids, donor = case(l=6, b=3)

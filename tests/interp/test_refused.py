@@ -1,5 +1,7 @@
 """What would give plausible numbers for another question is refused, and the text says what to do."""
 
+import inspect
+import typing
 import warnings
 from dataclasses import replace
 
@@ -8,35 +10,50 @@ import torch
 
 from interp import (
     Apply,
+    Circuit,
     Direction,
     HookedMamba,
+    Knockout,
     Scale,
     Zero,
     agreement,
+    align,
     at,
+    attention,
     attribution_grid,
     collect,
     contrast,
     direct_logit,
+    edge_attribution,
+    edges,
     effective_rank,
+    faithfulness,
     generate,
+    gradient_field,
     gradients,
-    heatmap,
+    half_life_curves,
+    half_lives,
     kl,
+    knockout,
     knockout_grid,
+    knockout_leak,
     load_edits,
     log_prob,
     logit_diff,
+    logit_lens,
     patch_grid,
     path_patch,
+    plots,
     probe,
     probe_grid,
+    prune,
     receptive_field,
     run,
     save_edits,
     state_rank,
     steering_curve,
     sweep,
+    typical_dt,
 )
 from interp.run import MetricError
 from minimal_mamba.errors import BackendUnavailable, EditError, InputError
@@ -46,6 +63,8 @@ MODEL = tiny()
 IDS = torch.randint(0, 29, (3, 6), generator=torch.Generator().manual_seed(0))
 DONOR = IDS.flip(1).clone()
 QUIET = {"progress": False}
+EDGE = edges(MODEL.config, 6)[0]
+CIRCUIT = Circuit((EDGE,), (1.0,), (1.0,))
 RESID, RUN = at.resid_post(layer=0, pos=-1), run(MODEL, IDS)
 
 
@@ -191,9 +210,99 @@ def test_what_is_no_model_state_logits_grid_or_parts():
     for wrong in (MODEL(IDS), RUN.logits.detach().numpy()):
         with pytest.raises(InputError, match=f"logits is a {type(wrong).__name__}"):
             logit_diff(wrong, 1, 2)
-    with pytest.raises(InputError, match="lens_map draws a tensor"):
-        heatmap(torch.zeros(2, 3))
     with pytest.raises(EditError, match="by name"):
         patch_grid(MODEL, IDS, DONOR, site="y", metric=metric, parts=["a"], **QUIET)
     with pytest.raises(InputError, match="pass the input_ids"):
         run(MODEL, {"input_ids": IDS})
+
+
+@pytest.mark.parametrize("draw", [getattr(plots, name) for name in plots.__all__], ids=plots.__all__)
+def test_a_plot_says_what_it_was_given_and_what_it_draws(draw):
+    arguments = inspect.signature(draw).parameters.values()
+    named = [a.name for a in arguments if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]
+    label = {"label": "x"} if "label" in inspect.signature(draw).parameters else {}
+    hints = typing.get_type_hints(draw, {"Axes": object})
+    meant = next(iter(typing.get_args(hints[named[0]]) or [hints[named[0]]])).__name__
+    for wrong in (RUN, None, RUN.logits.detach().numpy(), {"a": RUN}, [RUN], [], 3, "grid"):
+        text = rf"^{named[0]}(\[0\])? is (a {type(wrong).__name__}|a Run|empty); give .*{meant}"
+        with pytest.raises(InputError, match=text):
+            draw(*[wrong] * len(named), **label)
+
+
+def test_a_plot_of_half_lives_takes_each_layers():
+    with pytest.raises(InputError, match=r"lives has shape \(24, 5\); it is \(layers, e, n\)"):
+        half_life_curves(half_lives(MODEL)[0])
+
+
+WRONG_IDS = (IDS + 29, IDS.float(), IDS[0], "text")
+NAMED = {
+    "patch_grid": lambda ids, donor: patch_grid(MODEL, ids, donor, site="y", metric=metric, **QUIET),
+    "attribution_grid": lambda ids, donor: attribution_grid(MODEL, ids, donor, site="y", metric=metric, **QUIET),
+    "path_patch": lambda ids, donor: path_patch(MODEL, ids, donor, [EDGE], metric=metric, **QUIET),
+    "edge_attribution": lambda ids, donor: edge_attribution(MODEL, ids, donor, metric=metric),
+    "faithfulness": lambda ids, donor: faithfulness(MODEL, CIRCUIT, ids, donor, metric=metric, **QUIET),
+    "align": lambda ids, donor: align(MODEL, ids, donor, [1, 2, 3], RESID, 1, **QUIET),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_IDS, ids=["token", "float", "shape", "text"])
+@pytest.mark.parametrize("method", NAMED)
+def test_errors_name_which_ids_were_wrong(method, wrong):
+    with pytest.raises(InputError, match=r"^ids( |:)"):
+        NAMED[method](wrong, DONOR)
+    with pytest.raises(InputError, match=r"^donor_ids( |:)"):
+        NAMED[method](IDS, wrong)
+    with pytest.raises(InputError, match=r"^ids \(3, 6\) and donor_ids \(3, 5\) differ in shape"):
+        NAMED[method](IDS, DONOR[:, :5])
+
+
+def test_errors_name_which_state_or_targets_were_wrong():
+    state = run(MODEL, IDS, keep_state=True).state
+    for wrong in (3, run(MODEL, IDS[:2], keep_state=True).state):
+        for given, name in (({"state": wrong}, "state"), ({"state": state, "donor_state": wrong}, "donor_state")):
+            with pytest.raises(InputError, match=rf"^{name}( |\.)"):
+                attribution_grid(MODEL, IDS, DONOR, site="y", metric=metric, **given, **QUIET)
+    with pytest.raises(InputError, match=r"^targets: token id 99 is outside"):
+        align(MODEL, IDS, DONOR, [1, 99, 3], RESID, 1, **QUIET)
+
+
+METHODS = {
+    "knockout": lambda m: knockout(m, IDS, Knockout(0, -1, 0)),
+    "knockout_leak": lambda m: knockout_leak(m, IDS, Knockout(0, -1, 0)),
+    "knockout_grid": lambda m: knockout_grid(m, IDS, metric, **QUIET),
+    "collect": lambda m: collect(m, IDS, RESID),
+    "probe_grid": lambda m: probe_grid(m, IDS, [0, 1, 0], site="y", **QUIET),
+    "attribution_grid": lambda m: attribution_grid(m, IDS, DONOR, site="y", metric=metric, **QUIET),
+    "path_patch": lambda m: path_patch(m, IDS, DONOR, [EDGE], metric, **QUIET),
+    "edge_attribution": lambda m: edge_attribution(m, IDS, DONOR, metric),
+    "faithfulness": lambda m: faithfulness(m, CIRCUIT, IDS, DONOR, metric, **QUIET),
+    "align": lambda m: align(m, IDS, DONOR, [1, 2, 3], RESID, 1, **QUIET),
+    "attention": lambda m: attention(m, IDS, layer=0),
+    "receptive_field": lambda m: receptive_field(m, IDS, 0),
+    "gradient_field": lambda m: gradient_field(m, IDS, metric),
+    "half_lives": half_lives,
+    "typical_dt": typical_dt,
+    "HookedMamba": HookedMamba,
+    "logit_lens": lambda m: logit_lens(m, IDS),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_says_what_is_no_model(method):
+    for wrong in ("state-spaces/mamba-130m", HookedMamba(MODEL), MODEL.config):
+        with pytest.raises(InputError, match=f"model is a {type(wrong).__name__}; give a Mamba"):
+            METHODS[method](wrong)
+
+
+def test_what_one_method_makes_is_not_taken_for_what_another_makes():
+    effects = edge_attribution(MODEL, IDS, DONOR, metric)
+    for call, text in (
+        (lambda: steering_curve(MODEL, IDS, RUN.logits[0, 0], metric, [1.0]), "direction is a Tensor; give the Dir"),
+        (lambda: contrast("resid_post", RUN.logits, RUN.logits), "place is a str; give the Address"),
+        (lambda: prune(CIRCUIT, keep=3), r"effects\[0\] is a Circuit; give the EdgeEffects"),
+        (lambda: prune([effects], keep=3), r"effects\[0\] is a list; give the EdgeEffects"),
+        (lambda: faithfulness(MODEL, effects, IDS, DONOR, metric), r"circuits\[0\] is a EdgeEffects; give the Circuit"),
+        (lambda: faithfulness(MODEL, [EDGE], IDS, DONOR, metric), r"circuits\[0\] is a Edge; give the Circuit"),
+    ):
+        with pytest.raises(InputError, match=text):
+            call()

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from helpers import needs_hf_scan, tiny
+from helpers import WideTorch, needs_hf_scan, tiny
 
 from interp import at, patch_grid, run
 
@@ -16,15 +16,6 @@ from analyses.benchmarks.sweeps import hf_resid, hf_state, hf_twin, scan_replace
 
 L, B = 11, 3
 RNG = torch.Generator().manual_seed(0)
-
-
-class WideTorch:
-    """torch, but its float32 is float64: HF casts inside."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import random
 
 import pytest
 import torch
-from helpers import lively
+from helpers import WideTorch, lively
 from torch import Tensor
 
 from kernels_bridge.harness.targets import transformers_model
@@ -113,15 +113,6 @@ def swap_b_and_c(model: Mamba) -> Mamba:
     x_proj = model.backbone.layers[-1].mixer.x_proj.weight
     x_proj[r:] = x_proj[r:].roll(n, 0)
     return model
-
-
-class WideTorch:
-    """torch, but its float32 is float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
