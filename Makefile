@@ -32,15 +32,15 @@ test: $(VENV)/dev.done $(KERNELS)/done  ## lint, types, tests; and the bridge on
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -n 2 tests/kernels
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -n 2 --dist worksteal tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-kernels: $(KERNELS)/done  ## the bridge on mamba-ssm's own code alone
-	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -n 2 tests/kernels
+	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -n 2 --dist worksteal tests/kernels
 
 test-slow: $(VENV)/dev.done $(KERNELS)/done  ## more seeds, types and lengths
-	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -n 2 -m slow tests/kernels
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(KERNELS)/bin/python -m pytest -n 2 --dist worksteal -m slow tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/dev.done  ## mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """Small models for the tests, under whose weights a fault in the scan shows in the logits."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -19,6 +20,17 @@ def needs_hf_scan() -> None:
     modeling = pytest.importorskip("transformers.models.mamba.modeling_mamba")
     if not hasattr(modeling, "mamba_selective_scan"):
         pytest.skip("needs transformers 5.15, as mambascope[bench] does")
+
+
+def slow(*values: Any) -> list[Any]:
+    """Values of a parameter that `make test-slow` alone takes."""
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
+
+
+def by_turns(names: Iterable[str]) -> list[Any]:
+    """(name, True) and (name, False) of each, of which `make test` takes one, the one and the other by turns."""
+    turns = [[(name, i % 2 == 0), (name, i % 2 == 1)] for i, name in enumerate(names)]
+    return [one for first, second in turns for one in (first, *slow(second))]
 
 
 class WideTorch:

@@ -8,7 +8,7 @@ from functools import cache
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from helpers import draw, near, tiny
+from helpers import draw, near, slow, tiny
 from torch.testing import assert_close
 
 from analyses.planted.build import Bench
@@ -16,7 +16,7 @@ from interp import Add, Project, Scale, Set, Swapped, accuracy, align, alignment
 from interp.swaps import Pairs, most_varying, principal_axes, span_of
 from minimal_mamba.errors import AddressError, EditError, InputError
 
-SEEDS = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+SEEDS = pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 GAIN = 3.0  # of a right answer's logit over one that is wrong in one part: 2 GAIN
 
 
@@ -91,7 +91,7 @@ def test_a_planted_subspace_is_found(seed):
     assert cosines.min() > 0.99
 
 
-@pytest.mark.parametrize("small", [pytest.param(1e-2, marks=pytest.mark.slow), 1e-6])
+@pytest.mark.parametrize("small", [*slow(1e-2), 1e-6])
 def test_what_is_small_is_found_beside_what_is_large(small):
     made, truth = found(small=small), planted(small=small)[-1][:2]
     assert made.held_out.accuracy == 1

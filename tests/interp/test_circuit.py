@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import slow, tiny
 from plain_graph import evaluate, logits, name
 
 from analyses.planted import MODELS, plant
@@ -265,7 +265,7 @@ def test_each_drawing_has_its_own_legend_that_can_be_read(tokens):
 
 # -- models whose circuits are known ---------------------------------------------------------------------------------
 
-PLANTED = [(name, seed) for name in MODELS for seed in range(2)]
+PLANTED = [case for name in MODELS for case in ((name, 0), *slow((name, 1)))]
 
 
 def closed(edge):

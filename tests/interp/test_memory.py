@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import slow
 
 from interp import run
 from kernels_bridge.backends import BACKENDS
@@ -73,7 +74,7 @@ def growth(script, backend):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", [*HERE[1:], *slow("reference")])
 def test_a_recording_costs_what_it_holds(backend):
     one, every, both = growth(RECORDED, backend)  # one position, all, all of both layers
     assert one < TRAJECTORY / 16

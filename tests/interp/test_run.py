@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import slow, tiny
 
 from interp import (
     Add,
@@ -261,7 +261,7 @@ def test_what_torch_compile_wraps_runs_untraced(backend):
         assert torch.equal(found, expected)
 
 
-@ALL
+@pytest.mark.parametrize("backend", ["torch", *slow("reference", "compiled")])
 @pytest.mark.parametrize("before", [False, True])
 def test_what_torch_compile_wraps_can_be_called_with_a_backend_s_operations(backend, before):
     """It had been torch's own internal error; then only where the first call of all had them."""

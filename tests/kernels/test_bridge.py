@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import error, tiny
+from helpers import by_turns, error, tiny
 from scenes import CONFIG, MODEL, everything, scene_of
 from stand_ins import layer_norm_fn, register
 from torch import Tensor
@@ -74,8 +74,7 @@ def test_every_length(l: int) -> None:
     assert got.kept is None
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("site", list(ADDRESSABLE))
+@pytest.mark.parametrize(("site", "keep"), by_turns(ADDRESSABLE))
 def test_under_drawn_edits(site: str, keep: bool) -> None:
     """Logits, recordings, states and gradients; each error is held against the readable model's own in float32."""
     with pytest.MonkeyPatch.context() as patch:

@@ -7,6 +7,7 @@ packages' plain norms, and are not decoded.
 import dataclasses
 
 import pytest
+from helpers import slow
 from stand_ins import layer_norm_fn
 
 from kernels_bridge.fused import load
@@ -68,8 +69,8 @@ def test_a_fault_of_the_kernels_own_is_named(model, plain_norms):
     [
         ([3], True, False),
         ([129], False, False),
-        ([5, 17], False, True),
-        pytest.param([513], False, False, marks=pytest.mark.slow),
+        ([5], False, True),
+        *slow(([513], False, False), ([5, 17], False, True)),
     ],
 )
 def test_the_fused_backend_passes_under_edits(model, lengths, decoding, odd):

@@ -17,7 +17,7 @@ from typing import Any
 import mamba_ssm.ops.selective_scan_interface as interface
 import pytest
 import torch
-from helpers import error, near, tiny
+from helpers import error, near, slow, tiny
 from pretended import HERE, There, here, pretended, there
 from stand_ins import layer_norm_fn, register
 from torch import Tensor
@@ -162,9 +162,7 @@ def test_the_example_of_a_method_runs(section: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("norms")
-@pytest.mark.parametrize(
-    ("backend", "moved"), [pytest.param("reference", True, marks=pytest.mark.slow), ("torch", False), ("fused", False)]
-)
+@pytest.mark.parametrize(("backend", "moved"), [*slow(("reference", True)), ("torch", False), ("fused", False)])
 def test_a_run_gives_what_it_gives_on_a_cpu(backend: str, moved: bool, tmp_path: Path) -> None:
     """Edits, recordings, padding, carried states, gradients, sweeps and what is saved; tokens on either device."""
     single = tiny().float()
@@ -267,9 +265,7 @@ def test_what_the_examples_leave_out() -> None:
 
 
 @pytest.mark.usefixtures("norms")
-@pytest.mark.parametrize(
-    ("backend", "moved"), [("torch", True), pytest.param("torch", False, marks=pytest.mark.slow), ("fused", False)]
-)
+@pytest.mark.parametrize(("backend", "moved"), [("torch", True), *slow(("torch", False)), ("fused", False)])
 def test_an_alignment_is_what_it_is_on_a_cpu(backend: str, moved: bool) -> None:
     """The search, its controls and its edits; from a carried memory, in rows of unequal lengths, tokens anywhere."""
     ids, donor = torch.randint(0, 29, (2, 10, 6), generator=torch.Generator().manual_seed(0))
@@ -388,7 +384,7 @@ def test_the_check_and_its_file(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, d_model=16, dt_rank=4)
     draw_model(config, 0).save_pretrained(tmp_path / "model")
     for target, kinds in (
-        ("fused", "operations,mixers,layers,model,edits,gradients,padding"),
+        ("fused", "operations,mixers,edits,gradients,padding"),
         ("mamba_ssm", "mixers,model,gradients"),
     ):
         json = tmp_path / f"{target}.json"

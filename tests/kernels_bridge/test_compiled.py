@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import slow, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plain_scan import LENGTHS, RTOL, b, e, inputs, leaves, loop, n, near
@@ -279,7 +279,7 @@ def test_attribution_agrees(site: str, keep: str | None, edited: bool) -> None:
     ("size", "dtype", "lengths"),
     [
         ("small", torch.float32, [37]),
-        ("small", torch.float64, [37]),
+        *slow(("small", torch.float64, [37])),
         ("small", torch.bfloat16, [37]),
         ("falcon", torch.float32, [17]),
         ("odd", torch.float32, [1, 2, 5, 17]),  # whose gradients one rounding of the readable model hardly errs in

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import by_turns, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import CONFIG, MODEL, agree, everything, scene_of
@@ -77,8 +77,7 @@ def near(got: Tensor, want: Tensor, tol: float = 1e-10) -> None:
 # -- against the readable model ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("site", list(ADDRESSABLE))
+@pytest.mark.parametrize(("site", "keep"), by_turns(ADDRESSABLE))
 def test_it_agrees_under_drawn_edits(site: str, keep: bool) -> None:
     """Logits, recordings, states, and the gradients of all parameters, edit values and carried states."""
 

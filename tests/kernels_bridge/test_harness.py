@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from forks import CONFIG, ask, failed, model, plain, swapped
+from helpers import slow
 from transformers.utils import ModelOutput
 from typer.testing import CliRunner
 
@@ -31,7 +32,7 @@ RUNNER = CliRunner()
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float32, torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float64, torch.float16))],
+    [torch.float32, torch.bfloat16, *slow(torch.float64, torch.float16)],
 )
 def test_the_torch_backend_passes(dtype):
     weights = draw_model(SMALL, 0).to(dtype)  # wide enough for 16-bit rounding to average
