@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import names_drawn, tiny
+from helpers import names_drawn, slow, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp import Set, at, attention, attention_map, contributions, gradients, logit_diff, run
@@ -268,7 +268,7 @@ def test_weights_that_are_not_finite_leave_the_scale_of_the_map_alone():
     plt.close("all")
 
 
-@pytest.mark.parametrize("size", [(3.4, 3.0), (6.8, 6.0)])
+@pytest.mark.parametrize("size", [(3.4, 3.0), *slow(((6.8, 6.0),))])
 def test_names_that_do_not_fit_the_map_are_left_out(size):
     import matplotlib
 

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from helpers import names_drawn, tiny
+from helpers import names_drawn, slow, tiny
 
 from interp import Grid, Set, at, heatmap, logit_diff, patch_grid, run
 from interp.sweep.engine import run_cells
@@ -235,7 +235,7 @@ def test_a_colour_scale_ends_above_zero(limit, pyplot):
         heatmap(grid_of([[0.5]]), limit=limit)
 
 
-@pytest.mark.parametrize("size", [None, (3.3, 2.5), (6.8, 3.0)])
+@pytest.mark.parametrize("size", [None, *slow(((3.3, 2.5),)), (6.8, 3.0)])
 def test_names_that_do_not_fit_are_left_out(size, pyplot):
     grid = grid_of(torch.linspace(-1, 1, 40)[:, None].expand(-1, 64))
 

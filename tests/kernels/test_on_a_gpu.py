@@ -140,6 +140,8 @@ for more, fewer in (("n=8", "n=3"), ("steps=8", "steps=2"), ("(50, 100, 200)", "
     assert more in PAGE
     PAGE = PAGE.replace(more, fewer)
 SHARED, *SECTIONS = PAGE.split("\n## ")
+LONG = {"Circuits", "Patch sweep", "Linear probes", "Path patching and edge attribution"}
+assert {s.splitlines()[0] for s in SECTIONS} >= LONG
 
 
 def block(text: str) -> str:
@@ -151,7 +153,9 @@ def norms(plain_norms: None, monkeypatch: pytest.MonkeyPatch) -> None:
     register(dataclasses.replace(load(), layer_norm_fn=layer_norm_fn), monkeypatch)
 
 
-@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.splitlines()[0])
+@pytest.mark.parametrize(
+    "section", [s if s.splitlines()[0] not in LONG else slow(s)[0] for s in SECTIONS], ids=lambda s: s.splitlines()[0]
+)
 def test_the_example_of_a_method_runs(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model on the device, the tokens where they were read; on torch's operations, which take less time here."""
     monkeypatch.setitem(BACKENDS, "fused", BACKENDS["torch"])

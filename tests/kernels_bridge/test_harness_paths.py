@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from forks import ask, failed, model
+from helpers import slow
 
 from kernels_bridge import resolve
 from kernels_bridge.carry import carry
@@ -53,7 +54,7 @@ def cut_in_a_block_that_keeps_nothing(cut):
     return {"begin": begin}
 
 
-@pytest.mark.parametrize("bounds", [{"max": 20.0}, {"min": 1e-4}], ids=str)
+@pytest.mark.parametrize("bounds", [{"max": 20.0}, *slow({"min": 1e-4})], ids=str)
 @pytest.mark.parametrize(
     ("where", "kinds"),
     [
