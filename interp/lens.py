@@ -192,6 +192,7 @@ def state_lens(
     Cost: one forward that keeps dt and u of these layers, and l steps of (b, e, n) a layer; no more than
         (layers, b, l, e) beside what `by` asks for.
     """
+    known(model)
     named = (by,) if isinstance(by, str) else tuple(by)
     if not {*named} <= {*AXES} or len({*named}) < len(named):
         raise InputError(f"by={by!r}: name some of 'pos', 'e' and 'n', each once.")
@@ -228,6 +229,7 @@ def _direct(
     lengths: Lengths, state: MambaState | None, backend: str, layers: Sequence[int],
 ) -> tuple[DirectLogit, Run, Tensor]:  # fmt: skip
     """The parts of a logit; the run, with the recurrence of `layers`; the logit's direction in the stream, (b, d)."""
+    known(model)
     w, pos = wide(model.dtype), one_position(pos)
     target = _direction(model, answer, foil, len(ids))  # (b, v)
     y, skip, gate = at.y(pos=pos), at.skip(pos=pos), at.gate(pos=pos)

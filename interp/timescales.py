@@ -66,7 +66,10 @@ def half_lives(model: Mamba, dt: Tensor | float | None = None) -> Tensor:
     """
     known(model)
     c = model.config
-    given = typical_dt(model) if dt is None else torch.as_tensor(dt, dtype=wide(model.dtype), device=model.device)
+    try:
+        given = typical_dt(model) if dt is None else torch.as_tensor(dt, dtype=wide(model.dtype), device=model.device)
+    except (TypeError, ValueError):
+        raise InputError(f"dt={dt!r:.60} is no step size; give one number, or what mean_dt gives.") from None
     if given.shape not in ((), (c.d_inner,), (c.n_layer, c.d_inner)) or not bool((given >= 0).all()):
         raise InputError(
             f"dt has shape {tuple(given.shape)}, smallest {float(given.min()):.3g}; give one number, ({c.d_inner},) "
@@ -105,7 +108,10 @@ def decay_bands(
         for part, chosen in zip(parts, order.tensor_split(bands), strict=True):
             part[chosen] = True
         return [part.reshape(life.shape) for part in parts]
-    cuts = [float(cut) for cut in bands]
+    try:
+        cuts = [float(cut) for cut in bands]
+    except (TypeError, ValueError):
+        raise InputError(f"bands={bands!r:.60}: a number of bands, or the half-lives to cut at, in tokens.") from None
     if not cuts or not all(a < b for a, b in zip([0.0, *cuts], cuts, strict=False)):
         raise InputError(f"bands={list(bands)}: the half-lives to cut at are above 0 and rise.")
     which = torch.bucketize(life, torch.tensor(cuts, dtype=life.dtype, device=life.device), right=True)
@@ -276,6 +282,7 @@ def effective_rank(samples: Tensor, *, centre: bool = True, threshold: float = 0
     Cost: one singular value decomposition, m f min(m, f).
     Source: participation ratio as in Gao et al. 2017 (doi:10.1101/214262), of the covariance's eigenvalues s^2.
     """
+    samples = torch.as_tensor(samples)
     samples = samples.to(wide(samples.dtype))
     if samples.dim() < 2 or not 0 < threshold < 1:
         raise InputError(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from minimal_mamba import Address, MambaConfig, at
 from minimal_mamba.address import EVERYTHING, address_of, resolve, selector
-from minimal_mamba.errors import EditError, InputError
+from minimal_mamba.errors import EditError, InputError, of_type
 
 RESIDUAL = ("x", "gate", "logits")  # what reads the residual stream; embed and mixer_out write to it
 INPUTS: dict[str, tuple[str, ...]] = {
@@ -139,6 +139,7 @@ def edges(
         Edges in the order in which the forward computes their receivers. With i counting layers from 0 a position
         has 2 (i + 1) + k + 16 edges in layer i, and n_layer + 1 into its logits.
     """
+    of_type("config", config, MambaConfig, "of a model, model.config")
     for site in [*(receivers or ()), *(senders or ())]:
         if site not in NODES:
             raise InputError(f"{site!r} is no node of the graph; nodes are {', '.join(NODES)}.")

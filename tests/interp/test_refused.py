@@ -23,6 +23,7 @@ from interp import (
     attribution_grid,
     collect,
     contrast,
+    decay_bands,
     direct_logit,
     edge_attribution,
     edges,
@@ -50,9 +51,11 @@ from interp import (
     receptive_field,
     run,
     save_edits,
+    state_lens,
     state_rank,
     steering_curve,
     sweep,
+    tuned_lens,
     typical_dt,
 )
 from interp.run import MetricError
@@ -266,6 +269,25 @@ def test_errors_name_which_state_or_targets_were_wrong():
         align(MODEL, IDS, DONOR, [1, 99, 3], RESID, 1, **QUIET)
 
 
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: edges(MODEL, 5), "config is a Mamba; give the MambaConfig of a model"),
+        (lambda: decay_bands(MODEL, 0, "fast"), "bands='fast': a number of bands"),
+        (lambda: decay_bands(MODEL, 0, 1.5), "bands=1.5: a number of bands"),
+        (lambda: half_lives(MODEL, "mean"), "dt='mean' is no step size"),
+    ],
+)
+def test_what_is_no_number_or_configuration(call, says):
+    with pytest.raises(InputError, match=says):
+        call()
+
+
+def test_the_rank_of_an_array_is_that_of_a_tensor():
+    samples = torch.randn(9, 4, dtype=torch.float64)
+    assert torch.equal(effective_rank(samples.numpy()).participation, effective_rank(samples).participation)
+
+
 METHODS = {
     "knockout": lambda m: knockout(m, IDS, Knockout(0, -1, 0)),
     "knockout_leak": lambda m: knockout_leak(m, IDS, Knockout(0, -1, 0)),
@@ -284,6 +306,9 @@ METHODS = {
     "typical_dt": typical_dt,
     "HookedMamba": HookedMamba,
     "logit_lens": lambda m: logit_lens(m, IDS),
+    "direct_logit": lambda m: direct_logit(m, IDS, 3),
+    "state_lens": lambda m: state_lens(m, IDS, 3),
+    "tuned_lens": lambda m: tuned_lens(m, IDS, **QUIET),
 }
 
 
