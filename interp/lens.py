@@ -19,7 +19,7 @@ from minimal_mamba import Edit, Mamba, MambaState, at
 from minimal_mamba.address import resolve, selector
 from minimal_mamba.block import LayerNorm, RMSNorm, wide
 from minimal_mamba.brief import Brief
-from minimal_mamba.errors import EditError, InputError
+from minimal_mamba.errors import EditError, InputError, of_type
 
 from .positions import local, one_position
 from .recurrence import outside, recurrence, recurrence_sites
@@ -55,10 +55,14 @@ def logit_lens(
     """
     edits = each(edits, Edit)
     known(model)
-    sizes = model.config.n_layer, model.config.d_model
-    if lens is not None and (not isinstance(lens, TunedLens) or lens.bias.shape != sizes):
-        made = f"of {tuple(lens.bias.shape)}" if isinstance(lens, TunedLens) else f"a {type(lens).__name__}"
-        raise InputError(f"lens is {made}: give what tuned_lens makes for {sizes[0]} layers of d_model {sizes[1]}.")
+    if lens is not None:
+        of_type("lens", lens, TunedLens, "that tuned_lens made")
+        sizes = model.config.n_layer, model.config.d_model
+        if lens.bias.shape != sizes:
+            raise InputError(
+                f"lens is of {tuple(lens.bias.shape)}: give what tuned_lens makes for {sizes[0]} layers of d_model "
+                f"{sizes[1]}."
+            )
     for edit in edits:
         if getattr(edit, "address", None) is not None and edit.address.site in ("final_norm", "logits"):
             raise EditError(f"{edit}: the lens reads the residual stream, before {edit.address.site}. Leave it out.")

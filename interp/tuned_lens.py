@@ -19,7 +19,7 @@ rows of their own.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,9 @@ class TunedLens(Brief):
     def save(self, path: str | Path) -> None:
         """Write all of it to one safetensors file; a failed write leaves what was there."""
         path = Path(path)
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        parts = {name: x.detach().cpu().contiguous() for name, x in vars(self).items() if isinstance(x, Tensor)}
         head = {"version": str(VERSION), "model": self.model, "provenance": json.dumps(provenance())}
-        ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        write_files(make_folder(path.parent), {path.name: lambda file: save_file(ready, file, head)})
+        write_files(make_folder(path.parent), {path.name: lambda file: save_file(parts, file, head)})
 
     @classmethod
     def load(cls, path: str | Path, model: Mamba | None = None) -> "TunedLens":
@@ -182,22 +181,25 @@ def tuned_lens(
     bar.close()
 
     @torch.no_grad()
-    def gaps(rows: Tensor, *lenses: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """(lenses, layers, positions) KL(model || lens)."""
+    def gaps(rows: Tensor, lens: Callable[[int, Tensor], Tensor], over: Sequence[int] = range(layers)) -> Tensor:
+        """(layers, positions) KL(model || lens)."""
         found = []
         for some in rows.split(batch):
             said = head(streams(-1, some))
-            of = [torch.stack([_kl(said, lens(i, streams(i, some))) for i in range(layers)]) for lens in lenses]
-            found.append(torch.stack(of).double().cpu())
+            found.append(torch.stack([_kl(said, lens(i, streams(i, some))) for i in over]).double().cpu())
         return torch.cat(found, -1)
+
+    def by_row(values: Tensor) -> Tensor:
+        """(layers, rows held out) the means over each row's positions."""
+        sums = values.new_zeros(len(values), len(ids)).index_add(1, row[test], values)
+        return (sums / row[test].bincount(minlength=len(ids)))[:, tested]
 
     mean = torch.zeros(model.config.vocab_size, dtype=w, device=model.device)
     for some in train.split(batch):
         mean += head(streams(-1, some)).exp().sum(0) / len(train)
-    share = F.one_hot(row[test], len(ids)).double()[:, tested]  # (positions, rows held out)
-    each_row = gaps(test, read, lambda i, h: head(h), lambda i, h: mean.log()) @ (share / share.sum(0))
-    tuned, plain, (constant, *_) = each_row  # (layers, rows held out)
-    fitted = gaps(train, read)[0].mean(-1)
+    tuned, plain = by_row(gaps(test, read)), by_row(gaps(test, lambda i, h: head(h)))
+    constant = by_row(gaps(test, lambda i, h: mean.log(), [-1]))[0]
+    fitted = gaps(train, read).mean(-1)
     free = torch.stack([one.detach() for one in maps])  # (layers, d + 1, d)
     weight = (free[:, :d] * size[:, None] / size[..., None]).mT.contiguous()
     return TunedLens(weight, free[:, d] * size, tuned, plain, constant, fitted, tested, torch.stack(losses),

@@ -12,7 +12,9 @@ from kernels_bridge.lively import lively
 from minimal_mamba import Mamba, MambaConfig
 from minimal_mamba.tap import Tap
 
-__all__ = ["LAST", "WideTorch", "draw", "lively", "names_drawn", "near", "needs_hf_scan", "tiny"]
+__all__ = [
+    "LAST", "WideTorch", "by_turns", "draw", "error", "lively", "names_drawn", "near", "needs_hf_scan", "slow", "tiny",
+]  # fmt: skip
 
 
 def needs_hf_scan() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from analyses.hidden_reasoning import load_organism
 from analyses.hidden_reasoning.task import draw
 from interp import lens_curve, logit_lens, tuned_lens
+from interp.plots.tuned_lens import draw_means
 
 from ._save import save
 
@@ -27,15 +28,12 @@ def figure(folder: Path) -> list[Path]:
     asked = draw(STEPS, ASKED, seed=[7, 2]).ids
     fig, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.6), constrained_layout=True)
     lens_curve(made, ax=left)
-    for lens, label, colour, mark in ((made, "tuned lens", "#0072B2", "o"), (None, "logit lens", "#D55E00", "s")):
+    for lens, label in ((made, "tuned lens"), (None, "logit lens")):
         said = logit_lens(model, asked[:, :-1], asked[:, -1:], pos=-1, log_probs=True, lens=lens)
-        rows = said[..., 0].exp()  # (layers + 1, b)
-        mean, half = rows.mean(1), 1.96 * rows.std(1) / rows.shape[1] ** 0.5
-        right.plot(mean, color=colour, lw=1.1, marker=mark, ms=3, label=label)
-        right.fill_between(range(len(mean)), mean - half, mean + half, color=colour, alpha=0.25, lw=0)
+        draw_means(right, said[..., 0].exp(), label)
     right.axhline(0.2, color="black", lw=0.8, ls=":", label="chance")
     right.set_xlabel("stream before layer; 12: the model's")
-    right.set_xticks(range(0, len(mean), 2))
+    right.set_xticks(range(0, model.config.n_layer + 1, 2))
     right.set_ylabel("p(answer) at the end")
     right.set_ylim(-0.03, 1.03)
     right.legend(fontsize=7, frameon=False, loc="upper left")

@@ -255,7 +255,7 @@ def faithfulness(
     """
     if ablate not in ("donor", "mean"):
         raise InputError(f"ablate={ablate!r}: 'donor' or 'mean'.")
-    several = list(circuits) if isinstance(circuits, Sequence) else [circuits]
+    several = list(circuits) if isinstance(circuits, Iterable) else [circuits]
     for i, circuit in enumerate(several):
         of_type(f"circuits[{i}]", circuit, Circuit, "that prune gave")
     ids, donor_ids, chosen = check(model, ids, donor_ids, lengths, graph)

@@ -128,12 +128,12 @@ def compare(
 ) -> list[Row]:  # fmt: skip
     """A row for every quantity that all three give.
 
-    `same` are the readable model's, under several roundings: the largest error counts. One parameter's gradient may be
-    rounded little by luck, so in a gradient the largest of its layer does. With `wide_states` the last state must have
-    more bits than a 16-bit `dtype`: to round it errs less than it may, token by token.
+    `same` are the readable model's `errors`, under several roundings: the largest counts. One parameter's gradient may
+    be rounded little by luck, so in a gradient the largest of its layer does. With `wide_states` the last state must
+    have more bits than a 16-bit `dtype`: to round it errs less than it may, token by token.
 
     Raises:
-        Unbounded: `same` or `true` hold what is not finite.
+        Unbounded: the readable model or `true` holds what is not finite.
     """
     rows = []
     own: dict[Key, tuple[float, float]] = {}  # the readable model's error, and its worst

@@ -221,7 +221,6 @@ def test_the_command_for_a_gpu_rehearses_on_a_cpu_and_says_what_is_missing():
         assert refused.exit_code == 1 and "no CUDA device" in refused.output
 
 
-@pytest.mark.slow
 def test_sixteen_bits_of_many_layers_are_timed():
     """Two roundings of them lie far apart; that the models are the same is judged in float32."""
     found = fused.measure(cpu.MambaConfig(16, 24, 32), 2, 70, 1, torch.bfloat16, "cpu", "torch")

@@ -5,7 +5,6 @@ import shutil
 import time
 
 import pytest
-from helpers import slow
 from typer.testing import CliRunner
 
 from analyses.hidden_reasoning.__main__ import app
@@ -90,7 +89,7 @@ def test_every_experiment_and_figure_with_quick(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["shortcuts", "evaluate", "patch", "probe", "align", *slow("figures"), "demo", "train", "curves"]
+    "command", ["shortcuts", "evaluate", "patch", "probe", "align", "figures", "demo", "train", "curves"]
 )
 def test_help_and_quick_leave_nothing_behind(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -102,7 +102,7 @@ def test_pruning_drops_only_what_changes_nothing(keep):
     if len(circuit):
         assert prune(effects, keep=keep) == circuit
     assert set(circuit.edges) <= set(ranked)
-    found = faithfulness(MODEL, [circuit, circuit_of(ranked)], IDS, DONOR, metric, progress=False)
+    found = faithfulness(MODEL, iter([circuit, circuit_of(ranked)]), IDS, DONOR, metric, progress=False)
     torch.testing.assert_close(found.values[0], found.values[1], rtol=1e-10, atol=1e-10)
     for edge in circuit.edges:  # each lies on a way from an embedding to logits
         assert edge.sender.site == "embed" or any(e.receiver == edge.sender for e in circuit.edges)

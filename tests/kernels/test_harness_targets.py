@@ -26,7 +26,7 @@ def model():
     return draw_model(dataclasses.replace(SMALL, d_model=16, dt_rank=4), 0).float()
 
 
-@pytest.mark.parametrize(("lengths", "decoding"), [([3], ["decoding"]), ([5, 129, 516], [])])
+@pytest.mark.parametrize(("lengths", "decoding"), [([3], ["decoding"]), ([5, 129, 516], []), *slow(([17, 512], []))])
 def test_mamba_ssm_agrees_with_the_readable_model(model, lengths, decoding, request):
     if not decoding:
         request.getfixturevalue("plain_norms")

@@ -388,7 +388,7 @@ def test_the_check_and_its_file(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, d_model=16, dt_rank=4)
     draw_model(config, 0).save_pretrained(tmp_path / "model")
     for target, kinds in (
-        ("fused", "operations,mixers,edits,gradients,padding"),
+        ("fused", "operations,mixers,layers,model,edits,gradients,padding"),
         ("mamba_ssm", "mixers,model,gradients"),
     ):
         json = tmp_path / f"{target}.json"

@@ -30,10 +30,7 @@ RUNNER = CliRunner()
 # -- what is right passes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, *slow(torch.float64, torch.float16)],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *slow(torch.float64, torch.float16)])
 def test_the_torch_backend_passes(dtype):
     weights = draw_model(SMALL, 0).to(dtype)  # wide enough for 16-bit rounding to average
     report = check(target("torch", weights), weights, lengths=[5, 17], progress=False)
@@ -278,6 +275,11 @@ def test_hf_caches_are_known_by_either_name():
     assert ask(Theirs(theirs, "renamed"), model(), kinds=["model", "decoding"]).passed
 
 
+def held(found, same, true, dtype=torch.bfloat16):
+    """The rows of what was found, `same` being the readable model's."""
+    return compare("model, x", "model", found, [errors(same, true)], true, dtype)
+
+
 def test_one_channel_of_many_is_enough():
     """In norm it is within the bound."""
     true = torch.ones(400, 3, dtype=torch.float64)
@@ -286,10 +288,7 @@ def test_one_channel_of_many_is_enough():
     lost = near.clone()
     lost[7] = 0
     key = ("d mixer.dt_proj.weight", 0)
-    right, wrong = (
-        compare("", "", {key: g}, [errors({key: same}, {key: true})], {key: true}, torch.bfloat16)[0]
-        for g in (near, lost)
-    )
+    right, wrong = (held({key: x}, {key: same}, {key: true})[0] for x in (near, lost))
     assert right.passed and not wrong.passed and wrong.error < wrong.bound
 
 
@@ -304,7 +303,7 @@ def test_a_position_is_not_held_to_what_a_parameter_may_err():
     same["d backbone.embedding.weight", None][4] = 0
     found = {key: x.clone() for key, x in same.items()}
     found["d embed", None][1, 7] = 0
-    rows = {r.quantity: r for r in compare("", "", found, [errors(same, true)], true, torch.bfloat16)}
+    rows = {r.quantity: r for r in held(found, same, true)}
     assert rows["d backbone.embedding.weight"].passed
     assert rows["d embed"].error < rows["d embed"].bound and not rows["d embed"].passed
 
@@ -318,13 +317,10 @@ def test_a_channel_of_small_states_is_held_to_its_own_size():
     found = same.clone()
     found[:, 3] *= 1.2
     key = ("last ssm_state", 0)
-    right, wrong = (
-        compare("", "", {key: x}, [errors({key: same}, {key: true})], {key: true}, torch.bfloat16)[0]
-        for x in (same, found)
-    )
+    right, wrong = (held({key: x}, {key: same}, {key: true})[0] for x in (same, found))
     assert right.passed and not wrong.passed and wrong.error < wrong.bound
     blank = {key: torch.zeros(2, 8, 5).double()}  # a memory of nothing is right, and not divided by
-    assert compare("", "", blank, [errors(blank, blank)], blank, torch.float32)[0].worst == 0
+    assert held(blank, blank, blank, torch.float32)[0].worst == 0
 
 
 # -- what gives no verdict --------------------------------------------------------------------------------------------
@@ -351,16 +347,14 @@ def test_rows_that_cannot_fail_are_counted_as_such():
     rng = torch.Generator().manual_seed(0)
     same = {key: x + torch.randn(x.shape, generator=rng) for key, x in true.items()}
     lost = {key: 0 * x for key, x in true.items()}
-    rows = compare("model, x", "model", lost, [errors(same, true)], true, torch.bfloat16)
+    rows = held(lost, same, true)
     report = Report("x", rows, None, {}, [], {})
     assert rows[0].passed and not rows[0].telling and not report.passed
     assert report.mute == {"model": 1} and report.verdict == "none" and "says nothing" in table(rows)
-    clear = compare("model, x", "model", true, [errors(true, true)], true, torch.bfloat16)
+    clear = held(true, true, true)
     both = Report("x", rows + clear, None, {}, [], {})
     assert both.passed and both.mute == {"model": 1} and both.verdict == "pass"
-    assert not Report(
-        "x", rows + compare("", "model", lost, [errors(true, true)], true, torch.bfloat16), None, {}, [], {}
-    ).passed
+    assert not Report("x", rows + held(lost, true, true), None, {}, [], {}).passed
 
 
 @pytest.mark.parametrize(
